@@ -1,0 +1,1 @@
+"""The offline half of KAR Sidecar: from raw logs to a published release."""

@@ -1,0 +1,1 @@
+"""Owns raw logs turned into leakage-safe samples."""

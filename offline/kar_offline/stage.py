@@ -1,0 +1,83 @@
+"""Owns how stages run: each writes one folder atomically, remembers its sources, and is skipped when fresh."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kar_sidecar.release import file_sha256
+
+__all__ = ["RECORD", "StageResult", "folder_hash", "run_stage"]
+
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What became of a stage: its folder, whether it ran, how long it took, and what it reports."""
+
+    name: str
+    folder: Path
+    ran: bool
+    seconds: float
+    report: dict[str, Any]
+
+
+def folder_hash(folder: Path) -> str:
+    """Content hash of a finished stage's folder, from its record; of any other path, from its files."""
+    record = folder / RECORD
+    if record.is_file():
+        return str(json.loads(record.read_text())["content"])
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def run_stage(
+    name: str,
+    folder: Path,
+    build: Callable[[Path], Mapping[str, Any]],
+    *,
+    inputs: Mapping[str, Path],
+    params: Mapping[str, Any],
+    version: int,
+) -> StageResult:
+    """Run `build` into a draft folder and move it to `folder`, unless the same inputs and parameters made it before.
+
+    `build` gets the draft folder and returns a JSON-able report. `inputs` are folders of earlier stages, `version`
+    rises when the code of the stage changes what it writes. A killed run leaves the former folder untouched; what
+    a stage wants to resume from lies in the draft `.<folder>.draft`, which `build` finds as it was left when
+    inputs, parameters and version are the same, and empty otherwise.
+    """
+    source = {
+        "inputs": {key: folder_hash(path) for key, path in sorted(inputs.items())},
+        "params": json.loads(json.dumps(dict(params), sort_keys=True)),
+        "version": version,
+    }
+    record = folder / RECORD
+    if record.is_file():
+        known = json.loads(record.read_text())
+        if known["source"] == source:
+            return StageResult(name, folder, False, known["seconds"], known["report"])
+    draft = folder.parent / f".{folder.name}.draft"
+    marker = folder.parent / f".{folder.name}.source.json"
+    if not (marker.is_file() and json.loads(marker.read_text()) == source):
+        shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(source))
+    began = time.perf_counter()
+    report = json.loads(json.dumps(dict(build(draft))))
+    seconds = time.perf_counter() - began
+    content = folder_hash(draft)
+    made = {"source": source, "seconds": seconds, "report": report, "content": content}
+    (draft / RECORD).write_text(json.dumps(made, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.replace(folder)
+    marker.unlink()
+    return StageResult(name, folder, True, seconds, report)

@@ -1,0 +1,1 @@
+"""KAR contracts: protobuf messages and gRPC services."""

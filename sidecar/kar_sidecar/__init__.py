@@ -1,0 +1,1 @@
+"""The online half of KAR Sidecar: store, index, scoring and the gRPC server."""

@@ -1,0 +1,273 @@
+"""Owns how features travel: raw values -> packed store rows -> model input. Training and serving share this code.
+
+Packed rows do not depend on any release: a number is a float32 (NaN: missing), a category the 64-bit BLAKE2b hash
+of its string (0: absent). A release turns hashes into indices with one binary search a feature over all candidates.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Final
+
+import numpy as np
+from kar.records.v1 import records_pb2
+from numpy.typing import NDArray
+
+from kar_sidecar.errors import InputError, IntegrityError
+from kar_sidecar.store.records import HEADER, NEVER, Header, fingerprint, read_header
+
+__all__ = [
+    "PADDING",
+    "RESERVED",
+    "UNKNOWN",
+    "FeatureEncoder",
+    "FeatureLayout",
+    "History",
+    "UserFeatures",
+    "hash_value",
+    "rating_bucket",
+    "schema_hash",
+]
+
+PADDING: Final = 0
+"""Index of a missing category, an absent history event."""
+UNKNOWN: Final = 1
+"""Index of an item or value that training never saw."""
+RESERVED: Final = 2
+"""Vocabulary position i has index i + RESERVED."""
+
+FeatureValue = float | str | Sequence[str] | None
+NUMERIC: Final = records_pb2.FEATURE_TYPE_NUMERIC
+MAX_RATING_BUCKET: Final = 20
+
+
+@lru_cache(maxsize=1 << 20)
+def hash_value(value: str) -> int:
+    """The 64-bit BLAKE2b hash of a category, never 0."""
+    return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little") or 1
+
+
+def schema_hash(schema: records_pb2.FeatureSchema) -> str:
+    """Content hash of a feature schema, 16 hexadecimal digits."""
+    return hashlib.sha256(schema.SerializeToString(deterministic=True)).hexdigest()[:16]
+
+
+def rating_bucket(ratings: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Half-star bucket of ratings, 1 to 20; 0 is left to padding."""
+    return np.clip(np.rint(np.nan_to_num(ratings) * 2), 1, MAX_RATING_BUCKET).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Rated items of one user, oldest first; `ratings` [n] float32 is aligned with `item_ids`."""
+
+    item_ids: tuple[str, ...]
+    ratings: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        """Check alignment."""
+        if len(self.item_ids) != len(self.ratings):
+            raise InputError(f"a history has {len(self.item_ids)} items but {len(self.ratings)} ratings: send as many")
+
+
+@dataclass(frozen=True, slots=True)
+class UserFeatures:
+    """One user's packed row [] (dtype of the layout) and history, with the time they were true."""
+
+    row: NDArray[np.void]
+    history: History
+    written_at_ms: int
+
+
+class FeatureLayout:
+    """The packed row of one entity kind under one schema, and the bytes of its store part."""
+
+    def __init__(self, schema: records_pb2.FeatureSchema, kind: int) -> None:
+        """Lay out the features of `kind` in schema order."""
+        self.features: tuple[records_pb2.Feature, ...] = tuple(f for f in schema.features if f.entity == kind)
+        self.by_name = {feature.name: feature for feature in self.features}
+        self.schema_hash = schema_hash(schema)
+        self.row_dtype = np.dtype(
+            [
+                (feature.name, "<f4") if feature.type == NUMERIC else (feature.name, "<u8", (feature.width,))
+                for feature in self.features
+            ]
+        )
+
+    @cached_property
+    def missing(self) -> NDArray[np.void]:
+        """The row [1] of an entity without features."""
+        row = np.zeros(1, dtype=self.row_dtype)
+        for feature in self.features:
+            if feature.type == NUMERIC:
+                row[feature.name] = np.nan
+        return row
+
+    def row(self, values: Mapping[str, FeatureValue]) -> NDArray[np.void]:
+        """Pack raw values into one row [1]; features without a value are missing.
+
+        Raises:
+            InputError: an unknown feature, a value of the wrong type, or more categories than its width.
+        """
+        row = self.missing.copy()
+        for name, value in values.items():
+            feature = self.by_name.get(name)
+            if feature is None:
+                known = ", ".join(self.by_name) or "none"
+                raise InputError(f"feature {name!r} is not in the schema (known: {known}): remove it")
+            if value is not None:
+                row[name] = self.pack(feature, value)
+        return row
+
+    def pack(self, feature: records_pb2.Feature, value: FeatureValue) -> NDArray:
+        """Pack one value: a float32 scalar array, or hashes [width] uint64."""
+        if feature.type == NUMERIC:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(f"feature {feature.name!r} is numeric: send a number, not {value!r}")
+            return np.asarray(value, dtype=np.float32)
+        strings = [value] if isinstance(value, str) else value
+        if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
+            raise InputError(f"feature {feature.name!r} is categorical: send strings, not {value!r}")
+        if len(strings) > feature.width:
+            raise InputError(
+                f"feature {feature.name!r} takes at most {feature.width} values, not {len(strings)}: send fewer"
+            )
+        hashes = np.zeros(feature.width, dtype=np.uint64)
+        hashes[: len(strings)] = [hash_value(text) for text in strings]
+        return hashes
+
+    def encode(self, row: NDArray[np.void], *, written_at_ms: int, history: History | None = None) -> bytes:
+        """The store part of one entity: header, row [1] and, for users, the history."""
+        body = row.tobytes()
+        if history is not None:
+            ids = "\0".join(history.item_ids).encode()
+            count = np.uint32(len(history.item_ids)).tobytes()
+            body += count + np.asarray(history.ratings, dtype="<f4").tobytes() + ids
+        return Header(0, len(body), fingerprint(self.schema_hash), written_at_ms, NEVER).pack() + body
+
+    def _payload(self, blob: bytes) -> tuple[Header, memoryview]:
+        header = read_header(blob)
+        if header.fingerprint != fingerprint(self.schema_hash) or header.width < self.row_dtype.itemsize:
+            raise IntegrityError(
+                f"a features record is not of schema {self.schema_hash}: publish features again for this release"
+            )
+        return header, memoryview(blob)[HEADER.itemsize :]
+
+    def decode_user(self, blob: bytes | None) -> UserFeatures:
+        """Decode one user's store part; None gives missing features and an empty history.
+
+        Raises:
+            IntegrityError: a record of another schema, or corrupt.
+        """
+        if blob is None:
+            return UserFeatures(self.missing, History((), np.zeros(0, np.float32)), 0)
+        header, payload = self._payload(blob)
+        size = self.row_dtype.itemsize
+        row = np.frombuffer(payload, dtype=self.row_dtype, count=1)
+        count = int(np.frombuffer(payload, dtype="<u4", count=1, offset=size)[0])
+        ratings = np.frombuffer(payload, dtype="<f4", count=count, offset=size + 4)
+        ids = bytes(payload[size + 4 + 4 * count :]).decode()
+        return UserFeatures(row, History(tuple(ids.split("\0")) if count else (), ratings), header.written_at_ms)
+
+    def decode_items(self, blobs: Sequence[bytes | None]) -> NDArray[np.void]:
+        """Decode many items' store parts into rows [n] (writable); None gives a missing row.
+
+        Raises:
+            IntegrityError: a record of another schema, or corrupt.
+        """
+        rows = np.repeat(self.missing, len(blobs))
+        present = [i for i, blob in enumerate(blobs) if blob is not None]
+        if present:
+            found = [blob for blob in blobs if blob is not None]
+            layout = np.dtype([("header", HEADER), ("row", self.row_dtype)])
+            if any(len(blob) != layout.itemsize for blob in found):
+                raise IntegrityError("an item features record has the wrong size: publish features again")
+            records = np.frombuffer(b"".join(found), dtype=layout)
+            if (records["header"]["fingerprint"] != fingerprint(self.schema_hash)).any():
+                raise IntegrityError(
+                    f"an item features record is not of schema {self.schema_hash}: publish features again"
+                )
+            rows[present] = records["row"]
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    hashes: NDArray[np.uint64]  # sorted
+    index: NDArray[np.int64]
+
+    @staticmethod
+    def of(values: Sequence[str]) -> "_Vocabulary":
+        hashes = np.array([hash_value(value) for value in values], dtype=np.uint64)
+        order = np.argsort(hashes)
+        if len(hashes) > 1 and (np.diff(hashes[order]) == 0).any():
+            raise IntegrityError("two values of one vocabulary have the same hash: rename one of them")
+        return _Vocabulary(hashes[order], order + RESERVED)
+
+    def lookup(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Index of each hash: PADDING for 0, UNKNOWN for a stranger."""
+        out = np.where(hashes == 0, PADDING, UNKNOWN).astype(np.int64)
+        if len(self.hashes):
+            at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+            found = self.hashes[at] == hashes
+            out[found] = self.index[at[found]]
+        return out
+
+
+class FeatureEncoder:
+    """Turns packed rows and item ids into the indices and standardised numbers that one release's models read."""
+
+    def __init__(
+        self,
+        schema: records_pb2.FeatureSchema,
+        encodings: Sequence[records_pb2.FeatureEncoding],
+        item_ids: Sequence[str],
+    ) -> None:
+        """Prepare look-ups; `item_ids[i]` has index i + RESERVED."""
+        self.history_length = int(schema.history_length)
+        self.item_index = {item: i + RESERVED for i, item in enumerate(item_ids)}
+        self._encodings = {(e.entity, e.name): e for e in encodings}
+        self._vocabularies = {
+            (f.entity, f.name): _Vocabulary.of(self._encodings[f.entity, f.name].vocabulary)
+            for f in schema.features
+            if f.type != NUMERIC
+        }
+
+    def items(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Embedding index [n] of item ids; UNKNOWN for items that training never saw."""
+        get = self.item_index.get
+        return np.fromiter((get(item, UNKNOWN) for item in ids), dtype=np.int64, count=len(ids))
+
+    def history(self, history: History) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Item indices [L] and rating buckets [L] of the last L events, right-padded with 0."""
+        length = self.history_length
+        items, ratings = np.zeros(length, np.int64), np.zeros(length, np.int64)
+        recent = self.items(history.item_ids[-length:])
+        items[: len(recent)] = recent
+        ratings[: len(recent)] = rating_bucket(history.ratings[-length:])
+        return items, ratings
+
+    def rows(self, layout: FeatureLayout, rows: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+        """Categories [n, sum of widths] int64, numbers [n, count] float32, and how many numbers were missing.
+
+        A kind without categories (or numbers) has one constant column of 0.
+        """
+        categories: list[NDArray] = []
+        numbers: list[NDArray] = []
+        missing = 0
+        for feature in layout.features:
+            column = rows[feature.name]
+            if feature.type == NUMERIC:
+                encoding = self._encodings[feature.entity, feature.name]
+                absent = ~np.isfinite(column)
+                missing += int(absent.sum())
+                numbers.append(np.where(absent, 0.0, (column - encoding.mean) / encoding.scale)[:, None])
+            else:
+                categories.append(self._vocabularies[feature.entity, feature.name].lookup(column))
+        zero = np.zeros((len(rows), 1))
+        return (
+            np.concatenate(categories or [zero], axis=1).astype(np.int64),
+            np.concatenate(numbers or [zero], axis=1).astype(np.float32),
+            missing,
+        )

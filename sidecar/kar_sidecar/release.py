@@ -1,0 +1,163 @@
+"""Owns a release on disk: its layout, its content hashes, its verification.
+
+<releases>/<release id>/
+  manifest.json                      kar.records.v1.Manifest as JSON
+  item_ids.txt                       item vocabulary, one id a line
+  backbones/{knowledge,control}.onnx
+  adaptor.safetensors                expert, gate and neutral weights
+  vectors/neutral.npy                [2, K] float32: user row, item row
+  vectors/{user,item}_ids.txt        one id a line, row order of the arrays
+  vectors/{user,item}_adapted.npy    [n, K]
+  vectors/{user,item}_encoded.npy    [n, D]
+  knowledge/{user,item}.jsonl        KnowledgeRecord as JSON, one a line
+  triton/{cpu,gpu}/<model>/          Triton repository; names end in the release id
+<releases>/active                    the id that serving starts with
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from google.protobuf import json_format
+from kar.records.v1 import records_pb2
+from numpy.typing import NDArray
+
+from kar_sidecar.errors import IntegrityError, NotFoundError, PreconditionError
+from kar_sidecar.features import FeatureEncoder, FeatureLayout, schema_hash
+from kar_sidecar.store import ITEM, USER
+
+__all__ = ["Release", "file_sha256", "list_releases", "manifest_id", "read_active", "write_active"]
+
+MANIFEST = "manifest.json"
+ACTIVE = "active"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, lower-case hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_id(manifest: records_pb2.Manifest) -> str:
+    """Content hash of a manifest without its id and creation time: 12 hexadecimal digits."""
+    content = records_pb2.Manifest()
+    content.CopyFrom(manifest)
+    content.ClearField("release_id")
+    content.ClearField("created_at")
+    return hashlib.sha256(content.SerializeToString(deterministic=True)).hexdigest()[:12]
+
+
+def list_releases(releases: Path) -> list[str]:
+    """Ids of the releases below a folder, oldest first."""
+    manifests = sorted(releases.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    return [path.parent.name for path in manifests]
+
+
+def read_active(releases: Path) -> str:
+    """The id of the release that serving starts with.
+
+    Raises:
+        PreconditionError: nothing was exported or activated yet.
+    """
+    path = releases / ACTIVE
+    if not path.is_file():
+        raise PreconditionError(f"no active release below {releases}: run `kar export` first")
+    return path.read_text().strip()
+
+
+def write_active(releases: Path, release_id: str) -> None:
+    """Name the release that serving starts with; atomic."""
+    draft = releases / f".{ACTIVE}"
+    draft.write_text(release_id + "\n")
+    draft.replace(releases / ACTIVE)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A verified release. Construct with `Release.load`."""
+
+    folder: Path
+    manifest: records_pb2.Manifest
+
+    @staticmethod
+    def load(releases: Path, release_id: str, *, verify: bool = True) -> "Release":
+        """Read a release and, with `verify`, check the hash of every file.
+
+        Raises:
+            NotFoundError: no such release.
+            IntegrityError: a missing, corrupt or mismatched file, which the text names.
+        """
+        folder = releases / release_id
+        path = folder / MANIFEST
+        if not path.is_file():
+            known = ", ".join(list_releases(releases)) or "none"
+            raise NotFoundError(f"release {release_id!r} is not below {releases} (known: {known})")
+        try:
+            manifest = json_format.Parse(path.read_text(), records_pb2.Manifest())
+        except (json_format.ParseError, UnicodeDecodeError) as error:
+            raise IntegrityError(f"{path} is not a release manifest: {error}; export the release again") from error
+        if manifest.release_id != release_id or manifest_id(manifest) != release_id:
+            raise IntegrityError(f"{path} was changed after export: export the release again")
+        if schema_hash(manifest.feature_schema) != manifest.feature_schema_hash:
+            raise IntegrityError(f"{path} names another feature schema than it holds: export the release again")
+        if verify:
+            for entry in manifest.files:
+                file = folder / entry.path
+                if not file.is_file():
+                    raise IntegrityError(f"{file} is missing: export the release again")
+                if file.stat().st_size != entry.bytes or file_sha256(file) != entry.sha256:
+                    raise IntegrityError(f"{file} is corrupt (its hash differs): export the release again")
+        return Release(folder, manifest)
+
+    @property
+    def release_id(self) -> str:
+        """The release's id."""
+        return self.manifest.release_id
+
+    def triton_name(self, template: str) -> str:
+        """The Triton model name of a manifest entry, with this release's id."""
+        return template.format(release=self.release_id)
+
+    def model(self, arm: str) -> records_pb2.ModelEntry:
+        """The scoring model of an arm.
+
+        Raises:
+            PreconditionError: the release has none.
+        """
+        for entry in self.manifest.models:
+            if entry.arm == arm:
+                return entry
+        raise PreconditionError(f"release {self.release_id} has no {arm!r} model: activate one that has")
+
+    def triton_models(self) -> Iterator[str]:
+        """Names of all Triton models, those that others depend on first."""
+        for entry in self.manifest.models:
+            yield self.triton_name(entry.triton_model)
+        yield self.triton_name(self.manifest.triton_adaptor)
+        for entry in self.manifest.models:
+            if entry.triton_ensemble:
+                yield self.triton_name(entry.triton_ensemble)
+
+    @cached_property
+    def encoder(self) -> FeatureEncoder:
+        """The feature encoder of this release."""
+        ids = (self.folder / "item_ids.txt").read_text().splitlines()
+        return FeatureEncoder(self.manifest.feature_schema, self.manifest.feature_encodings, ids)
+
+    @cached_property
+    def user_layout(self) -> FeatureLayout:
+        """How user features are packed."""
+        return FeatureLayout(self.manifest.feature_schema, USER)
+
+    @cached_property
+    def item_layout(self) -> FeatureLayout:
+        """How item features are packed."""
+        return FeatureLayout(self.manifest.feature_schema, ITEM)
+
+    @cached_property
+    def neutral(self) -> NDArray[np.float32]:
+        """Neutral vectors [2, K] float32: user row, item row."""
+        return np.load(self.folder / "vectors" / "neutral.npy", allow_pickle=False)

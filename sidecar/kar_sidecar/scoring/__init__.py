@@ -1,0 +1,71 @@
+"""Owns the seam to the scoring models: tensor names, the Scorer Protocol and its implementations.
+
+One request's tensors, named as in the Triton repository (C candidates, L history events, K or D vector components):
+
+    history_item      [L]      int64    item index, 0 where padded
+    history_rating    [L]      int64    half-star bucket, 0 where padded
+    user_categorical  [Uc]     int64
+    user_numeric      [Un]     float32  standardised
+    item_index        [C]      int64
+    item_categorical  [C, Ic]  int64
+    item_numeric      [C, In]  float32
+    user_knowledge    [K]      float32  prestored mode, knowledge arm only
+    item_knowledge    [C, K]   float32
+    user_encoding     [D]      float32  encoded mode: through the ensemble
+    user_present      [1]      bool     False: the adaptor answers with the neutral vector
+    item_encoding     [C, D]   float32
+    item_present      [C]      bool
+    -> score          [C]      float32  probability
+"""
+
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ADAPTOR_INPUTS", "BASE_INPUTS", "KNOWLEDGE_INPUTS", "SCORE", "Scorer", "Tensors"]
+
+Tensors = Mapping[str, NDArray]
+
+BASE_INPUTS: Final = (
+    "history_item",
+    "history_rating",
+    "user_categorical",
+    "user_numeric",
+    "item_index",
+    "item_categorical",
+    "item_numeric",
+)
+KNOWLEDGE_INPUTS: Final = ("user_knowledge", "item_knowledge")
+ADAPTOR_INPUTS: Final = ("user_encoding", "user_present", "item_encoding", "item_present")
+SCORE: Final = "score"
+
+
+class Scorer(Protocol):
+    """Runs one request through one named model. Batching across requests is the scorer's business."""
+
+    async def score(self, model: str, tensors: Tensors, timeout_s: float | None = None) -> NDArray[np.float32]:
+        """Scores [C] of the candidates in `tensors` (module docstring).
+
+        Raises:
+            DeadlineError: no answer within `timeout_s`.
+            UnavailableError: the scorer does not answer or does not serve `model`.
+        """
+        ...
+
+    async def load(self, model: str) -> None:
+        """Make `model` ready; does nothing when it is.
+
+        Raises:
+            UnavailableError: it cannot be loaded; the text says why.
+        """
+        ...
+
+    async def ready(self, model: str) -> bool:
+        """Whether `model` can score now; False also when the scorer does not answer."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...

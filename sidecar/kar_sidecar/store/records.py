@@ -1,0 +1,132 @@
+"""Owns the bytes of a store record's parts: one fixed header, then numbers that `np.frombuffer` reads in place.
+
+Every part starts with `HEADER` (32 bytes, little-endian). A vector part goes on with `dim` float32 or float16
+values, a features part with the schema's packed row (`FeatureLayout`), for users followed by their history. The
+fingerprint is the vector space or the feature schema that the payload belongs to; another one is refused.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from kar.records.v1 import records_pb2
+from numpy.typing import NDArray
+
+from kar_sidecar.errors import IntegrityError
+
+__all__ = ["HEADER", "NEVER", "Header", "VectorBatch", "decode_vectors", "encode_vectors", "now_ms", "read_header"]
+
+MAGIC: Final = 0x4B41  # "KA"
+LAYOUT: Final = 1
+NEVER: Final = 0
+"""`expires_at_ms` of a record that does not expire."""
+
+HEADER: Final = np.dtype(
+    [
+        ("magic", "<u2"),
+        ("layout", "u1"),
+        ("level", "u1"),  # KnowledgeLevel that the publisher resolved; 0 for features
+        ("width", "<u4"),  # payload bytes
+        ("fingerprint", "<u8"),  # first 16 hexadecimal digits of space or schema hash
+        ("written_at_ms", "<i8"),
+        ("expires_at_ms", "<i8"),
+    ]
+)
+
+FULL: Final = int(records_pb2.KNOWLEDGE_LEVEL_FULL)
+STALE: Final = int(records_pb2.KNOWLEDGE_LEVEL_STALE)
+NEUTRAL: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEUTRAL)
+
+
+def now_ms() -> int:
+    """Wall-clock milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+def fingerprint(content_hash: str) -> int:
+    """The number in a header for a hexadecimal content hash of at most 16 digits."""
+    return int(content_hash, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What is known of one part before its payload is read."""
+
+    level: int
+    width: int
+    fingerprint: int
+    written_at_ms: int
+    expires_at_ms: int
+
+    def pack(self) -> bytes:
+        """The 32 bytes of this header."""
+        row = (MAGIC, LAYOUT, self.level, self.width, self.fingerprint, self.written_at_ms, self.expires_at_ms)
+        return np.array([row], dtype=HEADER).tobytes()
+
+
+def read_header(blob: bytes) -> Header:
+    """Parse the header of one part.
+
+    Raises:
+        IntegrityError: not one of our records, another layout, or truncated.
+    """
+    if len(blob) < HEADER.itemsize:
+        raise IntegrityError(f"a store record has {len(blob)} bytes, less than its header: publish it again")
+    row = np.frombuffer(blob, dtype=HEADER, count=1)[0]
+    if row["magic"] != MAGIC or row["layout"] != LAYOUT or len(blob) != HEADER.itemsize + row["width"]:
+        raise IntegrityError("a store record is not in this version's layout: publish it again")
+    return Header(*(int(row[name]) for name in ("level", "width", "fingerprint", "written_at_ms", "expires_at_ms")))
+
+
+def encode_vectors(
+    vectors: NDArray[np.floating],
+    space_id: str,
+    *,
+    dtype: str = "float32",
+    level: int = FULL,
+    written_at_ms: int,
+    expires_at_ms: int = NEVER,
+) -> list[bytes]:
+    """Pack the rows of `vectors` [n, dim] into n vector parts of one space."""
+    values = np.ascontiguousarray(vectors, dtype=np.dtype(dtype).newbyteorder("<"))
+    width = values.shape[1] * values.itemsize
+    header = Header(level, width, fingerprint(space_id), written_at_ms, expires_at_ms).pack()
+    return [header + row.tobytes() for row in values]
+
+
+@dataclass(frozen=True, slots=True)
+class VectorBatch:
+    """Vectors [n, dim] float32 and their knowledge levels [n] uint8, aligned with the keys that were read."""
+
+    vectors: NDArray[np.float32]
+    levels: NDArray[np.uint8]
+
+
+def decode_vectors(
+    blobs: Sequence[bytes | None], space_id: str, dim: int, neutral: NDArray[np.float32], *, dtype: str, at_ms: int
+) -> VectorBatch:
+    """Decode vector parts of one space in one pass; absent ones become `neutral` [dim].
+
+    Raises:
+        IntegrityError: a record of another space, size or layout.
+    """
+    layout = np.dtype([("header", HEADER), ("values", np.dtype(dtype).newbyteorder("<"), (dim,))])
+    vectors = np.tile(neutral.astype(np.float32), (len(blobs), 1))
+    levels = np.full(len(blobs), NEUTRAL, dtype=np.uint8)
+    present = [i for i, blob in enumerate(blobs) if blob is not None]
+    if not present:
+        return VectorBatch(vectors, levels)
+    found = [blob for blob in blobs if blob is not None]
+    if any(len(blob) != layout.itemsize for blob in found):
+        raise IntegrityError(f"a vector record of space {space_id} has the wrong size: publish the release again")
+    rows = np.frombuffer(b"".join(found), dtype=layout)
+    header = rows["header"]
+    good = (header["magic"] == MAGIC) & (header["layout"] == LAYOUT) & (header["fingerprint"] == fingerprint(space_id))
+    if not good.all():
+        raise IntegrityError(f"a vector record does not belong to space {space_id}: publish the release again")
+    expired = (header["expires_at_ms"] != NEVER) & (header["expires_at_ms"] <= at_ms)
+    vectors[present] = rows["values"]
+    levels[present] = np.where(expired, STALE, header["level"])
+    return VectorBatch(vectors, levels)
