@@ -3,7 +3,9 @@
 The first `cutoff` events of a user may feed prompts and are never samples; every later event is one.
 """
 
+import hashlib
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +15,33 @@ from typing import Any, Final
 import numpy as np
 from google.protobuf import json_format
 from kar.records.v1 import records_pb2
+from kar_sidecar.errors import IntegrityError, PreconditionError
 from numpy.typing import NDArray
 
-__all__ = ["SPLITS", "TEST", "TRAIN", "VALIDATION", "Dataset", "Entity"]
+__all__ = ["PROMPT_EVENTS", "SPLITS", "TEST", "TRAIN", "VALIDATION", "Dataset", "Entity", "hash_fraction", "split_of"]
 
 TRAIN: Final = 0
 VALIDATION: Final = 1
 TEST: Final = 2
 SPLITS: Final = ("train", "validation", "test")
+SHARES: Final = (0.72, 0.08, 0.20)
+"""Share of users in each split."""
+PROMPT_EVENTS: Final = 30
+"""The most events of a user that prompts may show."""
+
+
+def hash_fraction(seed: int, user_id: str) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments."""
+    digest = hashlib.blake2b(f"{seed}:{user_id}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "little") / 2**48
+
+
+def split_of(seed: int, user_id: str) -> int:
+    """The split of a user; other users never move it. Test takes the lowest hashes, training the highest."""
+    fraction = hash_fraction(seed, user_id)
+    if fraction < SHARES[TEST]:
+        return TEST
+    return VALIDATION if fraction < SHARES[TEST] + SHARES[VALIDATION] else TRAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +57,7 @@ class Entity:
 class Dataset:
     """Users, items and their events. Row i of an id list has row number i everywhere.
 
-    Events are sorted by user row, then (timestamp, item id); user u owns events `offsets[u]:offsets[u + 1]`.
+    Events are sorted by user row, then (timestamp, item row); user u owns events `offsets[u]:offsets[u + 1]`.
     """
 
     name: str
@@ -51,6 +72,61 @@ class Dataset:
     user_split: NDArray[np.uint8]  # [U] TRAIN, VALIDATION or TEST
     positive_above: float
     """A sample is positive when its rating is greater than this."""
+
+    def __post_init__(self) -> None:
+        """Check that the arrays belong together and that events are in order.
+
+        Raises:
+            IntegrityError: they do not.
+        """
+        users, events = len(self.users), len(self.event_item)
+        lengths = np.diff(self.offsets)
+        sound = (
+            self.offsets.shape == (users + 1,)
+            and self.cutoff.shape == self.user_split.shape == (users,)
+            and self.event_rating.shape == self.event_time.shape == (events,)
+            and (self.offsets[0], self.offsets[-1]) == (0, events)
+            and bool((lengths >= 0).all() and (self.cutoff >= 0).all() and (self.cutoff <= lengths).all())
+            and bool((self.event_item >= 0).all() and (self.event_item < len(self.items)).all())
+            and np.array_equal(np.lexsort((self.event_item, self.event_time, self.event_user)), np.arange(events))
+        )
+        if not sound:
+            raise IntegrityError(f"dataset {self.name} is not consistent (sizes or order of events): build it again")
+
+    @staticmethod
+    def from_events(
+        name: str,
+        schema: records_pb2.FeatureSchema,
+        users: Sequence[Entity],
+        items: Sequence[Entity],
+        *,
+        user: NDArray[np.integer],
+        item: NDArray[np.integer],
+        rating: NDArray[np.floating],
+        time: NDArray[np.integer],
+        seed: int,
+        positive_above: float,
+    ) -> "Dataset":
+        """Sort raw events, cut off what prompts may show and split users.
+
+        `user` and `item` are rows [E], `time` is in seconds [E], any order; items should be sorted by id, since
+        events of the same second are ordered by item row.
+        """
+        order = np.lexsort((item, time, user))
+        counts = np.bincount(user, minlength=len(users))
+        return Dataset(
+            name=name,
+            schema=schema,
+            users=users,
+            items=items,
+            offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+            event_item=item[order].astype(np.int32),
+            event_rating=rating[order].astype(np.float32),
+            event_time=time[order].astype(np.int64),
+            cutoff=np.minimum((counts + 1) // 2, PROMPT_EVENTS).astype(np.int32),
+            user_split=np.array([split_of(seed, entity.id) for entity in users], dtype=np.uint8),
+            positive_above=positive_above,
+        )
 
     @cached_property
     def event_user(self) -> NDArray[np.int32]:
@@ -72,10 +148,29 @@ class Dataset:
         """Label of every event [E]: 1 when its rating is above `positive_above`."""
         return (self.event_rating > self.positive_above).astype(np.float32)
 
+    def prompt_events(self, user: int) -> slice:
+        """The events of a user row that prompts may show."""
+        start = int(self.offsets[user])
+        return slice(start, start + int(self.cutoff[user]))
+
     def history(self, event: int, length: int) -> slice:
         """The events that a model may see for a sample: the last `length` of its user's before it."""
         start = int(self.offsets[self.event_user[event]])
         return slice(max(start, event - length), event)
+
+    def history_windows(
+        self, events: NDArray[np.integer], length: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """`history` of many sample events [S] at once: item rows [S, L] and ratings [S, L], oldest first.
+
+        Right-padded, as the models read them: item row -1 and rating 0 where the history is shorter than L.
+        """
+        first = np.maximum(self.offsets[self.event_user[events]], events - length)
+        window = first[:, None] + np.arange(length)
+        seen = window < events[:, None]
+        window = np.where(seen, window, 0)
+        items = np.where(seen, self.event_item[window], -1).astype(np.int32)
+        return items, np.where(seen, self.event_rating[window], 0).astype(np.float32)
 
     def save(self, folder: Path) -> None:
         """Write `dataset.json`, `users.jsonl`, `items.jsonl` and `events.npz` into a folder."""
@@ -90,22 +185,36 @@ class Dataset:
 
     @staticmethod
     def load(folder: Path) -> "Dataset":
-        """Read what `save` wrote."""
-        header = json.loads((folder / "dataset.json").read_text())
-        schema = json_format.ParseDict(header["schema"], records_pb2.FeatureSchema())
-        users, items = (
-            [Entity(**json.loads(line)) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-            for name in ("users", "items")
-        )
-        with np.load(folder / "events.npz", allow_pickle=False) as arrays:
-            events: dict[str, Any] = {name: arrays[name] for name in Dataset._ARRAYS}
-        return Dataset(
-            name=header["name"],
-            schema=schema,
-            users=users,
-            items=items,
-            positive_above=header["positive_above"],
-            **events,
-        )
+        """Read what `save` wrote.
+
+        Raises:
+            PreconditionError: there is no dataset in the folder.
+            IntegrityError: a file is missing or corrupt.
+        """
+        if not (folder / "dataset.json").is_file():
+            raise PreconditionError(f"no dataset in {folder}: run `kar dataset` first")
+        try:
+            header = json.loads((folder / "dataset.json").read_text())
+            schema = json_format.ParseDict(header["schema"], records_pb2.FeatureSchema())
+            users, items = (
+                [Entity(**json.loads(line)) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+                for name in ("users", "items")
+            )
+            with np.load(folder / "events.npz", allow_pickle=False) as arrays:
+                events: dict[str, Any] = {name: arrays[name] for name in Dataset._ARRAYS}
+            name, positive_above = header["name"], header["positive_above"]
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            zipfile.BadZipFile,
+            json_format.ParseError,
+        ) as error:
+            raise IntegrityError(
+                f"the dataset in {folder} is corrupt ({error}): remove it and build it again"
+            ) from error
+        return Dataset(name=name, schema=schema, users=users, items=items, positive_above=positive_above, **events)
 
     _ARRAYS = ("offsets", "event_item", "event_rating", "event_time", "cutoff", "user_split")

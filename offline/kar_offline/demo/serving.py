@@ -1,0 +1,56 @@
+"""Owns a `kar serve` of one's own: started on free loopback ports for the length of a block, stopped after it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from kar_offline.demo.replay import ServingAddresses
+from kar_sidecar.errors import UnavailableError
+
+__all__ = ["read_ready_file", "serving"]
+
+START_TIMEOUT_S: Final = 120.0
+STOP_TIMEOUT_S: Final = 30.0
+POLL_S: Final = 0.1
+
+
+def read_ready_file(path: Path) -> ServingAddresses:
+    """Where a running `kar serve --ready-file` answers."""
+    ready = json.loads(path.read_text())
+    return ServingAddresses(ready["grpc"], ready["triton_metrics"])
+
+
+@contextmanager
+def serving(work: Path) -> Iterator[ServingAddresses]:
+    """Serve the active release of a work folder until the block ends.
+
+    Raises:
+        UnavailableError: it did not get ready; the text names its log.
+    """
+    folder = work / "serving"
+    folder.mkdir(parents=True, exist_ok=True)
+    ready, log = folder / "ready.json", folder / "serve.log"
+    ready.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "kar_sidecar", "serve", "--work", work, "--port", "0", "--ready-file", ready]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not ready.is_file():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise UnavailableError(f"kar serve did not get ready: {log.read_text().strip()} (log: {log})")
+            time.sleep(POLL_S)
+        yield read_ready_file(ready)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
