@@ -1,1 +1,5 @@
-"""The hybrid-expert adaptor operator."""
+"""Owns the hybrid-expert adaptor operator."""
+
+from kar_kernels.adaptor import HybridExpertAdaptor
+
+__all__ = ["HybridExpertAdaptor"]

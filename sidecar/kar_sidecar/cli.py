@@ -1,55 +1,94 @@
-"""Owns the `kar` command: it collects each package's subcommands and turns our errors into one line and an exit code.
+"""Owns the `kar` command: it finds subcommands by name and turns our errors into one line and an exit code.
 
 Exit codes: 0 done, 2 wrong usage or input, 1 anything else, 130 interrupted.
 """
 
 import os
 import sys
-from importlib.metadata import entry_points
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from kar_sidecar.errors import KarError
+from kar_sidecar.errors import KarError, UnsupportedError
 
-__all__ = ["build_app", "main"]
+__all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = "kar.commands"
+COMMANDS: Final = "kar.commands"
+"""Entry points of this group are subcommands: name = "module:typer function"."""
+ORDER: Final = (
+    *("demo", "dataset", "prompts", "generate", "encode", "train", "evaluate", "export", "publish"),
+    *("serve", "sidecar", "rank"),
+)
+"""How help lists them; others follow."""
 
 
-def build_app() -> typer.Typer:
-    """The command line with the subcommands of every installed package."""
-    app = typer.Typer(
-        name="kar",
-        help="LLM knowledge for the rankers you already run.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+class _Commands(TyperGroup):
+    """Subcommands of every installed package, each imported when it is used: `kar serve` never waits for torch."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = sorted(entry.name for entry in entry_points(group=COMMANDS))
+        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = next(iter(entry_points(group=COMMANDS, name=cmd_name)), None)
+        if found is None:
+            return None
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(cmd_name)(_load(found))
+        return get_command(single)
+
+
+def _load(entry: EntryPoint) -> Callable[..., Any]:
+    """The subcommand's function; where its packages are missing, one that says so."""
+    try:
+        return entry.load()
+    except ModuleNotFoundError as error:
+        missing = UnsupportedError(_needs(error))
+
+        def unavailable() -> None:
+            raise missing
+
+        unavailable.__doc__ = f"(not available here: needs the package {error.name})"
+        return unavailable
+
+
+def _needs(error: ModuleNotFoundError) -> str:
+    return (
+        f"this command needs the package {error.name!r}: install kar-sidecar with the extra that brings it "
+        "(README, Install)"
     )
-    for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
-        entry.load()(app)
-    return app
+
+
+app = typer.Typer(
+    name="kar",
+    cls=_Commands,
+    help="LLM knowledge for the rankers you already run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.callback()(lambda: None)
 
 
 def main() -> None:
     """Run `kar`."""
     # Spinning OpenMP threads on shared cores cost 20x; set before any library reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    error_console = Console(stderr=True)
+    console = Console(stderr=True)
     try:
-        build_app()()
+        app()
     except KarError as error:
-        error_console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        error_console.print(
-            f"[bold red]error:[/] this command needs the package {error.name!r}: "
-            "install kar-sidecar with the extra that brings it (README, Install)",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"[bold red]error:[/] {_needs(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        error_console.print("interrupted: finished stages are kept; run the same command to go on")
+        console.print("interrupted: finished stages are kept; run the same command to go on")
         sys.exit(130)

@@ -11,11 +11,11 @@ from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
-from kar.records.v1 import records_pb2
 from numpy.typing import NDArray
 
+from kar.records.v1 import records_pb2
 from kar_sidecar.errors import InputError, IntegrityError
-from kar_sidecar.store.records import HEADER, NEVER, Header, fingerprint, read_header
+from kar_sidecar.store.records import HEADER, LAYOUT, MAGIC, NEVER, Header, fingerprint, read_header
 
 __all__ = [
     "PADDING",
@@ -40,6 +40,8 @@ RESERVED: Final = 2
 FeatureValue = float | str | Sequence[str] | None
 NUMERIC: Final = records_pb2.FEATURE_TYPE_NUMERIC
 MAX_RATING_BUCKET: Final = 20
+LARGEST: Final = float(np.finfo(np.float32).max)
+"""A number that float32 cannot hold is missing."""
 
 
 @lru_cache(maxsize=1 << 20)
@@ -55,7 +57,7 @@ def schema_hash(schema: records_pb2.FeatureSchema) -> str:
 
 def rating_bucket(ratings: NDArray[np.floating]) -> NDArray[np.int64]:
     """Half-star bucket of ratings, 1 to 20; 0 is left to padding."""
-    return np.clip(np.rint(np.nan_to_num(ratings) * 2), 1, MAX_RATING_BUCKET).astype(np.int64)
+    return np.rint(np.clip(np.nan_to_num(ratings), 0.5, MAX_RATING_BUCKET / 2) * 2).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,11 @@ class History:
     ratings: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        """Check alignment."""
+        """Check alignment and that ids can be stored."""
         if len(self.item_ids) != len(self.ratings):
             raise InputError(f"a history has {len(self.item_ids)} items but {len(self.ratings)} ratings: send as many")
+        if any("\0" in item for item in self.item_ids):
+            raise InputError("an item id of a history contains a NUL character: remove it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class FeatureLayout:
                 for feature in self.features
             ]
         )
+        self._record = np.dtype([("header", HEADER), ("row", self.row_dtype)])
 
     @cached_property
     def missing(self) -> NDArray[np.void]:
@@ -125,7 +130,7 @@ class FeatureLayout:
         if feature.type == NUMERIC:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise InputError(f"feature {feature.name!r} is numeric: send a number, not {value!r}")
-            return np.asarray(value, dtype=np.float32)
+            return np.asarray(value if abs(value) <= LARGEST else np.nan, dtype=np.float32)
         strings = [value] if isinstance(value, str) else value
         if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
             raise InputError(f"feature {feature.name!r} is categorical: send strings, not {value!r}")
@@ -141,18 +146,9 @@ class FeatureLayout:
         """The store part of one entity: header, row [1] and, for users, the history."""
         body = row.tobytes()
         if history is not None:
-            ids = "\0".join(history.item_ids).encode()
             count = np.uint32(len(history.item_ids)).tobytes()
-            body += count + np.asarray(history.ratings, dtype="<f4").tobytes() + ids
+            body += count + np.asarray(history.ratings, dtype="<f4").tobytes() + "\0".join(history.item_ids).encode()
         return Header(0, len(body), fingerprint(self.schema_hash), written_at_ms, NEVER).pack() + body
-
-    def _payload(self, blob: bytes) -> tuple[Header, memoryview]:
-        header = read_header(blob)
-        if header.fingerprint != fingerprint(self.schema_hash) or header.width < self.row_dtype.itemsize:
-            raise IntegrityError(
-                f"a features record is not of schema {self.schema_hash}: publish features again for this release"
-            )
-        return header, memoryview(blob)[HEADER.itemsize :]
 
     def decode_user(self, blob: bytes | None) -> UserFeatures:
         """Decode one user's store part; None gives missing features and an empty history.
@@ -162,13 +158,21 @@ class FeatureLayout:
         """
         if blob is None:
             return UserFeatures(self.missing, History((), np.zeros(0, np.float32)), 0)
-        header, payload = self._payload(blob)
-        size = self.row_dtype.itemsize
-        row = np.frombuffer(payload, dtype=self.row_dtype, count=1)
-        count = int(np.frombuffer(payload, dtype="<u4", count=1, offset=size)[0])
-        ratings = np.frombuffer(payload, dtype="<f4", count=count, offset=size + 4)
-        ids = bytes(payload[size + 4 + 4 * count :]).decode()
-        return UserFeatures(row, History(tuple(ids.split("\0")) if count else (), ratings), header.written_at_ms)
+        header = read_header(blob)
+        if header.fingerprint != fingerprint(self.schema_hash):
+            raise IntegrityError(
+                f"a user features record is not of schema {self.schema_hash}: publish features again for this release"
+            )
+        at = self._record.itemsize
+        try:
+            row = np.frombuffer(blob, dtype=self._record, count=1)["row"]
+            count = int(np.frombuffer(blob, dtype="<u4", count=1, offset=at)[0])
+            ratings = np.frombuffer(blob, dtype="<f4", count=count, offset=at + 4)
+            ids = blob[at + 4 + 4 * count :].decode()
+            history = History(tuple(ids.split("\0")) if count else (), ratings)
+        except (ValueError, InputError) as error:
+            raise IntegrityError(f"a user features record is corrupt ({error}): publish features again") from error
+        return UserFeatures(row, history, header.written_at_ms)
 
     def decode_items(self, blobs: Sequence[bytes | None]) -> NDArray[np.void]:
         """Decode many items' store parts into rows [n] (writable); None gives a missing row.
@@ -180,11 +184,12 @@ class FeatureLayout:
         present = [i for i, blob in enumerate(blobs) if blob is not None]
         if present:
             found = [blob for blob in blobs if blob is not None]
-            layout = np.dtype([("header", HEADER), ("row", self.row_dtype)])
-            if any(len(blob) != layout.itemsize for blob in found):
+            if any(len(blob) != self._record.itemsize for blob in found):
                 raise IntegrityError("an item features record has the wrong size: publish features again")
-            records = np.frombuffer(b"".join(found), dtype=layout)
-            if (records["header"]["fingerprint"] != fingerprint(self.schema_hash)).any():
+            records = np.frombuffer(b"".join(found), dtype=self._record)
+            header = records["header"]
+            mine = (header["magic"] == MAGIC) & (header["layout"] == LAYOUT)
+            if not (mine & (header["fingerprint"] == fingerprint(self.schema_hash))).all():
                 raise IntegrityError(
                     f"an item features record is not of schema {self.schema_hash}: publish features again"
                 )
@@ -260,9 +265,11 @@ class FeatureEncoder:
             column = rows[feature.name]
             if feature.type == NUMERIC:
                 encoding = self._encodings[feature.entity, feature.name]
-                absent = ~np.isfinite(column)
+                with np.errstate(over="ignore"):  # a number too large for float32 is as good as infinite: missing
+                    standard = (column - encoding.mean) / encoding.scale
+                absent = ~np.isfinite(standard)
                 missing += int(absent.sum())
-                numbers.append(np.where(absent, 0.0, (column - encoding.mean) / encoding.scale)[:, None])
+                numbers.append(np.where(absent, 0.0, standard)[:, None])
             else:
                 categories.append(self._vocabularies[feature.entity, feature.name].lookup(column))
         zero = np.zeros((len(rows), 1))

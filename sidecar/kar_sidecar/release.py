@@ -11,27 +11,39 @@
   vectors/{user,item}_encoded.npy    [n, D]
   knowledge/{user,item}.jsonl        KnowledgeRecord as JSON, one a line
   triton/{cpu,gpu}/<model>/          Triton repository; names end in the release id
+  triton/files.json                  Manifest with only the id and the files of triton/, which carry the id themselves
 <releases>/active                    the id that serving starts with
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from google.protobuf import json_format
-from kar.records.v1 import records_pb2
 from numpy.typing import NDArray
 
+from kar.records.v1 import records_pb2
 from kar_sidecar.errors import IntegrityError, NotFoundError, PreconditionError
 from kar_sidecar.features import FeatureEncoder, FeatureLayout, schema_hash
 from kar_sidecar.store import ITEM, USER
 
-__all__ = ["Release", "file_sha256", "list_releases", "manifest_id", "read_active", "write_active"]
+__all__ = [
+    "MANIFEST",
+    "RENDERED",
+    "Release",
+    "file_sha256",
+    "list_files",
+    "list_releases",
+    "manifest_id",
+    "read_active",
+    "write_active",
+]
 
 MANIFEST = "manifest.json"
+RENDERED = "triton/files.json"
 ACTIVE = "active"
 
 
@@ -39,6 +51,16 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, lower-case hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(folder: Path, paths: Iterable[Path]) -> list[records_pb2.FileEntry]:
+    """Manifest entries of files below a release folder, sorted by path."""
+    return [
+        records_pb2.FileEntry(
+            path=path.relative_to(folder).as_posix(), sha256=file_sha256(path), bytes=path.stat().st_size
+        )
+        for path in sorted(paths)
+    ]
 
 
 def manifest_id(manifest: records_pb2.Manifest) -> str:
@@ -52,7 +74,7 @@ def manifest_id(manifest: records_pb2.Manifest) -> str:
 
 def list_releases(releases: Path) -> list[str]:
     """Ids of the releases below a folder, oldest first."""
-    manifests = sorted(releases.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    manifests = sorted(releases.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
     return [path.parent.name for path in manifests]
 
 
@@ -75,6 +97,13 @@ def write_active(releases: Path, release_id: str) -> None:
     draft.replace(releases / ACTIVE)
 
 
+def _read_manifest(path: Path) -> records_pb2.Manifest:
+    try:
+        return json_format.Parse(path.read_text(), records_pb2.Manifest())
+    except (OSError, json_format.ParseError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{path} is not a readable manifest: {error}; export the release again") from error
+
+
 @dataclass(frozen=True)
 class Release:
     """A verified release. Construct with `Release.load`."""
@@ -95,16 +124,14 @@ class Release:
         if not path.is_file():
             known = ", ".join(list_releases(releases)) or "none"
             raise NotFoundError(f"release {release_id!r} is not below {releases} (known: {known})")
-        try:
-            manifest = json_format.Parse(path.read_text(), records_pb2.Manifest())
-        except (json_format.ParseError, UnicodeDecodeError) as error:
-            raise IntegrityError(f"{path} is not a release manifest: {error}; export the release again") from error
+        manifest = _read_manifest(path)
         if manifest.release_id != release_id or manifest_id(manifest) != release_id:
             raise IntegrityError(f"{path} was changed after export: export the release again")
         if schema_hash(manifest.feature_schema) != manifest.feature_schema_hash:
             raise IntegrityError(f"{path} names another feature schema than it holds: export the release again")
         if verify:
-            for entry in manifest.files:
+            rendered = _read_manifest(folder / RENDERED) if (folder / "triton").is_dir() else records_pb2.Manifest()
+            for entry in (*manifest.files, *rendered.files):
                 file = folder / entry.path
                 if not file.is_file():
                     raise IntegrityError(f"{file} is missing: export the release again")

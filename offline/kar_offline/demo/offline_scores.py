@@ -32,9 +32,7 @@ class OfflineScorer:
         self._dataset = dataset
         self._trained: dict[str, TrainedModel] = {arm: load_trained(work, backbone, arm) for arm in ARMS}
         any_arm = self._trained["control"]
-        self._encoded: EncodedDataset = encode_dataset(
-            dataset, FeatureEncodings(any_arm.encodings, any_arm.item_ids)
-        )
+        self._encoded: EncodedDataset = encode_dataset(dataset, FeatureEncodings(any_arm.encodings, any_arm.item_ids))
         self._vectors = load_text_vectors(work / "encoding", "knowledge", dataset)
 
     @torch.no_grad()

@@ -1,11 +1,12 @@
-"""Owns the demo: runs every stage in order, says what each did, and leaves `summary.json` and `report.html`."""
+"""Owns the demo: every stage in order, one line on what each did, then `summary.json` and `report.html`."""
 
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,30 +14,159 @@ from rich.console import Console
 
 from kar_offline.dataset.movielens import build_dataset
 from kar_offline.dataset.samples import Dataset
-from kar_offline.demo.replay import replay
+from kar_offline.demo.offline_scores import OfflineScorer
+from kar_offline.demo.replay import replay, replay_table
 from kar_offline.demo.report import write_report
-from kar_offline.demo.serving import serving
+from kar_offline.demo.serving import ServingAddresses, serving
 from kar_offline.encode import encode
-from kar_offline.evaluate import CAVEATS, evaluate, evaluation_table
+from kar_offline.encode.huggingface import mini_lm
+from kar_offline.evaluate import evaluate, evaluation_table
 from kar_offline.export import export
-from kar_offline.generate import generate
+from kar_offline.generate import Pack, generate
+from kar_offline.models import BACKBONES
 from kar_offline.prompts import render_prompts
 from kar_offline.publish import publish
 from kar_offline.stage import StageResult
-from kar_offline.train import train
+from kar_offline.train import ARMS
+from kar_offline.train.command import train_with_progress
+from kar_offline.train.fit import TrainSettings
 from kar_sidecar.release import Release, read_active
 
-__all__ = ["BACKBONES", "SUMMARY", "run_demo"]
+__all__ = ["REPORT", "SEED", "SUMMARY", "rank", "run_demo"]
 
-BACKBONES: Final = ("dcnv2", "din")
+PACK: Final = "ml-100k"
+SEED: Final = 7
+"""Of the sampled candidates and of the bootstrap online."""
 SUMMARY: Final = "summary.json"
 REPORT: Final = "report.html"
+SERVED: Final = "dcnv2"
+"""The backbone whose release the demo serves; the other one's lies beside it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One stage of the demo: what to run, and how to say what came out."""
+def rank(
+    work: Path, address: ServingAddresses | None, *, requests: int, candidates: int, seed: int, console: Console
+) -> dict[str, Any]:
+    """Measure the active release online (`replay`); without `address`, on a `kar serve` of its own.
 
-    name: str
-    run: Callable[[], StageResult]
-    say: Callable[[Mapping[str, Any]], str]
+    Raises:
+        PreconditionError: an earlier stage is missing.
+        UnavailableError: serving does not answer.
+    """
+    release = Release.load(work / "releases", read_active(work / "releases"), verify=False)
+    dataset = Dataset.load(work / "dataset")
+    offline = OfflineScorer(dataset, release.model("knowledge").backbone, work)
+    with ExitStack() as stack:
+        if address is None:
+            with console.status("starting Triton and the sidecar"):
+                address = stack.enter_context(serving(work))
+        return replay(dataset, offline, address, requests=requests, candidates=candidates, seed=seed, console=console)
+
+
+class _Walk:
+    """The stages so far: prints a line for each and remembers it for the summary."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.rows: list[dict[str, Any]] = []
+
+    def step(
+        self, name: str, run: Callable[[], StageResult], say: Callable[[Mapping[str, Any]], str]
+    ) -> Mapping[str, Any]:
+        """Run one stage and tell what came out; returns its report."""
+        began = time.perf_counter()
+        with self._console.status(f"{name} ..."):
+            result = run()
+        self.tell(name, result.ran, time.perf_counter() - began, say(result.report))
+        return result.report
+
+    def tell(self, name: str, ran: bool, seconds: float, said: str) -> None:
+        """Print and remember one stage."""
+        self.rows.append({"name": name, "ran": ran, "seconds": seconds})
+        state = f"{seconds:.1f} s" if ran else "up to date"
+        self._console.print(f"[bold]{name:>13}[/]  {state:>10}  {said}", highlight=False, soft_wrap=True)
+
+
+def run_demo(work: Path, *, users: int | None, requests: int, candidates: int, console: Console) -> dict[str, Any]:
+    """Run every stage below `work`, those that are up to date excepted; returns what `summary.json` holds.
+
+    Args:
+        work: The work folder.
+        users: Keep only so many users, for a quick trial; None: all.
+        requests: Requests that latency is measured over.
+        candidates: Candidates of a request.
+        console: Where progress and results are shown.
+    """
+    began = time.perf_counter()
+    walk = _Walk(console)
+    data = walk.step(
+        "dataset",
+        lambda: build_dataset(work, users),
+        lambda r: (
+            f"{r['samples']:,} samples, {r['positive_ratio']:.2%} positive, {r['users']} users, from {r['source']}"
+        ),
+    )
+    walk.step(
+        "prompts",
+        lambda: render_prompts(work),
+        lambda r: ", ".join(f"{n:,} {kind}" for kind, n in r["prompts"].items()),
+    )
+    walk.step(
+        "generate",
+        lambda: generate(work, Pack.load(PACK)),
+        lambda r: f"{r['records']:,} texts from the released {r['source']}: no language model was called",
+    )
+    walk.step(
+        "encode",
+        lambda: encode(work, mini_lm(), console=console),
+        lambda r: f"{r['encoded']:,} texts encoded, {r['reused']:,} reused, by {r['encoder_id']}",
+    )
+    walk.step(
+        "train",
+        lambda: train_with_progress(work, list(BACKBONES), list(ARMS), TrainSettings(), 2, console),
+        lambda r: f"{len(r['runs'])} models: {', '.join(BACKBONES)}, each with {', '.join(ARMS)}",
+    )
+    quality = walk.step("evaluate", lambda: evaluate(work), lambda r: f"{r['test']['samples']:,} test samples")
+    console.print(evaluation_table(quality))
+    for backbone in BACKBONES:
+        exported = walk.step(
+            f"export {backbone}",
+            partial(export, work, backbone, activate=backbone == SERVED),
+            lambda r: f"release {r['release_id']}{', active' if r['active'] else ''}, {r['bytes'] / 1e6:.1f} MB",
+        )
+        walk.step(
+            "publish",
+            partial(publish, work, exported["release_id"], f"lmdb:{work / 'store'}"),
+            lambda r: f"{r['users']:,} users and {r['items']:,} items in {r['store']}",
+        )
+    with console.status("serve and rank ..."):
+        ranked_at = time.perf_counter()
+        online = rank(work, None, requests=requests, candidates=candidates, seed=SEED, console=console)
+    walk.tell("serve, rank", True, time.perf_counter() - ranked_at, "through Triton and the gRPC sidecar")
+    console.print(replay_table(online))
+    summary = {
+        "dataset": "MovieLens-100K",
+        "samples": data["samples"],
+        "positive_ratio": data["positive_ratio"],
+        "release_id": read_active(work / "releases"),
+        **{name: quality[name] for name in ("auc", "logloss", "gauc", "intervals", "caveats")},
+        **online,
+        "stages": walk.rows,
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}",
+        "seconds": time.perf_counter() - began,
+    }
+    (work / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    write_report(summary, work / REPORT)
+    _say_what_next(work, summary["seconds"], console)
+    return summary
+
+
+def _say_what_next(work: Path, seconds: float, console: Console) -> None:
+    console.print(
+        f"\nDone in {seconds:.0f} s. Look at [bold]{work / REPORT}[/] and {work / SUMMARY}; every stage's folder lies "
+        f"in {work}.\nTry next:\n"
+        f"  kar prompts --show 2 --work {work}             what a language model would be asked\n"
+        f"  kar generate --llm local --limit 3 --work {work}   ask one, here (and see why checks are needed)\n"
+        f"  kar serve --work {work}                        then the five-line client of the README",
+        highlight=False,
+        soft_wrap=True,
+    )

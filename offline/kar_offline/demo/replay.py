@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.request import urlopen
@@ -11,7 +11,9 @@ from urllib.request import urlopen
 import grpc
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console, Group
 from rich.progress import track
+from rich.table import Table
 
 from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 from kar.records.v1 import records_pb2
@@ -21,7 +23,7 @@ from kar_offline.demo.traffic import Slate, slates
 from kar_offline.evaluate.metrics import auc, paired_bootstrap
 from kar_sidecar.errors import UnavailableError
 
-__all__ = ["ServingAddresses", "replay", "triton_inferences"]
+__all__ = ["ServingAddresses", "replay", "replay_table", "triton_inferences"]
 
 EXPERIMENT: Final = "knowledge"
 ARMS: Final = ("control", "knowledge")
@@ -86,12 +88,16 @@ class _Measured:
 
 
 def _measure(
-    stub: ranking_pb2_grpc.RankingServiceStub, dataset: Dataset, traffic: Sequence[Slate], offline: OfflineScorer
+    stub: ranking_pb2_grpc.RankingServiceStub,
+    dataset: Dataset,
+    traffic: Sequence[Slate],
+    offline: OfflineScorer,
+    console: Console,
 ) -> _Measured:
     users, labels = [], []
     scores: dict[str, list[NDArray]] = {arm: [] for arm in ARMS}
     difference = 0.0
-    for slate in track(traffic, "rank: both arms, every test user", transient=True):
+    for slate in track(traffic, "rank: both arms, every test user", console=console, transient=True):
         for arm in ARMS:
             response = stub.Rank(_request(dataset, slate, arm), timeout=TIMEOUT_S)
             if response.reason:
@@ -118,6 +124,7 @@ def replay(
     requests: int,
     candidates: int,
     seed: int,
+    console: Console,
 ) -> dict[str, Any]:
     """Rank every test user's slate in both arms, then time `requests` requests with arms split by the user's hash.
 
@@ -129,11 +136,11 @@ def replay(
     traffic = list(slates(dataset, size=candidates, seed=seed))
     with grpc.insecure_channel(serving.grpc) as channel:
         stub = ranking_pb2_grpc.RankingServiceStub(channel)
-        measured = _measure(stub, dataset, traffic, offline)
+        measured = _measure(stub, dataset, traffic, offline, console)
         before = triton_inferences(serving.triton_metrics)
         tally, latencies_ms, arms = _Tally(), [], Counter[str]()
         stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
-        for number in track(range(requests), "rank: latency", transient=True):
+        for number in track(range(requests), "rank: latency", console=console, transient=True):
             request = _request(dataset, traffic[number % len(traffic)], None)
             began = time.perf_counter()
             try:
@@ -173,3 +180,32 @@ def replay(
             "triton_inferences": scored,
         },
     }
+
+
+def replay_table(report: Mapping[str, Any]) -> Group:
+    """What `replay` measured, ready to print."""
+    online, serve = report["online"], report["serve"]
+    quality = Table(title=f"online: {online['labelled_rows']:,} labelled rows of {online['users']} test users")
+    quality.add_column("arm")
+    quality.add_column("AUC", justify="right")
+    for arm, value in online["auc"].items():
+        quality.add_row(arm, f"{value:.4f}")
+    interval = online["knowledge_minus_control"]
+    mean, low, high = (f"{interval[key]:+.4f}" for key in ("mean", "low", "high"))
+    quality.add_row("knowledge - control", f"{mean} [{low}, {high}]")
+    latency = Table(
+        title=f"latency in ms, {serve['requests']:,} requests of {serve['candidates']} candidates, one client"
+    )
+    latency.add_column("stage")
+    for percentile in ("p50", "p95", "p99"):
+        latency.add_column(percentile, justify="right")
+    rows = {**serve["stages"], "client sees": serve}
+    for stage, values in rows.items():
+        latency.add_row(stage, *(f"{values[f'{percentile}_ms']:.2f}" for percentile in ("p50", "p95", "p99")))
+    return Group(
+        quality,
+        f"largest difference between online and offline scores: {online['max_score_difference']:.1e}",
+        latency,
+        f"errors {serve['errors']}; rungs {serve['levels']}; knowledge of users and items {serve['entity_levels']}; "
+        f"arms {serve['arms']}; Triton counted {serve['triton_inferences']:,} inferences",
+    )

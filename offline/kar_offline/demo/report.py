@@ -31,7 +31,9 @@ def plot_auc(auc: Mapping[str, Mapping[str, float]]) -> Figure:
             if arm in arms:
                 at = position + (number - 1) * width
                 axes.bar(at, arms[arm], width * 0.92, color=colour, label=arm if position == 0 else None)
-                axes.annotate(f"{arms[arm]:.4f}", (at, arms[arm]), (0, 2), textcoords="offset points", ha="center", size=8)
+                axes.annotate(
+                    f"{arms[arm]:.4f}", (at, arms[arm]), (0, 2), textcoords="offset points", ha="center", size=8
+                )
     axes.set_ylim(low - margin, high + 2 * margin)
     axes.set_xticks(range(len(auc)), list(auc))
     axes.set_ylabel("AUC on test users (axis is cut)")
@@ -70,7 +72,9 @@ def _image(figure: Figure) -> str:
 def write_report(summary: Mapping[str, Any], path: Path) -> None:
     """Write the page of one demo run; `summary` is what `summary.json` holds."""
     template = resources.files(__package__).joinpath("report.html.j2").read_text()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     with matplotlib.rc_context({"svg.hashsalt": "kar"}):
         page = environment.from_string(template).render(
             summary=summary,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from kar_offline.demo.replay import ServingAddresses
-from kar_sidecar.errors import UnavailableError
+from kar_sidecar.errors import InputError, UnavailableError
 
 __all__ = ["read_ready_file", "serving"]
 
@@ -21,9 +21,16 @@ POLL_S: Final = 0.1
 
 
 def read_ready_file(path: Path) -> ServingAddresses:
-    """Where a running `kar serve --ready-file` answers."""
-    ready = json.loads(path.read_text())
-    return ServingAddresses(ready["grpc"], ready["triton_metrics"])
+    """Where a running `kar serve --ready-file` answers.
+
+    Raises:
+        InputError: it is not such a file, or nothing is ready.
+    """
+    try:
+        ready = json.loads(path.read_text())
+        return ServingAddresses(ready["grpc"], ready["triton_metrics"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is no ready file of a running `kar serve` ({error}): start one") from error
 
 
 @contextmanager

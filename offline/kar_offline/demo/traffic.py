@@ -39,5 +39,3 @@ def slates(dataset: Dataset, *, size: int, seed: int) -> Iterator[Slate]:
         missing = min(max(0, size - len(shown)), len(unrated))
         padding = generator.choice(unrated, missing, replace=False)
         yield Slate(int(user), np.concatenate([shown, padding]), dataset.labels[later])
-
-

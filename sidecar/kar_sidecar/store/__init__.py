@@ -5,7 +5,18 @@ from typing import NamedTuple, Protocol
 
 from kar.records.v1 import records_pb2
 
-__all__ = ["FEATURES", "ITEM", "TEXT", "USER", "EntityKey", "Record", "Store", "vector_part"]
+__all__ = [
+    "FEATURES",
+    "ITEM",
+    "TEXT",
+    "USER",
+    "EntityKey",
+    "Record",
+    "Store",
+    "schema_meta",
+    "space_meta",
+    "vector_part",
+]
 
 USER = int(records_pb2.ENTITY_KIND_USER)
 ITEM = int(records_pb2.ENTITY_KIND_ITEM)
@@ -17,6 +28,16 @@ TEXT = "text"
 def vector_part(space_id: str) -> str:
     """Name of the record part that holds vectors of one space (12 hexadecimal digits)."""
     return f"v{space_id}"
+
+
+def space_meta(space_id: str) -> str:
+    """Name of the meta value that says that a vector space is completely published."""
+    return f"space:{space_id}"
+
+
+def schema_meta(schema_hash: str) -> str:
+    """Name of the meta value that says that features of a schema are completely published."""
+    return f"schema:{schema_hash}"
 
 
 class EntityKey(NamedTuple):
@@ -50,7 +71,8 @@ class Store(Protocol):
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
         """Write one part of many entities, leaving their other parts alone; returns how many were written.
 
-        With `newer_only`, a record is kept when its header's `written_at` is not older than the new one's.
+        With `newer_only`, a record is kept when its header's `written_at` is not older than the new one's; texts,
+        which have no header, cannot be written so. Of several records of one key the last one counts.
         """
         ...
 
@@ -62,8 +84,8 @@ class Store(Protocol):
         """Read a small named value that belongs to the store as a whole."""
         ...
 
-    def write_meta(self, name: str, value: bytes) -> None:
-        """Write a small named value, replacing it."""
+    def write_meta(self, name: str, value: bytes | None) -> None:
+        """Write a small named value, replacing it; None removes it."""
         ...
 
     def close(self) -> None:

@@ -1,22 +1,36 @@
 """Owns the bytes of a store record's parts: one fixed header, then numbers that `np.frombuffer` reads in place.
 
-Every part starts with `HEADER` (32 bytes, little-endian). A vector part goes on with `dim` float32 or float16
-values, a features part with the schema's packed row (`FeatureLayout`), for users followed by their history. The
-fingerprint is the vector space or the feature schema that the payload belongs to; another one is refused.
+Every part but a text (a serialised KnowledgeRecord) starts with `HEADER` (32 bytes, little-endian). A vector part
+goes on with `dim` float32 or float16 values, a features part with the schema's packed row (`FeatureLayout`), for
+users followed by their history. The fingerprint is the vector space or the feature schema that the payload belongs
+to; another one is refused.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from kar.records.v1 import records_pb2
 from numpy.typing import NDArray
 
+from kar.records.v1 import records_pb2
 from kar_sidecar.errors import IntegrityError
+from kar_sidecar.store import EntityKey
 
-__all__ = ["HEADER", "NEVER", "Header", "VectorBatch", "decode_vectors", "encode_vectors", "now_ms", "read_header"]
+__all__ = [
+    "HEADER",
+    "NEVER",
+    "Header",
+    "VectorBatch",
+    "decode_vectors",
+    "encode_vectors",
+    "fingerprint",
+    "in_batches",
+    "is_newer",
+    "now_ms",
+    "read_header",
+]
 
 MAGIC: Final = 0x4B41  # "KA"
 LAYOUT: Final = 1
@@ -66,7 +80,7 @@ class Header:
         return np.array([row], dtype=HEADER).tobytes()
 
 
-def read_header(blob: bytes) -> Header:
+def read_header(blob: bytes | memoryview) -> Header:
     """Parse the header of one part.
 
     Raises:
@@ -78,6 +92,23 @@ def read_header(blob: bytes) -> Header:
     if row["magic"] != MAGIC or row["layout"] != LAYOUT or len(blob) != HEADER.itemsize + row["width"]:
         raise IntegrityError("a store record is not in this version's layout: publish it again")
     return Header(*(int(row[name]) for name in ("level", "width", "fingerprint", "written_at_ms", "expires_at_ms")))
+
+
+def is_newer(blob: bytes, stored: bytes | memoryview | None) -> bool:
+    """Whether `blob` was true later than the part that is stored, as `Store.write(newer_only=True)` asks."""
+    return stored is None or read_header(blob).written_at_ms > read_header(stored).written_at_ms
+
+
+def in_batches(records: Iterable[tuple[EntityKey, bytes]], size: int) -> Iterator[dict[EntityKey, bytes]]:
+    """Cut a stream into batches of at most `size` records; a key that comes again starts a new batch."""
+    batch: dict[EntityKey, bytes] = {}
+    for key, blob in records:
+        if len(batch) == size or key in batch:
+            yield batch
+            batch = {}
+        batch[key] = blob
+    if batch:
+        yield batch
 
 
 def encode_vectors(

@@ -1,0 +1,99 @@
+"""Owns the evaluation stage: every trained model on the test users, side by side, with intervals.
+
+Nothing else reads the test split: models are chosen on validation users.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from kar_sidecar.errors import PreconditionError
+from numpy.typing import NDArray
+
+from kar_offline.dataset.samples import TEST, Dataset
+from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
+from kar_offline.models import BACKBONES
+from kar_offline.stage import StageResult, run_stage
+from kar_offline.train.checkpoint import ARMS, TEXT_SOURCES, load_trained, run_folder
+from kar_offline.train.features import FeatureEncodings, encode_dataset
+from kar_offline.train.fit import predict_logits
+from kar_offline.train.vectors import load_text_vectors
+
+__all__ = ["CAVEATS", "EVALUATION", "NEUTRAL", "evaluate"]
+
+EVALUATION: Final = "evaluation.json"
+NEUTRAL: Final = "neutral"
+"""The knowledge model when no user and no item has knowledge: the rung that serving falls back to."""
+VERSION: Final = 1
+CAVEATS: Final = (
+    "The writer of the knowledge pack knew the films' later reputation and may have seen MovieLens.",
+    "Users are split between training and test, time is not: test ratings may be older than training ratings.",
+    "One split and one seed: intervals cover the choice of test users, not of seeds.",
+)
+
+
+def _scores(work: Path, dataset: Dataset, backbone: str, arm: str) -> dict[str, NDArray]:
+    """Probabilities of one run on the test samples, for `knowledge` also without any knowledge."""
+    trained = load_trained(work, backbone, arm)
+    data = encode_dataset(dataset, FeatureEncodings(trained.encodings, trained.item_ids))
+    samples, model = data.samples(TEST), trained.model
+    vectors = {arm: load_text_vectors(work / "encoding", TEXT_SOURCES[arm], dataset) if arm in TEXT_SOURCES else None}
+    if arm == "knowledge" and (known := vectors[arm]) is not None:
+        vectors[NEUTRAL] = known.neutral()
+    return {row: torch.sigmoid(predict_logits(model, data, samples, v)).numpy() for row, v in vectors.items()}
+
+
+def _evaluate(work: Path, backbones: Sequence[str], *, seed: int, resamples: int) -> dict[str, Any]:
+    dataset = Dataset.load(work / "dataset")
+    events = dataset.samples(TEST)
+    if not len(events):
+        raise PreconditionError("the dataset has no test users: build it with more users")
+    labels, users = dataset.labels[events], dataset.event_user[events]
+    report: dict[str, Any] = {name: {} for name in ("auc", "logloss", "gauc", "calibration", "intervals")}
+    for backbone in backbones:
+        scores: dict[str, NDArray] = {}
+        for arm in ARMS:
+            scores |= _scores(work, dataset, backbone, arm)
+        report["auc"][backbone] = {row: auc(labels, p) for row, p in scores.items()}
+        report["logloss"][backbone] = {row: logloss(labels, p) for row, p in scores.items()}
+        report["gauc"][backbone] = {row: gauc(labels, p, users) for row, p in scores.items()}
+        report["calibration"][backbone] = {row: float(p.mean() / labels.mean()) for row, p in scores.items()}
+        report["intervals"][backbone] = {
+            f"{ours}_minus_{theirs}": paired_bootstrap(
+                labels, scores[ours], scores[theirs], users, seed=seed, resamples=resamples
+            )
+            for ours, theirs in (
+                ("knowledge", "control"),
+                ("knowledge", "raw_text"),
+                ("raw_text", "control"),
+                (NEUTRAL, "control"),
+            )
+        }
+    test_users = int((dataset.user_split == TEST).sum())
+    return {**report, "test": {"users": test_users, "samples": len(labels)}, "caveats": list(CAVEATS)}
+
+
+def evaluate(
+    work: Path, backbones: Sequence[str] = tuple(BACKBONES), *, seed: int = 0, resamples: int = 1000
+) -> StageResult:
+    """Write `work`/evaluation/evaluation.json, which is also the stage's report.
+
+    It holds `auc`, `logloss` (nats), `gauc` and `calibration` (mean prediction over mean label) as
+    {backbone: {control, raw_text, knowledge, neutral}}, `intervals` as {backbone: {"a_minus_b": Interval}} of AUC
+    differences, the size of the test split and the caveats.
+
+    Raises:
+        PreconditionError: a model is not trained yet, or there are no test users.
+    """
+    runs = {f"{backbone}_{arm}": run_folder(work, backbone, arm) for backbone in backbones for arm in ARMS}
+    inputs: Mapping[str, Path] = {"dataset": work / "dataset", "encoding": work / "encoding", **runs}
+
+    def build(draft: Path) -> dict[str, Any]:
+        report = _evaluate(work, backbones, seed=seed, resamples=resamples)
+        (draft / EVALUATION).write_text(json.dumps(report, indent=2) + "\n")
+        return report
+
+    params = {"backbones": list(backbones), "seed": seed, "resamples": resamples}
+    return run_stage("evaluate", work / "evaluation", build, inputs=inputs, params=params, version=VERSION)

@@ -1,0 +1,245 @@
+"""Owns how a release is built from the work folder; its layout is in `kar_sidecar.release`.
+
+The release id is the hash of the manifest, and the manifest holds the hash of every file but those below `triton/`:
+model names there carry the id, so they are rendered when it is known, and listed in `triton/files.json`. Nothing
+that is hashed depends on the time or on the number of cores: the same work folder gives the same id.
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from itertools import compress
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from google.protobuf import json_format
+
+from kar.records.v1 import records_pb2
+from kar_kernels import HybridExpertAdaptor
+from kar_model_repository.render import TARGETS, Backbone, Sizes, render
+from kar_offline.dataset.samples import Dataset, Entity
+from kar_offline.models.onnx import export_onnx
+from kar_offline.stage import StageResult
+from kar_offline.train.checkpoint import TrainedModel, load_trained
+from kar_offline.train.vectors import TextVectors, load_text_vectors
+from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError
+from kar_sidecar.features import schema_hash
+from kar_sidecar.release import (
+    ACTIVE,
+    MANIFEST,
+    RENDERED,
+    Release,
+    file_sha256,
+    list_files,
+    manifest_id,
+    write_active,
+)
+
+__all__ = ["export"]
+
+DTYPE: Final = "float32"
+CHUNK_ROWS: Final = 4096
+KINDS: Final = ("user", "item")
+ADAPTOR: Final = "adaptor_{release}"
+
+
+def export(
+    work: Path,
+    backbone: str,
+    *,
+    activate: bool = False,
+    cores: int | None = None,
+    now_s: Callable[[], float] = time.time,
+) -> StageResult:
+    """Make the release of one backbone below `work`/releases, unless it is there and whole.
+
+    Args:
+        work: Holds `dataset`, `knowledge`, `encoding` and `training`.
+        backbone: A trained backbone, in lower case.
+        activate: Serve this release from now on; the first one is activated anyway.
+        cores: What the CPU repository may use together; default: the cores of this process.
+        now_s: Seconds since the epoch, for the manifest's creation time.
+
+    Returns:
+        The release's folder, and a report with `release_id`, `backbone`, `active`, `files` and `bytes`.
+
+    Raises:
+        PreconditionError: an earlier stage is missing.
+        IntegrityError: what the stages made is corrupt or does not belong together.
+    """
+    began = time.perf_counter()
+    knowledge, control = (load_trained(work, backbone, arm) for arm in ("knowledge", "control"))
+    dataset = Dataset.load(work / "dataset")
+    vectors = load_text_vectors(work / "encoding", "knowledge", dataset)
+    if vectors.encoder_id != knowledge.encoder_id:
+        raise IntegrityError(
+            f"{backbone} was trained on vectors of {knowledge.encoder_id}, not {vectors.encoder_id}: train it again"
+        )
+    if list(control.encodings) != list(knowledge.encodings) or control.item_ids != knowledge.item_ids:
+        raise IntegrityError(f"the two models of {backbone} read different features: train them again")
+
+    releases = work / "releases"
+    draft = releases / f".{backbone}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors)
+    manifest = _manifest(draft, knowledge, control, dataset, vectors)
+    manifest.release_id = manifest_id(manifest)
+    folder = releases / manifest.release_id
+    try:
+        Release.load(releases, manifest.release_id)
+    except (NotFoundError, IntegrityError):
+        manifest.created_at.FromNanoseconds(int(now_s() * 1e9))
+        (draft / MANIFEST).write_text(_as_json(manifest))
+        _render(draft, manifest, knowledge, dataset, vectors.dim, cores)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+        ran = True
+    else:
+        shutil.rmtree(draft)
+        ran = False
+    active = activate or not (releases / ACTIVE).is_file()
+    if active:
+        write_active(releases, manifest.release_id)
+    report = {
+        "release_id": manifest.release_id,
+        "backbone": backbone,
+        "active": active or (releases / ACTIVE).read_text().strip() == manifest.release_id,
+        "files": len(manifest.files),
+        "bytes": sum(entry.bytes for entry in manifest.files),
+    }
+    return StageResult(f"export {backbone}", folder, ran, time.perf_counter() - began, report)
+
+
+def _adaptor(knowledge: TrainedModel) -> HybridExpertAdaptor:
+    if knowledge.adaptor is None:
+        raise IntegrityError(f"the knowledge model of {knowledge.name} has no adaptor: train it again")
+    return knowledge.adaptor
+
+
+def _write_files(
+    draft: Path,
+    texts: Path,
+    knowledge: TrainedModel,
+    control: TrainedModel,
+    dataset: Dataset,
+    vectors: TextVectors,
+) -> None:
+    """Write every file that the manifest lists."""
+    for name in ("backbones", "vectors", "knowledge"):
+        (draft / name).mkdir(parents=True)
+    for trained in (knowledge, control):
+        export_onnx(trained.backbone, draft / "backbones" / f"{trained.arm}.onnx")
+    adaptor = _adaptor(knowledge)
+    adaptor.save(draft / "adaptor.safetensors")
+    _write_ids(draft / "item_ids.txt", knowledge.item_ids)
+    entities: dict[str, Sequence[Entity]] = {"user": dataset.users, "item": dataset.items}
+    for kind in KINDS:
+        present = vectors.user_present if kind == "user" else vectors.item_present
+        encoded = (vectors.user if kind == "user" else vectors.item)[present]
+        with torch.inference_mode():
+            adapted = torch.cat([adaptor.tower(rows, kind) for rows in encoded.split(CHUNK_ROWS)])
+        _write_ids(draft / "vectors" / f"{kind}_ids.txt", [entity.id for entity in compress(entities[kind], present)])
+        np.save(draft / "vectors" / f"{kind}_encoded.npy", encoded.numpy())
+        np.save(draft / "vectors" / f"{kind}_adapted.npy", adapted.numpy())
+        source = texts / f"{kind}.jsonl"
+        if not source.is_file():
+            raise PreconditionError(f"{source} does not exist: run `kar generate` first")
+        shutil.copyfile(source, draft / "knowledge" / source.name)
+    neutral = torch.stack([adaptor.neutral(kind) for kind in KINDS])
+    np.save(draft / "vectors" / "neutral.npy", neutral.detach().numpy())
+
+
+def _write_ids(path: Path, ids: Sequence[str]) -> None:
+    if any(id_.splitlines() != [id_] for id_ in ids):
+        raise InputError(f"an id is empty or holds a line break, so {path.name} cannot hold it: change the dataset")
+    path.write_text("".join(f"{id_}\n" for id_ in ids))
+
+
+def _space(*content: str, dim: int) -> records_pb2.VectorSpace:
+    space_id = hashlib.sha256("\n".join((*content, DTYPE)).encode()).hexdigest()[:12]
+    return records_pb2.VectorSpace(space_id=space_id, dim=dim, dtype=DTYPE)
+
+
+def _manifest(
+    draft: Path, knowledge: TrainedModel, control: TrainedModel, dataset: Dataset, vectors: TextVectors
+) -> records_pb2.Manifest:
+    """The manifest of the files in `draft`, without id and creation time."""
+    weights = file_sha256(draft / "adaptor.safetensors")
+    return records_pb2.Manifest(
+        dataset=dataset.name,
+        encoder_id=vectors.encoder_id,
+        prompt_versions=_prompt_versions(draft / "knowledge"),
+        adapted_space=_space(vectors.encoder_id, weights, dim=_adaptor(knowledge).out),
+        encoded_space=_space(vectors.encoder_id, dim=vectors.dim),
+        feature_schema=dataset.schema,
+        feature_schema_hash=schema_hash(dataset.schema),
+        feature_encodings=knowledge.encodings,
+        models=[_entry(knowledge, ensemble=f"{knowledge.name}_encoded_{{release}}"), _entry(control)],
+        triton_adaptor=ADAPTOR,
+        files=list_files(draft, (path for path in draft.rglob("*") if path.is_file())),
+    )
+
+
+def _entry(trained: TrainedModel, ensemble: str = "") -> records_pb2.ModelEntry:
+    validation = trained.metrics.get("validation", {})
+    return records_pb2.ModelEntry(
+        backbone=trained.name,
+        arm=trained.arm,
+        triton_model=f"{trained.name}_{trained.arm}_{{release}}",
+        triton_ensemble=ensemble,
+        metrics={f"validation.{name}": float(value) for name, value in validation.items()},
+    )
+
+
+def _prompt_versions(texts: Path) -> dict[str, str]:
+    """Versions of each template in the knowledge records, "1" or "1,2"; "unknown" ones as they are."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(texts.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            name, _, version = json_format.Parse(line, records_pb2.KnowledgeRecord()).template.partition("/")
+            found.setdefault(name, set()).add(version or "unknown")
+    return {name: ",".join(sorted(versions)) for name, versions in found.items()}
+
+
+def _render(
+    draft: Path, manifest: records_pb2.Manifest, knowledge: TrainedModel, dataset: Dataset, dim: int, cores: int | None
+) -> None:
+    """Write `triton/`: a repository for each target, and the list of its files."""
+    release, spec = Release(draft, manifest), knowledge.backbone.spec
+    sizes = Sizes(
+        history=dataset.schema.history_length,
+        user_categorical=spec.user_columns,
+        user_numeric=max(spec.user_numbers, 1),
+        item_categorical=spec.item_columns,
+        item_numeric=max(spec.item_numbers, 1),
+        knowledge=spec.knowledge,
+        encoding=dim,
+    )
+    backbones = [
+        Backbone(
+            release.triton_name(entry.triton_model),
+            draft / "backbones" / f"{entry.arm}.onnx",
+            release.triton_name(entry.triton_ensemble),
+        )
+        for entry in manifest.models
+    ]
+    files: list[Path] = []
+    for target in TARGETS:
+        files += render(
+            target,
+            draft / "triton" / target,
+            adaptor=release.triton_name(manifest.triton_adaptor),
+            adaptor_weights=draft / "adaptor.safetensors",
+            backbones=backbones,
+            sizes=sizes,
+            cores=cores,
+        )
+    rendered = records_pb2.Manifest(release_id=manifest.release_id, files=list_files(draft, files))
+    (draft / RENDERED).write_text(_as_json(rendered))
+
+
+def _as_json(manifest: records_pb2.Manifest) -> str:
+    return json_format.MessageToJson(manifest, preserving_proto_field_name=True) + "\n"

@@ -1,0 +1,48 @@
+"""Owns `kar export`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kar_offline.export.build import export as export_release
+
+__all__ = ["export"]
+
+
+def export(
+    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    backbone: Annotated[
+        list[str], typer.Option(help="Backbone to export; repeat for several.", show_default="dcnv2, din")
+    ] = ["dcnv2", "din"],  # noqa: B006 - typer reads it and does not change it
+    activate: Annotated[
+        bool, typer.Option("--activate", help="Serve the first of them from now on; the first ever is served anyway.")
+    ] = False,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="Cores that Triton and the sidecar share; default: this machine's.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+) -> None:
+    """Make a release of each backbone: manifest, ONNX models, adaptor, vectors and the Triton repositories."""
+    console = Console()
+    table = Table("backbone", "release", "active", "files", "MB", "")
+    reports = []
+    for number, name in enumerate(backbone):
+        with console.status(f"exporting {name}"):
+            result = export_release(work, name, activate=activate and number == 0, cores=cores)
+        report = result.report
+        reports.append(report)
+        table.add_row(
+            name,
+            report["release_id"],
+            "yes" if report["active"] else "no",
+            str(report["files"]),
+            f"{report['bytes'] / 1e6:.1f}",
+            f"written in {result.seconds:.1f} s" if result.ran else "up to date",
+        )
+    console.print(table)
+    if json_file:
+        json_file.write_text(json.dumps(reports, indent=2) + "\n")

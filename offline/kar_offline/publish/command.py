@@ -1,0 +1,57 @@
+"""Owns `kar publish`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kar_offline.publish.fresh import publish_features
+from kar_offline.publish.release import publish as publish_release
+from kar_sidecar.release import read_active
+
+__all__ = ["publish"]
+
+
+def publish(
+    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    release: Annotated[str | None, typer.Option(help="Release id; default: the active one.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="lmdb:PATH or aerospike:HOST:PORT/NAMESPACE/SET; default: lmdb:WORK/store."),
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Write only these fresh features and histories, one JSON object a line.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Publish again what is there; replace features of another schema.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+) -> None:
+    """Write a release into the store and the index, or fresh features into the store."""
+    console = Console()
+    release_id = release or read_active(work / "releases")
+    url = store or f"lmdb:{work / 'store'}"
+    with Progress(console=console, transient=True) as progress:
+        if features:
+            report = publish_features(work, release_id, url, features, progress=progress)
+            summary = f"{report['written']:,} of {report['records']:,} records were newer and are written to {url}"
+        else:
+            result = publish_release(work, release_id, url, force=force, progress=progress)
+            report = {**result.report, "ran": result.ran, "seconds": result.seconds}
+            summary = (
+                f"release {release_id} is in {url}: {report['users']:,} users and {report['items']:,} items"
+                if result.ran
+                else f"release {release_id} is in {url} already: nothing done (--force publishes again)"
+            )
+            if result.ran:
+                table = Table("part", "records written")
+                for part, count in report["written"].items():
+                    table.add_row(part, f"{count:,}")
+                console.print(table)
+    console.print(summary, soft_wrap=True)
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")

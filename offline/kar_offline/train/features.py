@@ -1,0 +1,133 @@
+"""Owns model input as arrays: encodings learned on training users, and every sample of a split, encoded once.
+
+The same `FeatureLayout` and `FeatureEncoder` encode requests online.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from kar.records.v1 import records_pb2
+from kar_sidecar.features import NUMERIC, PADDING, RESERVED, FeatureEncoder, FeatureLayout, rating_bucket
+from kar_sidecar.store import ITEM, USER
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kar_offline.dataset.samples import TRAIN, Dataset
+from kar_offline.models import Field, InputSpec
+
+__all__ = ["EncodedDataset", "FeatureEncodings", "Samples", "encode_dataset", "learn_features"]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureEncodings:
+    """How raw features become indices and numbers: one encoding a feature of the schema, and the item vocabulary."""
+
+    encodings: Sequence[records_pb2.FeatureEncoding]
+    item_ids: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples of one split: dataset rows [S] int64 of users and items, histories [S, L] int64, labels [S] float32."""
+
+    user: Tensor
+    item: Tensor
+    history_item: Tensor
+    history_rating: Tensor
+    label: Tensor
+
+    def __len__(self) -> int:
+        """Number of samples S."""
+        return len(self.label)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDataset:
+    """All users and items of a dataset as model input, row i of each being dataset row i."""
+
+    dataset: Dataset
+    features: FeatureEncodings
+    spec: InputSpec
+    """Sizes without knowledge."""
+    categories: Tensor
+    """[items of the vocabulary, Ic] int64 by item index."""
+    columns: dict[str, Tensor]
+    """`user_*` by user row, `item_*` by item row; names as in `kar_offline.models.inputs`."""
+
+    def samples(self, split: int) -> Samples:
+        """The samples of one split, histories as `FeatureEncoder.history` gives them."""
+        events = self.dataset.samples(split)
+        items, ratings = self.dataset.history_windows(events, int(self.dataset.schema.history_length))
+        seen = items >= 0
+        index = self.columns["item_index"].numpy()[items]
+        return Samples(
+            user=torch.from_numpy(self.dataset.event_user[events].astype(np.int64)),
+            item=torch.from_numpy(self.dataset.event_item[events].astype(np.int64)),
+            history_item=torch.from_numpy(np.where(seen, index, PADDING)),
+            history_rating=torch.from_numpy(np.where(seen, rating_bucket(ratings), PADDING)),
+            label=torch.from_numpy(self.dataset.labels[events]),
+        )
+
+    def inputs(self, samples: Samples, at: Tensor) -> dict[str, Tensor]:
+        """Model inputs of the samples numbered `at` [B], one request a candidate, without `request_of_row`."""
+        rows = {"user": samples.user[at], "item": samples.item[at]}
+        columns = {name: column[rows[name.split("_")[0]]] for name, column in self.columns.items()}
+        return {"history_item": samples.history_item[at], "history_rating": samples.history_rating[at], **columns}
+
+
+def _learn(
+    feature: records_pb2.Feature, features: Sequence[dict], rows: NDArray[np.integer]
+) -> records_pb2.FeatureEncoding:
+    present = [value for row in rows if (value := features[row].get(feature.name)) is not None]
+    encoding = records_pb2.FeatureEncoding(name=feature.name, entity=feature.entity)
+    if feature.type == NUMERIC:
+        numbers = np.array(present, dtype=np.float64)
+        numbers = numbers[np.isfinite(numbers)]
+        encoding.mean = float(numbers.mean()) if len(numbers) else 0.0
+        encoding.scale = float(numbers.std()) if len(numbers) and numbers.std() > 0 else 1.0
+    else:
+        values = ((value,) if isinstance(value, str) else value for value in present)
+        encoding.vocabulary.extend(sorted({text for value in values for text in value}))
+    return encoding
+
+
+def learn_features(dataset: Dataset) -> FeatureEncodings:
+    """Learn from training users and the items of their samples; the vocabulary has all items of their events."""
+    events = np.flatnonzero(dataset.user_split[dataset.event_user] == TRAIN)
+    rows: dict[int, NDArray[np.integer]] = {
+        USER: np.flatnonzero(dataset.user_split == TRAIN),
+        ITEM: np.unique(dataset.event_item[dataset.samples(TRAIN)]),
+    }
+    raw = {USER: [u.features for u in dataset.users], ITEM: [i.features for i in dataset.items]}
+    encodings = [_learn(f, raw[f.entity], rows[f.entity]) for f in dataset.schema.features]
+    return FeatureEncodings(encodings, [dataset.items[row].id for row in np.unique(dataset.event_item[events])])
+
+
+def encode_dataset(dataset: Dataset, features: FeatureEncodings | None = None) -> EncodedDataset:
+    """Encode every user and item with `features`, by default learned here."""
+    features = features or learn_features(dataset)
+    encoder = FeatureEncoder(dataset.schema, features.encodings, features.item_ids)
+    columns: dict[str, Tensor] = {}
+    for kind, name, entities in ((USER, "user", dataset.users), (ITEM, "item", dataset.items)):
+        layout = FeatureLayout(dataset.schema, kind)
+        rows = np.concatenate([layout.row(entity.features) for entity in entities])
+        categories, numbers, _ = encoder.rows(layout, rows)
+        columns |= {f"{name}_categorical": torch.from_numpy(categories), f"{name}_numeric": torch.from_numpy(numbers)}
+    index = torch.from_numpy(encoder.items([item.id for item in dataset.items]))
+    items = len(features.item_ids) + RESERVED
+    by_index = torch.zeros(items, columns["item_categorical"].shape[1], dtype=torch.int64)
+    known = index >= RESERVED
+    by_index[index[known]] = columns["item_categorical"][known]
+    sizes = {(e.entity, e.name): len(e.vocabulary) + RESERVED for e in features.encodings}
+
+    def fields(kind: int) -> tuple[Field, ...]:
+        chosen = (f for f in dataset.schema.features if f.entity == kind and f.type != NUMERIC)
+        return tuple(Field(sizes[f.entity, f.name], f.width) for f in chosen)
+
+    def numbers_of(kind: int) -> int:
+        return sum(f.entity == kind and f.type == NUMERIC for f in dataset.schema.features)
+
+    spec = InputSpec(items, fields(USER), fields(ITEM), numbers_of(USER), numbers_of(ITEM), knowledge=0)
+    return EncodedDataset(dataset, features, spec, by_index, {**columns, "item_index": index})

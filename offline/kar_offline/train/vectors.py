@@ -1,0 +1,66 @@
+"""Owns the text vectors that training reads: an encoding stage's arrays, checked against the dataset."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from kar_sidecar.errors import IntegrityError, PreconditionError
+from torch import Tensor
+
+from kar_offline.dataset.samples import Dataset, Entity
+
+__all__ = ["TextVectors", "load_text_vectors"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextVectors:
+    """Encoder vectors [rows, D] float32 of users and items as stored, and which rows have a text [rows] bool."""
+
+    encoder_id: str
+    user: Tensor
+    user_present: Tensor
+    item: Tensor
+    item_present: Tensor
+
+    @property
+    def dim(self) -> int:
+        """Components D."""
+        return self.user.shape[1]
+
+    def neutral(self) -> "TextVectors":
+        """The same entities without any text."""
+        absent = (torch.zeros_like(self.user_present), torch.zeros_like(self.item_present))
+        return TextVectors(self.encoder_id, self.user, absent[0], self.item, absent[1])
+
+
+def _load(folder: Path, name: str, entities: Sequence[Entity]) -> tuple[str, Tensor, Tensor]:
+    header_path, array_path = folder / f"{name}.json", folder / f"{name}.npy"
+    if not header_path.is_file():
+        raise PreconditionError(f"{header_path} does not exist: run `kar encode` first")
+    try:
+        header = json.loads(header_path.read_text())
+        vectors = np.load(array_path, allow_pickle=False)
+        ids, texts, encoder_id = header["ids"], header["text_sha256"], str(header["encoder_id"])
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"{array_path} or its header is corrupt ({error}): encode again") from error
+    if ids != [entity.id for entity in entities] or vectors.shape[0] != len(ids) or len(texts) != len(ids):
+        raise IntegrityError(f"{array_path} does not have one row for each entity of the dataset: encode again")
+    present = torch.tensor([text is not None for text in texts])
+    return encoder_id, torch.from_numpy(vectors.astype(np.float32, copy=False)), present
+
+
+def load_text_vectors(folder: Path, source: str, dataset: Dataset) -> TextVectors:
+    """Read the vectors of one text source ("knowledge" or "raw") below the encoding stage's folder.
+
+    Raises:
+        PreconditionError: not encoded yet.
+        IntegrityError: corrupt, or of another dataset or of two encoders; the text names the file.
+    """
+    encoder_id, user, user_present = _load(folder, f"{source}_user", dataset.users)
+    other_id, item, item_present = _load(folder, f"{source}_item", dataset.items)
+    if encoder_id != other_id or user.shape[1] != item.shape[1]:
+        raise IntegrityError(f"{folder} holds {source} vectors of two encoders: encode again")
+    return TextVectors(encoder_id, user, user_present, item, item_present)

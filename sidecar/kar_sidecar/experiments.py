@@ -1,0 +1,75 @@
+"""Owns who gets which arm: GrowthBook's hashing, version 2, so that its SDKs and ours agree on every ASCII user id.
+
+A user's position n in [0, 1) is fnv(str(fnv(seed + user))) mod 10000 / 10000 with fnv = 32-bit FNV-1a over UTF-8.
+Arm i owns the range [start_i, start_i + coverage * w_i), where start_i sums the weights before it: raising the
+coverage only lengthens ranges, so nobody who has an arm changes it. Hash version 1 is left out on purpose: its
+assignments are strongly correlated between experiments. Reference: https://docs.growthbook.io/lib/build-your-own.
+Beyond ASCII the SDKs differ among themselves (some hash UTF-16 code units).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["ARMS", "CONTROL", "KNOWLEDGE", "Assignment", "Experiment", "bucket_ranges", "choose", "fnv1a32", "position"]
+
+CONTROL: Final = "control"
+KNOWLEDGE: Final = "knowledge"
+ARMS: Final = (CONTROL, KNOWLEDGE)
+
+Range = tuple[float, float]
+
+
+def fnv1a32(text: str) -> int:
+    """32-bit FNV-1a hash of the UTF-8 bytes of `text`."""
+    value = 0x811C9DC5
+    for byte in text.encode():
+        value = ((value ^ byte) * 0x01000193) & 0xFFFFFFFF
+    return value
+
+
+def position(seed: str, value: str) -> float:
+    """Where `value` falls in [0, 1), in steps of 1/10000."""
+    return fnv1a32(str(fnv1a32(seed + value))) % 10_000 / 10_000
+
+
+def bucket_ranges(count: int, coverage: float = 1.0, weights: Sequence[float] | None = None) -> tuple[Range, ...]:
+    """Half-open ranges of `count` arms; coverage is clamped to [0, 1].
+
+    Weights are equal where they are missing, of another length, or sum to less than 0.99 or more than 1.01.
+    """
+    coverage = min(max(coverage, 0.0), 1.0)
+    if weights is None or len(weights) != count or not 0.99 <= sum(weights) <= 1.01:
+        weights = [1 / count] * count
+    starts = [sum(weights[:i]) for i in range(count)]
+    return tuple((start, start + coverage * weight) for start, weight in zip(starts, weights, strict=True))
+
+
+def choose(at: float, ranges: Sequence[Range]) -> int | None:
+    """Index of the first range that holds `at`; None where none does."""
+    return next((i for i, (low, high) in enumerate(ranges) if low <= at < high), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The arm that serves a user; `experiment` is empty when the hash did not decide it."""
+
+    arm: str
+    experiment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """An experiment between arms; users outside of its coverage are served by the first arm."""
+
+    key: str = "knowledge"
+    seed: str = "knowledge"
+    coverage: float = 1.0
+    weights: tuple[float, ...] | None = None
+    arms: tuple[str, ...] = ARMS
+
+    def assign(self, user_id: str) -> Assignment:
+        """The arm of a user, by hash."""
+        ranges = bucket_ranges(len(self.arms), self.coverage, self.weights)
+        arm = choose(position(self.seed, user_id), ranges)
+        return Assignment(self.arms[0], "") if arm is None else Assignment(self.arms[arm], self.key)

@@ -1,0 +1,74 @@
+"""Owns what happens around every unary call: a request id, a count, and errors turned into statuses."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import uuid4
+
+import grpc
+
+from kar_sidecar.errors import KarError
+from kar_sidecar.telemetry import Telemetry
+
+__all__ = ["CallInterceptor"]
+
+log = logging.getLogger(__name__)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Maps our errors to their status and sentence, anything else to INTERNAL without its text, which is logged."""
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        new_id: Callable[[], str] = lambda: uuid4().hex,
+    ) -> None:
+        """Count calls in `telemetry`; `clock` in seconds, `new_id` names requests that come without an id."""
+        self._telemetry = telemetry
+        self._clock = clock
+        self._new_id = new_id
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap unary handlers; streams (health's Watch, reflection) pass untouched."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        rpc = handler_call_details.method.lstrip("/")
+
+        async def call(request: Any, context: Any) -> Any:
+            began, response, status = self._clock(), None, grpc.StatusCode.INTERNAL
+            request_id = getattr(request, "request_id", "") or self._new_id()
+            if hasattr(request, "request_id"):
+                request.request_id = request_id
+            try:
+                response = await handler.unary_unary(request, context)
+                status = grpc.StatusCode.OK
+            except KarError as error:
+                status = error.status
+                await context.abort(status, str(error))
+            except grpc.aio.AbortError:  # health's own, for a service that it does not know
+                status = grpc.StatusCode.NOT_FOUND
+                raise
+            except asyncio.CancelledError:
+                status = grpc.StatusCode.CANCELLED
+                raise
+            except Exception:
+                log.exception("internal_error rpc=%s request_id=%s", rpc, request_id)
+                await context.abort(
+                    status, f"request {request_id} failed inside of the server: its log says why, report it"
+                )
+            finally:
+                self._telemetry.request(rpc, status.name, (self._clock() - began) * 1e3, response)
+            return response
+
+        return grpc.unary_unary_rpc_method_handler(
+            call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )

@@ -1,0 +1,214 @@
+"""Owns one ranking from request to response: assign, fetch, assemble, score, respond, and what to do when one fails.
+
+rung KNOWLEDGE   the model with knowledge; entities without any get neutral vectors
+rung BACKBONE    the model without, with the time that is left
+rung CALLER      the caller's own order; scores only if it sent any
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from kar.ranking.v1 import ranking_pb2
+from kar.records.v1 import records_pb2
+from numpy.typing import NDArray
+
+from kar_sidecar.assemble import Assembly, assemble, keys, nothing_read
+from kar_sidecar.errors import IntegrityError, KarError
+from kar_sidecar.experiments import CONTROL, KNOWLEDGE, Assignment
+from kar_sidecar.query import Query, assign, read_query
+from kar_sidecar.reading import call_store
+from kar_sidecar.releases import Releases, checked_scores
+from kar_sidecar.scoring import BASE_INPUTS, Scorer
+from kar_sidecar.served import ServedRelease
+from kar_sidecar.settings import Settings
+from kar_sidecar.store import Record, Store
+from kar_sidecar.store.records import now_ms
+from kar_sidecar.telemetry import Telemetry
+
+__all__ = ["Ranker"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+UNSPECIFIED: Final = records_pb2.KNOWLEDGE_LEVEL_UNSPECIFIED
+RUNGS: Final = {KNOWLEDGE: ranking_pb2.RUNG_KNOWLEDGE, CONTROL: ranking_pb2.RUNG_BACKBONE}
+
+
+@dataclass(slots=True)
+class _Course:
+    """The course of one request: when it must end, where its time went, what went wrong."""
+
+    clock: Callable[[], float]
+    ends_at_s: float
+    began_s: float
+    lap_s: float
+    laps_ms: dict[str, float] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    def left_s(self, cap_ms: float = np.inf) -> float:
+        return min(cap_ms / 1e3, self.ends_at_s - self.clock())
+
+    def lap(self, stage: str) -> None:
+        now = self.clock()
+        self.laps_ms[f"{stage}_ms"] = (now - self.lap_s) * 1e3
+        self.lap_s = now
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    scores: NDArray[np.float32]
+    arm: str
+    model: str
+
+
+class Ranker:
+    """Ranks candidates. `clock` gives seconds for deadlines and timings, `wall_ms` the time of day for expiry."""
+
+    def __init__(
+        self,
+        releases: Releases,
+        store: Store,
+        scorer: Scorer,
+        settings: Settings,
+        telemetry: Telemetry,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        wall_ms: Callable[[], int] = now_ms,
+    ) -> None:
+        """Rank with what `releases` has loaded."""
+        self._releases = releases
+        self._store = store
+        self._scorer = scorer
+        self._settings = settings
+        self._experiment = settings.experiment.build()
+        self._telemetry = telemetry
+        self._clock = clock
+        self._wall_ms = wall_ms
+
+    async def rank(self, request: ranking_pb2.RankRequest, left_s: float | None = None) -> ranking_pb2.RankResponse:
+        """Answer one request within `left_s` seconds (None: no deadline), whatever fails meanwhile.
+
+        Raises:
+            InputError: the request is malformed.
+            PreconditionError: it names a release that is not loaded.
+        """
+        began = self._clock()
+        ends = np.inf if left_s is None else began + left_s - self._settings.deadline_margin_ms / 1e3
+        course = _Course(self._clock, ends, began, began)
+        served = self._releases.get(request.release_id)
+        query = read_query(request, served, self._settings.max_candidates)
+        assignment = assign(request.experiment_overrides, self._experiment, query.user_id)
+        course.lap("assign")
+        assembly = scored = None
+        if course.left_s() > 0:
+            parts = served.parts(assignment.arm)
+            records = await self._fetch(query, parts, course)
+            course.lap("fetch")
+            assembly = self._assemble(query, served, parts, records, course)
+            course.lap("assemble")
+            scored = await self._score(served, assignment.arm, assembly, course)
+            course.lap("score")
+        else:
+            course.reasons.append("no time was left before the deadline")
+        response = _respond(request, query, served, assignment, assembly, scored)
+        response.reason = "; ".join(course.reasons)
+        total_ms = (self._clock() - began) * 1e3
+        respond_ms = total_ms - sum(course.laps_ms.values())
+        response.timings.MergeFrom(ranking_pb2.StageTimings(**course.laps_ms, respond_ms=respond_ms, total_ms=total_ms))
+        self._telemetry.ranked(response, assembly.missing_values if assembly else 0)
+        return response
+
+    async def _fetch(self, query: Query, parts: tuple[str, ...], course: _Course) -> list[Record]:
+        left_s = course.left_s(self._settings.store_timeout_ms)
+        reading = call_store(self._store, self._store.read, keys(query), parts, left_s)
+        records = await self._attempt("store", reading, left_s, course)
+        return nothing_read(query, parts) if records is None else records
+
+    def _assemble(
+        self, query: Query, served: ServedRelease, parts: tuple[str, ...], records: list[Record], course: _Course
+    ) -> Assembly:
+        try:
+            return assemble(query, served, records, at_ms=self._wall_ms())
+        except IntegrityError as error:
+            self._telemetry.failed("store")
+            course.reasons.append(f"store: {error}")
+            return assemble(query, served, nothing_read(query, parts), at_ms=self._wall_ms())
+
+    async def _score(self, served: ServedRelease, assigned: str, assembly: Assembly, course: _Course) -> _Scored | None:
+        """The assigned arm's scores, or else the control model's; None when neither answers in time."""
+        for arm in (KNOWLEDGE, CONTROL) if assigned == KNOWLEDGE else (CONTROL,):
+            left_s = course.left_s(self._settings.score_timeout_ms)
+            if left_s <= 0:
+                course.reasons.append(f"no time was left for the {arm} model")
+                return None
+            model = served.model(arm)
+            tensors = assembly.tensors if arm == assigned else {name: assembly.tensors[name] for name in BASE_INPUTS}
+            scores = await self._attempt(
+                f"{arm} model", checked_scores(self._scorer, model, tensors, left_s), left_s, course
+            )
+            if scores is not None:
+                return _Scored(scores, arm, model)
+        return None
+
+    async def _attempt(self, backend: str, call: Awaitable[T], timeout_s: float, course: _Course) -> T | None:
+        """The result of a backend's call; None, counted and with a reason, when it fails or takes too long."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await call
+        except TimeoutError:
+            reason = f"no answer within {timeout_s * 1e3:.1f} ms"
+        except KarError as error:
+            reason = str(error)
+        except Exception:  # a fault of ours in one backend must not cost the caller its answer
+            log.exception("backend_fault backend=%s", backend)
+            reason = "an unexpected fault, see the server's log"
+        self._telemetry.failed(backend)
+        course.reasons.append(f"{backend}: {reason}")
+        return None
+
+
+def _respond(
+    request: ranking_pb2.RankRequest,
+    query: Query,
+    served: ServedRelease,
+    assignment: Assignment,
+    assembly: Assembly | None,
+    scored: _Scored | None,
+) -> ranking_pb2.RankResponse:
+    scores = query.caller_scores if scored is None else scored.scores
+    count = len(query.item_ids)
+    order = np.arange(count) if scores is None else np.argsort(-scores, kind="stable")
+    knows = scored is not None and scored.arm == KNOWLEDGE
+    levels: dict[str, Any] = {"item_levels": [UNSPECIFIED] * count}
+    if assembly and knows:
+        levels = {"user_level": assembly.user_level, "item_levels": assembly.item_levels.tolist()}
+    response = ranking_pb2.RankResponse(
+        request_id=request.request_id,
+        scores=None if scores is None else scores.tolist(),
+        order=order.tolist(),
+        experiment=assignment.experiment,
+        arm=assignment.arm,
+        release_id=served.id,
+        backbone=served.release.model(scored.arm).backbone if scored else "",
+        rung=RUNGS[scored.arm] if scored else ranking_pb2.RUNG_CALLER,
+        **levels,
+    )
+    if request.explain:
+        explanation = response.explanation
+        explanation.SetInParent()
+        if scored:
+            explanation.model = scored.model
+        if knows:
+            explanation.space_id = served.space.space_id
+        if assembly:
+            explanation.history_events = assembly.history_events
+            explanation.missing_values = assembly.missing_values
+            explanation.inline_history_used = assembly.inline_history_used
+            if assembly.features_written_at_ms:
+                explanation.features_written_at.FromMilliseconds(assembly.features_written_at_ms)
+    return response

@@ -1,0 +1,132 @@
+"""Owns the RPCs: each checks what it is asked, calls the core, and answers; errors pass through the interceptor."""
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+import numpy as np
+from kar.admin.v1 import admin_pb2, admin_pb2_grpc
+from kar.feedback.v1 import feedback_pb2, feedback_pb2_grpc
+from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
+from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
+from kar.records.v1 import records_pb2
+
+from kar_sidecar.errors import DeadlineError, InputError, UnsupportedError
+from kar_sidecar.rank import Ranker
+from kar_sidecar.reading import call_store
+from kar_sidecar.releases import Releases
+from kar_sidecar.store import ITEM, TEXT, USER, EntityKey, Store, vector_part
+from kar_sidecar.store.records import decode_vectors
+
+__all__ = ["AdminService", "FeedbackService", "KnowledgeService", "RankingService"]
+
+Context = grpc.aio.ServicerContext
+
+
+class RankingService(ranking_pb2_grpc.RankingServiceServicer):
+    """Ranks."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        """Rank with `ranker`."""
+        self._ranker = ranker
+
+    async def Rank(self, request: ranking_pb2.RankRequest, context: Context) -> ranking_pb2.RankResponse:
+        """See `Ranker.rank`; the caller's deadline rules."""
+        return await self._ranker.rank(request, context.time_remaining())
+
+
+class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
+    """Hands out vectors and texts."""
+
+    def __init__(
+        self, releases: Releases, store: Store, *, max_ids: int, timeout_s: float, wall_ms: Callable[[], int]
+    ) -> None:
+        """Read from `store`, at most `max_ids` at once and no longer than `timeout_s`."""
+        self._releases = releases
+        self._store = store
+        self._max_ids = max_ids
+        self._timeout_s = timeout_s
+        self._wall_ms = wall_ms
+
+    async def BatchGetKnowledge(
+        self, request: knowledge_pb2.BatchGetKnowledgeRequest, context: Context
+    ) -> knowledge_pb2.BatchGetKnowledgeResponse:
+        """Read vectors, and texts on demand, in one batch.
+
+        Raises:
+            InputError: no kind, no ids, too many of them, or an empty one.
+            PreconditionError: the release named is not loaded.
+            IntegrityError: a record of another vector space.
+            UnavailableError: the store does not answer.
+        """
+        if request.entity not in (USER, ITEM):
+            raise InputError("entity is not set: send ENTITY_KIND_USER or ENTITY_KIND_ITEM")
+        if not request.ids or len(request.ids) > self._max_ids or "" in request.ids:
+            raise InputError(f"ids must be 1 to {self._max_ids} ids, none of them empty: correct them")
+        served = self._releases.get(request.release_id)
+        space = served.space
+        parts = (vector_part(space.space_id), TEXT)[: 1 + request.include_texts]
+        keys = [EntityKey(request.entity, id_) for id_ in request.ids]
+        left_s = context.time_remaining()
+        timeout_s = self._timeout_s if left_s is None else min(self._timeout_s, left_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                records = await call_store(self._store, self._store.read, keys, parts, timeout_s)
+        except TimeoutError as error:
+            raise DeadlineError(f"the store gave no answer within {timeout_s * 1e3:.1f} ms: allow more") from error
+        batch = decode_vectors(
+            [record[0] for record in records],
+            space.space_id,
+            space.dim,
+            served.neutral[0 if request.entity == USER else 1],
+            dtype=space.dtype,
+            at_ms=self._wall_ms(),
+        )
+        return knowledge_pb2.BatchGetKnowledgeResponse(
+            release_id=served.id,
+            space=space,
+            vectors=batch.vectors.astype(np.dtype(space.dtype).newbyteorder("<")).tobytes(),
+            levels=batch.levels.tolist(),
+            texts=[records_pb2.KnowledgeRecord.FromString(record[1] or b"") for record in records]
+            if request.include_texts
+            else (),
+        )
+
+    async def FindSimilar(
+        self, request: knowledge_pb2.FindSimilarRequest, context: Context
+    ) -> knowledge_pb2.FindSimilarResponse:
+        """Not built."""
+        raise UnsupportedError("FindSimilar is not built yet: read vectors with BatchGetKnowledge and compare them")
+
+
+class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
+    """Takes outcomes."""
+
+    async def ReportOutcomes(
+        self, request: feedback_pb2.ReportOutcomesRequest, context: Context
+    ) -> feedback_pb2.ReportOutcomesResponse:
+        """Not built."""
+        raise UnsupportedError("ReportOutcomes is not built yet: keep outcomes with their request ids")
+
+
+class AdminService(admin_pb2_grpc.AdminServiceServicer):
+    """Lists and switches releases."""
+
+    def __init__(self, releases: Releases) -> None:
+        """Administer `releases`."""
+        self._releases = releases
+
+    async def ListReleases(
+        self, request: admin_pb2.ListReleasesRequest, context: Context
+    ) -> admin_pb2.ListReleasesResponse:
+        """See `Releases.list`."""
+        return admin_pb2.ListReleasesResponse(releases=await self._releases.list())
+
+    async def ActivateRelease(
+        self, request: admin_pb2.ActivateReleaseRequest, context: Context
+    ) -> admin_pb2.ActivateReleaseResponse:
+        """See `Releases.activate`."""
+        if not request.release_id:
+            raise InputError("release_id is empty: send the id of the release to activate")
+        previous = await self._releases.activate(request.release_id)
+        return admin_pb2.ActivateReleaseResponse(release_id=request.release_id, previous_release_id=previous)

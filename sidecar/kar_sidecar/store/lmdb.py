@@ -1,0 +1,148 @@
+"""Owns the embedded store: one memory-mapped LMDB file, many reader processes beside one writer.
+
+Key: kind byte, part, NUL, id. Ids too long for LMDB's keys are replaced by 0xFF (never in UTF-8) and their hash.
+Meta values have kind byte 0, which is no entity's.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import lmdb
+
+from kar_sidecar.errors import IntegrityError, PreconditionError, UnavailableError
+from kar_sidecar.store import ITEM, USER, EntityKey, Record
+from kar_sidecar.store.records import in_batches, is_newer
+
+__all__ = ["LmdbStore"]
+
+MAP_SIZE_BYTES: Final = 64 << 30
+"""Address space, not disk: the file grows as it is written."""
+MAX_READERS: Final = 1024
+BATCH: Final = 10_000
+"""Records in one write transaction: bounds the dirty pages and the time that another writer waits."""
+LONGEST_ID_BYTES: Final = 440
+DATA: Final = "data.mdb"
+
+
+def _prefix(kind: int, part: str) -> bytes:
+    return bytes([kind]) + part.encode() + b"\0"
+
+
+def _id_bytes(identity: str) -> bytes:
+    raw = identity.encode()
+    return raw if len(raw) <= LONGEST_ID_BYTES else b"\xff" + hashlib.blake2b(raw, digest_size=32).digest()
+
+
+class LmdbStore:
+    """A `Store` in a folder. Open it once per process; a write is visible to the next read of every process."""
+
+    blocking = False
+
+    def __init__(self, path: Path, map_size_bytes: int = MAP_SIZE_BYTES, readonly: bool = False) -> None:
+        """Open, and unless `readonly` create, the store below `path`.
+
+        Raises:
+            PreconditionError: `readonly`, and nothing was written yet.
+            IntegrityError: not an LMDB file, or a truncated one; the text names it.
+        """
+        self._file = path / DATA
+        if readonly and not (self._file.is_file() and self._file.stat().st_size):
+            raise PreconditionError(f"the store {path} is empty: run `kar publish` first")
+        if not readonly:
+            path.mkdir(parents=True, exist_ok=True)
+        with self._failures():
+            self._env = lmdb.open(
+                str(path), map_size=map_size_bytes, max_readers=MAX_READERS, readonly=readonly, create=not readonly
+            )
+            if readonly and self._missing_bytes() > 0:
+                self._env.close()
+                raise IntegrityError(f"{self._file} is truncated: delete its folder and publish again")
+            self._env.reader_check()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        damage = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
+        try:
+            yield
+        except damage as error:
+            raise IntegrityError(f"{self._file} is corrupt ({error}): delete its folder and publish again") from error
+        except lmdb.MapFullError as error:
+            raise PreconditionError(f"{self._file} is full: open it with a larger map_size_bytes") from error
+        except lmdb.Error as error:
+            raise UnavailableError(f"{self._file} cannot be used: {error}") from error
+
+    def _missing_bytes(self) -> int:
+        """How far the file ends before its last page; to touch a page beyond its end would kill the process."""
+        pages = self._env.info()["last_pgno"] + 1
+        return pages * self._env.stat()["psize"] - self._file.stat().st_size
+
+    @contextmanager
+    def _writing(self) -> Iterator[lmdb.Transaction]:
+        with self._failures():
+            with self._env.begin(write=True) as transaction:
+                yield transaction
+            # LMDB leaves pages that were freed at once unwritten; with them the file's size proves it is whole.
+            if (missing := self._missing_bytes()) > 0:
+                os.truncate(self._file, self._file.stat().st_size + missing)
+
+    def read(self, keys: Sequence[EntityKey], parts: Sequence[str], timeout_s: float | None = None) -> list[Record]:
+        """See `Store.read`; one snapshot for the whole batch."""
+        prefixes = {kind: [_prefix(kind, part) for part in parts] for kind in {key.kind for key in keys}}
+        with self._failures(), self._env.begin() as transaction:
+            get = transaction.get
+            return [
+                tuple([get(prefix + identity) for prefix in prefixes[kind]])
+                for kind, identity in ((key.kind, _id_bytes(key.id)) for key in keys)
+            ]
+
+    def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
+        """See `Store.write`; a killed write leaves whole batches of `BATCH` records."""
+        written = 0
+        for batch in in_batches(records, BATCH):
+            with self._writing() as transaction:
+                for key, blob in batch.items():
+                    name = _prefix(key.kind, part) + _id_bytes(key.id)
+                    if not newer_only or is_newer(blob, transaction.get(name)):
+                        transaction.put(name, blob)
+                        written += 1
+        return written
+
+    def remove_part(self, part: str) -> int:
+        """See `Store.remove_part`."""
+        return sum(self._remove_prefix(_prefix(kind, part)) for kind in (USER, ITEM))
+
+    def _remove_prefix(self, prefix: bytes) -> int:
+        removed = 0
+        while True:
+            with self._writing() as transaction:
+                cursor = transaction.cursor()
+                cursor.set_range(prefix)
+                names = map(bytes, islice(cursor.iternext(values=False), BATCH))
+                doomed = [name for name in names if name.startswith(prefix)]
+                for name in doomed:
+                    transaction.delete(name)
+            removed += len(doomed)
+            if len(doomed) < BATCH:
+                return removed
+
+    def read_meta(self, name: str) -> bytes | None:
+        """See `Store.read_meta`."""
+        with self._failures(), self._env.begin() as transaction:
+            return transaction.get(_prefix(0, name))
+
+    def write_meta(self, name: str, value: bytes | None) -> None:
+        """See `Store.write_meta`."""
+        with self._writing() as transaction:
+            if value is None:
+                transaction.delete(_prefix(0, name))
+            else:
+                transaction.put(_prefix(0, name), value)
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self._env.close()

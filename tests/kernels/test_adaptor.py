@@ -1,0 +1,121 @@
+import pytest
+import torch
+from kar_kernels.adaptor import TOWERS, HybridExpertAdaptor
+from kar_kernels.reference import Expert, hybrid_expert_reference
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.unit
+
+SHAPES = [(58, 50, 32, 7, 2, 5), (1, 3, 5, 2, 1, 0), (7, 384, 128, 32, 2, 5), (5, 6, 4, 3, 0, 2)]
+
+
+def make(dim, hidden, out, shared, dedicated, seed=0):
+    torch.manual_seed(seed)
+    adaptor = HybridExpertAdaptor(dim, hidden=hidden, out=out, shared=shared, dedicated=dedicated).double()
+    with torch.no_grad():
+        for parameter in adaptor.parameters():
+            parameter.normal_()
+    return adaptor
+
+
+def reference(adaptor, x, tower):
+    number = TOWERS.index(tower)
+    return hybrid_expert_reference(x, adaptor.experts(tower), adaptor.gate_weight[number], adaptor.gate_bias[number])
+
+
+def test_reference_by_hand():
+    # Two experts on x = [2]: f_0 = relu(3 * relu(2) - 1) = 5; f_1 = relu(1 * relu(-2 + 1) + 4) = 4.
+    one = [torch.tensor(v) for v in ([[1.0]], [0.0], [[3.0]], [-1.0])]
+    two = [torch.tensor(v) for v in ([[-1.0]], [1.0], [[1.0]], [4.0])]
+    # Gate logits ln 3 and 0 on any x: weights 3/4 and 1/4.
+    out = hybrid_expert_reference(
+        torch.tensor([[2.0]]), [Expert(*one), Expert(*two)], torch.zeros(2, 1), torch.tensor([3.0, 1.0]).log()
+    )
+    torch.testing.assert_close(out, torch.tensor([[0.75 * 5 + 0.25 * 4]]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference_with_gradients(shape):
+    rows, *sizes = shape
+    adaptor = make(*sizes)
+    user = torch.randn(sizes[0], rows, dtype=torch.float64).T.requires_grad_()  # not contiguous
+    item = torch.randn(rows + 3, sizes[0], dtype=torch.float64, requires_grad=True)
+    inputs = [user, item, *adaptor.parameters()]
+    weights = (torch.randn(rows, sizes[2]).double(), torch.randn(rows + 3, sizes[2]).double())
+
+    def gradients(outputs):
+        loss = sum((weight * out.sin()).sum() for weight, out in zip(weights, outputs, strict=True))
+        return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+    fast, slow = adaptor(user, item), (reference(adaptor, user, "user"), reference(adaptor, item, "item"))
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradients(fast), gradients(slow), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_empty_batch():
+    adaptor = make(6, 4, 3, 2, 1)
+    user, item = adaptor(torch.zeros(0, 6).double(), torch.ones(2, 6).double())
+    assert user.shape == (0, 3)
+    assert item.shape == (2, 3)
+    assert adaptor.adapt(torch.zeros(0, 6).double(), torch.zeros(0, dtype=torch.bool), "user").shape == (0, 3)
+
+
+def test_towers_share_exactly_the_shared_experts():
+    adaptor = make(6, 4, 3, 2, 1)
+    pairs = [
+        (i, j)
+        for i, a in enumerate(adaptor.experts("user"))
+        for j, b in enumerate(adaptor.experts("item"))
+        if torch.equal(a.weight1, b.weight1)
+    ]
+    assert pairs == [(1, 0), (2, 1)]
+
+
+def test_parameter_count_of_the_paper():
+    adaptor = HybridExpertAdaptor(768)
+    neutral = adaptor.user_neutral.numel() + adaptor.item_neutral.numel()
+    assert sum(p.numel() for p in adaptor.parameters()) - neutral == 1_241_486
+
+
+def test_rows_do_not_depend_on_each_other():
+    adaptor = make(6, 4, 3, 2, 1)
+    x = torch.randn(9, 6).double()
+    torch.testing.assert_close(adaptor.tower(x, "item")[4:5], adaptor.tower(x[4:5], "item"), rtol=1e-14, atol=1e-14)
+
+
+def test_adapt_gives_the_neutral_vector_whatever_the_encoding():
+    adaptor = make(6, 4, 3, 2, 1)
+    x = torch.randn(3, 6).double()
+    x[1] = float("nan")
+    out = adaptor.adapt(x, torch.tensor([True, False, True]), "user")
+    torch.testing.assert_close(out[[0, 2]], adaptor.tower(x[[0, 2]], "user"))
+    torch.testing.assert_close(out[1], adaptor.user_neutral)
+    out.sum().backward()
+    assert torch.isfinite(adaptor.weight1.grad).all()
+    torch.testing.assert_close(adaptor.user_neutral.grad, torch.ones(3).double())
+
+
+def test_save_and_load(tmp_path):
+    adaptor = make(6, 4, 3, 2, 1).float()
+    adaptor.save(tmp_path / "adaptor.safetensors")
+    assert {"user_neutral", "item_neutral"} <= load_file(tmp_path / "adaptor.safetensors").keys()
+    loaded = HybridExpertAdaptor.load(tmp_path / "adaptor.safetensors")
+    assert (loaded.dim, loaded.hidden, loaded.out, loaded.shared, loaded.dedicated) == (6, 4, 3, 2, 1)
+    x = torch.randn(5, 6)
+    assert torch.equal(loaded.tower(x, "item"), adaptor.tower(x, "item"))
+
+
+def test_load_names_a_file_of_another_kind(tmp_path):
+    save_file({"weight1": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
+        HybridExpertAdaptor.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("sizes", [{"dim": 0}, {"dim": 4, "shared": 0, "dedicated": 0}, {"dim": 4, "shared": -1}])
+def test_refuses_impossible_sizes(sizes):
+    with pytest.raises(ValueError, match="at least one expert"):
+        HybridExpertAdaptor(**sizes)

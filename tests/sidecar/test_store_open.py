@@ -1,0 +1,59 @@
+"""A URL names a store, and a wrong one says which forms there are."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from kar_sidecar.errors import InputError, PreconditionError, UnavailableError
+from kar_sidecar.store.lmdb import LmdbStore
+from kar_sidecar.store.memory import MemoryStore
+from kar_sidecar.store.open import open_store
+
+pytestmark = pytest.mark.unit
+
+
+def test_memory() -> None:
+    assert isinstance(open_store("memory:"), MemoryStore)
+
+
+def test_lmdb_is_made_where_it_is_missing(tmp_path: Path) -> None:
+    store = open_store(f"lmdb:{tmp_path / 'some' / 'folder'}")
+    assert isinstance(store, LmdbStore)
+    store.close()
+    assert (tmp_path / "some" / "folder" / "data.mdb").is_file()
+
+
+def test_lmdb_is_not_made_by_a_reader(tmp_path: Path) -> None:
+    with pytest.raises(PreconditionError, match="kar publish"):
+        open_store(f"lmdb:{tmp_path / 'store'}", readonly=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "lmdb",
+        "lmdb:",
+        "memory:here",
+        "redis:localhost:6379",
+        "aerospike:localhost/test/kar",
+        "aerospike:localhost:3000/test",
+        "aerospike:localhost:3000//kar",
+        "aerospike:localhost:3000/test/kar/more",
+        "aerospike:localhost:port/test/kar",
+        "aerospike::3000/test/kar",
+    ],
+)
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(InputError, match="aerospike:HOST:PORT/NAMESPACE/SET"):
+        open_store(url)
+
+
+def test_an_aerospike_that_is_not_there_is_named() -> None:
+    with socket.socket() as held:  # bound but not listening: connections are refused
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        with pytest.raises(UnavailableError, match=rf"Aerospike 127\.0\.0\.1:{port} \(test/kar\)"):
+            open_store(f"aerospike:127.0.0.1:{port}/test/kar")
