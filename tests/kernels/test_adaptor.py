@@ -1,8 +1,9 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from kar_kernels.adaptor import TOWERS, HybridExpertAdaptor
 from kar_kernels.reference import Expert, hybrid_expert_reference
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.unit
 

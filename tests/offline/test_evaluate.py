@@ -3,13 +3,14 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
+
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import TEST, TRAIN, VALIDATION, Dataset, Entity
 from kar_offline.evaluate import CAVEATS, evaluate, evaluation_table
 from kar_offline.train import TrainSettings, train
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.store import USER
-from rich.console import Console
 
 pytestmark = pytest.mark.unit
 

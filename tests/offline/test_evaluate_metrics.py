@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
 
 pytestmark = pytest.mark.unit
@@ -97,16 +98,6 @@ def test_bootstrap_resamples_users_not_rows():
     interval = paired_bootstrap(labels, scores, baseline, np.zeros(len(labels), dtype=int), seed=0, resamples=50)
     assert interval["low"] == pytest.approx(interval["high"])
     assert interval["mean"] == pytest.approx(auc(labels, scores) - auc(labels, baseline))
-
-
-def test_bootstrap_does_not_depend_on_chunks():
-    labels, scores, baseline, users = make(users=60, each=700)
-    # 42,000 rows: about 99 resamples a chunk; the first chunks of a longer run are the shorter run.
-    short = paired_bootstrap(labels, scores, baseline, users, seed=0, resamples=99)
-    assert short["low"] < auc(labels, scores) - auc(labels, baseline) < short["high"]
-    assert paired_bootstrap(labels, scores, baseline, users, seed=0, resamples=201)["mean"] == pytest.approx(
-        short["mean"], abs=5e-3
-    )
 
 
 def test_bootstrap_without_negatives_is_nan():

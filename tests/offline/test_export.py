@@ -92,7 +92,7 @@ def write_training(work, dataset, backbone, seed=1):
         folder.mkdir(parents=True, exist_ok=True)
         identity = {"backbone": backbone, "arm": arm, "spec": spec.to_json(), "adaptor": made}
         identity["encoder_id"] = "encoder/1" if made else ""
-        metrics = {"validation": {"auc": 0.75, "logloss": 0.5}}
+        metrics = {"validation_logloss": 0.5}
         save_trained(folder, model.state_dict(), data.features, identity=identity, metrics=metrics)
 
 
@@ -144,7 +144,7 @@ def test_the_manifest_ties_everything(exported):
         "vectors/neutral.npy",
         *(f"vectors/{kind}_{part}" for kind in ("item", "user") for part in ("ids.txt", "adapted.npy", "encoded.npy")),
     }
-    assert dict(release.model("knowledge").metrics) == {"validation.auc": 0.75, "validation.logloss": 0.5}
+    assert dict(release.model("knowledge").metrics) == {"validation_logloss": 0.5}
 
 
 def test_vectors_are_those_of_entities_with_text(exported, finished):

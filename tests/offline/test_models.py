@@ -5,6 +5,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+
 from kar_kernels import HybridExpertAdaptor
 from kar_offline.models import BACKBONES, CTRModel, Field, InputSpec, Knowledge, build_backbone
 from kar_offline.models.layers import MLP, Dice, MultiFieldEmbedding

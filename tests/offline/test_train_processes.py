@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.train import TrainSettings, load_trained, train

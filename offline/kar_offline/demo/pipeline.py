@@ -15,9 +15,9 @@ from rich.console import Console
 from kar_offline.dataset.movielens import build_dataset
 from kar_offline.dataset.samples import Dataset
 from kar_offline.demo.offline_scores import OfflineScorer
-from kar_offline.demo.replay import replay, replay_table
+from kar_offline.demo.replay import ServingAddresses, replay, replay_table
 from kar_offline.demo.report import write_report
-from kar_offline.demo.serving import ServingAddresses, serving
+from kar_offline.demo.serving import serving
 from kar_offline.encode import encode
 from kar_offline.encode.huggingface import mini_lm
 from kar_offline.evaluate import evaluate, evaluation_table
@@ -108,7 +108,7 @@ def run_demo(work: Path, *, users: int | None, requests: int, candidates: int, c
     walk.step(
         "prompts",
         lambda: render_prompts(work),
-        lambda r: ", ".join(f"{n:,} {kind}" for kind, n in r["prompts"].items()),
+        lambda r: ", ".join(f"{kind['prompts']:,} of {kind['template']}" for kind in r["kinds"].values()),
     )
     walk.step(
         "generate",

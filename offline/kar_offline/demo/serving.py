@@ -44,9 +44,14 @@ def serving(work: Path) -> Iterator[ServingAddresses]:
     folder.mkdir(parents=True, exist_ok=True)
     ready, log = folder / "ready.json", folder / "serve.log"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "kar_sidecar", "serve", "--work", work, "--port", "0", "--ready-file", ready]
+    serve = ["serve", "--work", str(work), "--port", "0", "--ready-file", str(ready)]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kar_sidecar", *serve],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not ready.is_file():

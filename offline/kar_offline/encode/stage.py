@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from kar_sidecar.errors import PreconditionError
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -22,6 +21,7 @@ from kar_offline.encode.encoder import TextEncoder
 from kar_offline.generate.records import KINDS, read_knowledge
 from kar_offline.prompts import read_prompts
 from kar_offline.stage import StageResult, run_stage
+from kar_sidecar.errors import PreconditionError
 
 __all__ = ["SOURCES", "encode"]
 
@@ -80,15 +80,15 @@ def encode(work: Path, encoder: TextEncoder, *, console: Console | None = None) 
             vectors[digest] = vector
             tokens += count
         seconds = time.perf_counter() - began
-        for (source, kind), column in hashes.items():
+        for (source, kind), digests in hashes.items():
             array = np.lib.format.open_memmap(
-                folder / f"{source}_{kind}.npy", "w+", np.dtype(np.float32), (len(column), encoder.dim)
+                folder / f"{source}_{kind}.npy", "w+", np.dtype(np.float32), (len(digests), encoder.dim)
             )
-            for row, digest in enumerate(column):
-                if digest:
-                    array[row] = vectors[digest]
+            for row, known in enumerate(digests):
+                if known:
+                    array[row] = vectors[known]
             array.flush()
-            about = {"encoder_id": encoder.encoder_id, "dim": encoder.dim, "ids": ids[kind], "text_sha256": column}
+            about = {"encoder_id": encoder.encoder_id, "dim": encoder.dim, "ids": ids[kind], "text_sha256": digests}
             (folder / f"{source}_{kind}.json").write_text(json.dumps(about) + "\n")
         journal.unlink(missing_ok=True)
         return {

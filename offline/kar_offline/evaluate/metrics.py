@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 __all__ = ["Interval", "auc", "gauc", "logloss", "paired_bootstrap"]
 
-CHUNK_CELLS = 1 << 22
-
 
 class Interval(TypedDict):
     """A bootstrapped difference: its mean over resamples and the bounds of its 95 % interval."""
@@ -25,26 +23,24 @@ class _Ranked:
     """Scores sorted once, so that the AUC under any sample weights takes one cumulative sum."""
 
     def __init__(self, labels: NDArray, scores: NDArray) -> None:
-        self.order = np.argsort(scores, kind="stable")
-        ranked = scores[self.order]
-        self.positive = labels[self.order] > 0
-        self.below = np.searchsorted(ranked, ranked, side="left")  # samples with a smaller score
-        self.up_to = np.searchsorted(ranked, ranked, side="right")  # and those of equal score
+        self.positive = np.flatnonzero(labels > 0)
+        negative = np.flatnonzero(labels <= 0)
+        self.negative = negative[np.argsort(scores[negative])]
+        ranked = scores[self.negative]
+        self.below = np.searchsorted(ranked, scores[self.positive], side="left")  # negatives with a smaller score
+        self.up_to = np.searchsorted(ranked, scores[self.positive], side="right")  # and those of equal score
 
-    def auc(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """AUC [B] under weights [B, S]; NaN where a class has no weight."""
-        weights = weights[:, self.order]
-        negative = np.where(self.positive, 0.0, weights)
-        seen = np.concatenate([np.zeros((len(weights), 1)), np.cumsum(negative, axis=1)], axis=1)
-        positive = np.where(self.positive, weights, 0.0)
-        wins = (positive * (seen[:, self.below] + seen[:, self.up_to])).sum(1) / 2
-        pairs = positive.sum(1) * seen[:, -1]
-        return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    def auc(self, weights: NDArray[np.float64]) -> float:
+        """AUC under weights [S]; NaN where a class has no weight."""
+        seen = np.concatenate(([0.0], np.cumsum(weights[self.negative])))
+        positive = weights[self.positive]
+        pairs = positive.sum() * seen[-1]
+        return float(positive @ (seen[self.below] + seen[self.up_to]) / (2 * pairs)) if pairs > 0 else float("nan")
 
 
 def auc(labels: NDArray, scores: NDArray) -> float:
     """Probability that a positive scores above a negative, ties counted half; NaN with one class only."""
-    return float(_Ranked(labels, scores).auc(np.ones((1, len(labels))))[0])
+    return _Ranked(labels, scores).auc(np.ones(len(labels)))
 
 
 def logloss(labels: NDArray, scores: NDArray) -> float:
@@ -77,14 +73,12 @@ def paired_bootstrap(
     generator = np.random.default_rng(seed)
     distinct, member = np.unique(users, return_inverse=True)
     ours, theirs = _Ranked(labels, scores), _Ranked(labels, baseline)
-    chunk = max(1, CHUNK_CELLS // len(labels))
+    even = np.full(len(distinct), 1 / len(distinct))
     differences = []
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        counts = generator.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), size=size)
-        weights = counts[:, member].astype(np.float64)
+    for _ in range(resamples):
+        weights = generator.multinomial(len(distinct), even)[member].astype(np.float64)
         differences.append(ours.auc(weights) - theirs.auc(weights))
-    joined = np.concatenate(differences)
+    joined = np.array(differences)
     joined = joined[np.isfinite(joined)]
     if not len(joined):
         return Interval(mean=float("nan"), low=float("nan"), high=float("nan"))

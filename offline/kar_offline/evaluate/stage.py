@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from kar_sidecar.errors import PreconditionError
 from numpy.typing import NDArray
 
 from kar_offline.dataset.samples import TEST, Dataset
@@ -20,6 +19,7 @@ from kar_offline.train.checkpoint import ARMS, TEXT_SOURCES, load_trained, run_f
 from kar_offline.train.features import FeatureEncodings, encode_dataset
 from kar_offline.train.fit import predict_logits
 from kar_offline.train.vectors import load_text_vectors
+from kar_sidecar.errors import PreconditionError
 
 __all__ = ["CAVEATS", "EVALUATION", "NEUTRAL", "evaluate"]
 

@@ -15,7 +15,7 @@ ROWS: Final = {
     "control": "",
     "raw_text": "+ raw text",
     "knowledge": "+ LLM knowledge",
-    NEUTRAL: "+ LLM knowledge, none given",
+    NEUTRAL: "  with none given",
 }
 
 
@@ -24,9 +24,9 @@ def evaluation_table(report: Mapping[str, Any]) -> Group:
     size = report["test"]
     table = Table(title=f"{size['samples']:,} samples of {size['users']} test users")
     table.add_column("model")
-    for column in ("AUC", "LogLoss", "GAUC", "predicted / observed"):
+    for column in ("AUC", "LogLoss", "GAUC", "calibration"):
         table.add_column(column, justify="right")
-    differences = Table(title="AUC difference in 1e-4, 95 % paired bootstrap over users")
+    differences = Table(title="AUC differences in 1e-4 (95 % paired bootstrap)")
     differences.add_column("model")
     for column in ("difference", "mean", "interval"):
         differences.add_column(column, justify="right")

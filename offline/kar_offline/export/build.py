@@ -184,13 +184,12 @@ def _manifest(
 
 
 def _entry(trained: TrainedModel, ensemble: str = "") -> records_pb2.ModelEntry:
-    validation = trained.metrics.get("validation", {})
     return records_pb2.ModelEntry(
         backbone=trained.name,
         arm=trained.arm,
         triton_model=f"{trained.name}_{trained.arm}_{{release}}",
         triton_ensemble=ensemble,
-        metrics={f"validation.{name}": float(value) for name, value in validation.items()},
+        metrics={"validation_logloss": float(trained.metrics["validation_logloss"])},
     )
 
 

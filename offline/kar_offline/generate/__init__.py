@@ -1,6 +1,6 @@
 """Owns where knowledge texts come from: language models behind one Protocol, released packs, and the stage around."""
 
-from kar_offline.generate.model import Completion, LanguageModel
+from kar_offline.generate.model import Completion, LanguageModel, ScriptedModel
 from kar_offline.generate.openai import OpenAIChat, Price, Retry
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.records import read_knowledge, write_knowledge
@@ -13,6 +13,7 @@ __all__ = [
     "Pack",
     "Price",
     "Retry",
+    "ScriptedModel",
     "generate",
     "read_knowledge",
     "write_knowledge",

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from kar_sidecar.errors import InputError
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -21,6 +20,7 @@ from kar_offline.generate.pack import Pack
 from kar_offline.generate.records import KINDS, read_knowledge
 from kar_offline.generate.stage import generate as run
 from kar_offline.prompts import read_prompts
+from kar_sidecar.errors import InputError
 
 __all__ = ["generate"]
 

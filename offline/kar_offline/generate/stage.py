@@ -11,16 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from kar.records.v1 import records_pb2
-from kar_sidecar.errors import PreconditionError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kar.records.v1 import records_pb2
 from kar_offline.generate.model import Completion, LanguageModel
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.records import ENTITY, KINDS, parse_record, read_knowledge, record_line, write_knowledge
 from kar_offline.prompts import Prompt, read_prompts
 from kar_offline.stage import StageResult, run_stage
+from kar_sidecar.errors import PreconditionError
 
 __all__ = ["generate", "utc_now"]
 

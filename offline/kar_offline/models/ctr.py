@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from kar_kernels import HybridExpertAdaptor
 from torch import Tensor, nn
 
+from kar_kernels import HybridExpertAdaptor
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import Inputs
 

@@ -9,13 +9,13 @@ Practical Lessons for Web-scale Learning to Rank Systems" (WWW 2021, arXiv 2008.
 """
 
 import torch
-from kar_sidecar.features import PADDING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import Inputs, InputSpec
 from kar_offline.models.layers import MLP
+from kar_sidecar.features import PADDING
 
 __all__ = ["DCNv2"]
 

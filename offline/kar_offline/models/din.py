@@ -11,13 +11,13 @@ arXiv 1706.06978).
 """
 
 import torch
-from kar_sidecar.features import PADDING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import Inputs, InputSpec
 from kar_offline.models.layers import MLP, Dice
+from kar_sidecar.features import PADDING
 
 __all__ = ["DIN"]
 

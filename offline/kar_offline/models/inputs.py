@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from kar_sidecar.scoring import BASE_INPUTS, KNOWLEDGE_INPUTS
 from torch import Tensor
+
+from kar_sidecar.scoring import BASE_INPUTS, KNOWLEDGE_INPUTS
 
 __all__ = ["REQUEST_OF_ROW", "Field", "InputSpec", "Inputs"]
 

@@ -5,11 +5,11 @@ from itertools import accumulate, pairwise
 from typing import Final
 
 import torch
-from kar_sidecar.features import MAX_RATING_BUCKET, PADDING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kar_offline.models.inputs import Field
+from kar_sidecar.features import MAX_RATING_BUCKET, PADDING
 
 __all__ = ["MLP", "Dice", "ItemEmbedding", "MultiFieldEmbedding", "RatingEmbedding"]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from kar_sidecar.scoring import SCORE
 from torch import Tensor, nn
 
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import REQUEST_OF_ROW
+from kar_sidecar.scoring import SCORE
 
 __all__ = ["OPSET", "export_onnx"]
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Final
 
-from kar_sidecar.errors import InputError
 from torch import Tensor
 
 from kar_offline.models.backbone import Backbone, MakeBackbone
 from kar_offline.models.dcnv2 import DCNv2
 from kar_offline.models.din import DIN
 from kar_offline.models.inputs import InputSpec
+from kar_sidecar.errors import InputError
 
 __all__ = ["BACKBONES", "build_backbone"]
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf import json_format
-from kar.records.v1 import records_pb2
-from kar_kernels import HybridExpertAdaptor
-from kar_sidecar.errors import IntegrityError, PreconditionError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kar.records.v1 import records_pb2
+from kar_kernels import HybridExpertAdaptor
 from kar_offline.models import Backbone, CTRModel, InputSpec, build_backbone
 from kar_offline.train.features import FeatureEncodings
+from kar_sidecar.errors import IntegrityError, PreconditionError
 
 __all__ = [
     "ARMS",

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from kar_offline.models import BACKBONES
@@ -29,7 +29,6 @@ def train_with_progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
         console=console,
     ) as progress:
         tasks: dict[Run, TaskID] = {}

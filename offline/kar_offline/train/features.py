@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from kar.records.v1 import records_pb2
-from kar_sidecar.features import NUMERIC, PADDING, RESERVED, FeatureEncoder, FeatureLayout, rating_bucket
-from kar_sidecar.store import ITEM, USER
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import TRAIN, Dataset
 from kar_offline.models import Field, InputSpec
+from kar_sidecar.features import NUMERIC, PADDING, RESERVED, FeatureEncoder, FeatureLayout, rating_bucket
+from kar_sidecar.store import ITEM, USER
 
 __all__ = ["EncodedDataset", "FeatureEncodings", "Samples", "encode_dataset", "learn_features"]
 

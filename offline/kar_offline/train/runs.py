@@ -12,7 +12,6 @@ from signal import SIG_IGN, SIGINT, signal
 from typing import Any, Final
 
 import torch
-from kar_sidecar.errors import InputError, UnavailableError
 
 from kar_offline.dataset.samples import TRAIN, VALIDATION, Dataset
 from kar_offline.models import BACKBONES, CTRModel
@@ -21,6 +20,7 @@ from kar_offline.train.checkpoint import ARMS, CONTROL, TEXT_SOURCES, build_mode
 from kar_offline.train.features import EncodedDataset, Samples, encode_dataset
 from kar_offline.train.fit import STATE, Epoch, TrainSettings, fit
 from kar_offline.train.vectors import load_text_vectors
+from kar_sidecar.errors import InputError, UnavailableError
 
 __all__ = ["Run", "train"]
 

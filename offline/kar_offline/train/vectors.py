@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kar_sidecar.errors import IntegrityError, PreconditionError
 from torch import Tensor
 
 from kar_offline.dataset.samples import Dataset, Entity
+from kar_sidecar.errors import IntegrityError, PreconditionError
 
 __all__ = ["TextVectors", "load_text_vectors"]
 
