@@ -7,11 +7,11 @@ from typing import Any, Literal, Self
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
+
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 from kar.records.v1 import records_pb2
-from numpy.typing import NDArray
-
 from kar_sidecar import errors
 from kar_sidecar.features import FeatureValue
 

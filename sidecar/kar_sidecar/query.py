@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from kar.ranking.v1 import ranking_pb2
 from numpy.typing import NDArray
 
+from kar.ranking.v1 import ranking_pb2
 from kar_sidecar.errors import InputError
 from kar_sidecar.experiments import Assignment, Experiment
 from kar_sidecar.features import NUMERIC, FeatureLayout, History, hash_value

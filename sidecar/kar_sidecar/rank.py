@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import numpy as np
-from kar.ranking.v1 import ranking_pb2
-from kar.records.v1 import records_pb2
 from numpy.typing import NDArray
 
+from kar.ranking.v1 import ranking_pb2
+from kar.records.v1 import records_pb2
 from kar_sidecar.assemble import Assembly, assemble, keys, nothing_read
 from kar_sidecar.errors import IntegrityError, KarError
 from kar_sidecar.experiments import CONTROL, KNOWLEDGE, Assignment

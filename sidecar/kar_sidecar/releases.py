@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from kar.admin.v1 import admin_pb2
 from numpy.typing import NDArray
 
+from kar.admin.v1 import admin_pb2
 from kar_sidecar.assemble import assemble, nothing_read
 from kar_sidecar.errors import KarError, PreconditionError, UnavailableError
 from kar_sidecar.experiments import ARMS

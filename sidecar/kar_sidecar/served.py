@@ -5,9 +5,9 @@ from functools import cached_property
 from typing import Final, Literal
 
 import numpy as np
-from kar.records.v1 import records_pb2
 from numpy.typing import NDArray
 
+from kar.records.v1 import records_pb2
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.experiments import ARMS, KNOWLEDGE
 from kar_sidecar.release import Release

@@ -15,12 +15,12 @@ import typer
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
 from kar.admin.v1 import admin_pb2_grpc
 from kar.feedback.v1 import feedback_pb2_grpc
 from kar.knowledge.v1 import knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2_grpc
-from prometheus_client import start_http_server
-
 from kar_sidecar.errors import KarError, PreconditionError
 from kar_sidecar.interceptor import CallInterceptor
 from kar_sidecar.rank import Ranker

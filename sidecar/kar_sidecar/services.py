@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import grpc
 import numpy as np
+
 from kar.admin.v1 import admin_pb2, admin_pb2_grpc
 from kar.feedback.v1 import feedback_pb2, feedback_pb2_grpc
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 from kar.records.v1 import records_pb2
-
 from kar_sidecar.errors import DeadlineError, InputError, UnsupportedError
 from kar_sidecar.rank import Ranker
 from kar_sidecar.reading import call_store

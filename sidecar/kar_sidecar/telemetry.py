@@ -4,9 +4,10 @@ from typing import Final
 
 import numpy as np
 from google.protobuf.message import Message
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 __all__ = ["STAGES", "Telemetry"]
 

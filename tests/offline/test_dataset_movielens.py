@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from kar_offline.dataset.command import dataset as dataset_command
 from kar_offline.dataset.movielens import (
     Movie,
@@ -28,7 +30,6 @@ from kar_offline.dataset.samples import SPLITS, Dataset, split_of
 from kar_sidecar.errors import InputError, IntegrityError, UnavailableError
 from kar_sidecar.features import FeatureLayout
 from kar_sidecar.store import ITEM, USER
-from typer.testing import CliRunner
 
 pytestmark = pytest.mark.unit
 

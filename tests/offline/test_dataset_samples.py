@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import (
     PROMPT_EVENTS,

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.unit
 
 AUC = {"dcnv2": {"control": 0.7736, "raw_text": 0.7741, "knowledge": 0.7720}}
 STAGE = {"p50_ms": 0.25, "p95_ms": 0.5, "p99_ms": 0.75}
-STAGES = {stage: STAGE for stage in ("assign", "fetch", "assemble", "score", "respond")}
+STAGES = dict.fromkeys(("assign", "fetch", "assemble", "score", "respond"), STAGE)
 INTERVAL = {"mean": -0.0016, "low": -0.0042, "high": 0.0011}
 SUMMARY = {
     "dataset": "ml-100k <script>",

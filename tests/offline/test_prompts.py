@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.prompts import Renderer, load_scenario, read_prompts, render_prompts
 from kar_offline.prompts.command import prompts as prompts_command
 from kar_offline.prompts.rendering import clean, plain, quoted
 from kar_sidecar.errors import InputError, NotFoundError, PreconditionError
-from typer.testing import CliRunner
 
 pytestmark = pytest.mark.unit
 

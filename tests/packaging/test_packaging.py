@@ -17,11 +17,32 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_all_pinned_packages_import_together():
-    modules = """
-        aerospike faiss google.protobuf grpc grpc_health.v1.health grpc_reflection.v1alpha.reflection jinja2 lmdb
-        matplotlib numpy onnx onnxruntime onnxscript prometheus_client pydantic rich safetensors scipy torch
-        transformers triton tritonclient.grpc typer uvloop
-    """.split()
+    modules = [
+        "aerospike",
+        "faiss",
+        "google.protobuf",
+        "grpc",
+        "grpc_health.v1.health",
+        "grpc_reflection.v1alpha.reflection",
+        "jinja2",
+        "lmdb",
+        "matplotlib",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "prometheus_client",
+        "pydantic",
+        "rich",
+        "safetensors",
+        "scipy",
+        "torch",
+        "transformers",
+        "triton",
+        "tritonclient.grpc",
+        "typer",
+        "uvloop",
+    ]
     command = "import " + ", ".join(modules)
     subprocess.run([sys.executable, "-W", "ignore", "-c", command], check=True, timeout=120)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from google.protobuf import json_format
+
 from kar.records.v1 import records_pb2
 from kar_sidecar.features import FeatureLayout, History, schema_hash
 from kar_sidecar.release import Release, file_sha256, manifest_id, write_active

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from kar_sidecar.archives import WheelArchive, cache_folder, download_wheel, fetch
 from kar_sidecar.errors import IntegrityError, NotFoundError, UnavailableError
 from kar_sidecar.release import file_sha256

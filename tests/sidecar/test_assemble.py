@@ -5,6 +5,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, History, RankRequest, StringList, User
 from kar.records.v1 import records_pb2
 from kar_sidecar.assemble import assemble, keys, nothing_read

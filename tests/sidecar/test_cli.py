@@ -20,7 +20,20 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_stage():
     answer = run("--help")
     assert answer.returncode == 0
-    stages = "dataset prompts generate encode train evaluate export publish serve rank demo sidecar".split()
+    stages = [
+        "dataset",
+        "prompts",
+        "generate",
+        "encode",
+        "train",
+        "evaluate",
+        "export",
+        "publish",
+        "serve",
+        "rank",
+        "demo",
+        "sidecar",
+    ]
     assert [stage for stage in stages if stage not in answer.stdout] == []
 
 

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kar_sidecar.experiments import Assignment, Experiment, bucket_ranges, choose, fnv1a32, position
 
 pytestmark = pytest.mark.unit

@@ -2,6 +2,7 @@ import asyncio
 
 import numpy as np
 import pytest
+
 from kar_sidecar.errors import DeadlineError, UnavailableError
 from kar_sidecar.scoring import Scorer
 from kar_sidecar.scoring.memory import MemoryScorer

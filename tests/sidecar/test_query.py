@@ -3,6 +3,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, History, RankRequest, StringList, User
 from kar_sidecar.errors import InputError
 from kar_sidecar.experiments import Assignment, Experiment

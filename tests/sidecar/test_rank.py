@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from kar.ranking.v1 import ranking_pb2
 from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, RankRequest, User
 from kar.records.v1 import records_pb2

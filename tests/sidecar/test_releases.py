@@ -2,6 +2,7 @@ import asyncio
 
 import numpy as np
 import pytest
+
 from kar_sidecar.errors import IntegrityError, PreconditionError, UnavailableError
 from kar_sidecar.release import read_active, write_active
 from kar_sidecar.releases import Releases

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from kar.admin.v1 import admin_pb2, admin_pb2_grpc
 from kar.feedback.v1 import feedback_pb2, feedback_pb2_grpc
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from kar_sidecar.errors import InputError
 from kar_sidecar.settings import ExperimentSettings, Settings
 

@@ -17,12 +17,12 @@ from typing import Any, Final, NamedTuple
 
 import httpx
 import numpy as np
-from kar.records.v1 import records_pb2
-from kar_sidecar.archives import WheelArchive, fetch
-from kar_sidecar.errors import InputError, IntegrityError, KarError, UnavailableError
 
+from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import SPLITS, Dataset, Entity, hash_fraction, split_of
 from kar_offline.stage import StageResult, run_stage
+from kar_sidecar.archives import WheelArchive, fetch
+from kar_sidecar.errors import InputError, IntegrityError, KarError, UnavailableError
 
 __all__ = [
     "SEED",

@@ -14,9 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 from google.protobuf import json_format
+from numpy.typing import NDArray
+
 from kar.records.v1 import records_pb2
 from kar_sidecar.errors import IntegrityError, PreconditionError
-from numpy.typing import NDArray
 
 __all__ = ["PROMPT_EVENTS", "SPLITS", "TEST", "TRAIN", "VALIDATION", "Dataset", "Entity", "hash_fraction", "split_of"]
 

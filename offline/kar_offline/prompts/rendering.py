@@ -14,11 +14,11 @@ from typing import Any, Final, Literal
 
 from jinja2 import PackageLoader, StrictUndefined, TemplateNotFound
 from jinja2.sandbox import SandboxedEnvironment
-from kar_sidecar.errors import InputError, PreconditionError
 
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.prompts.scenario import Question, Scenario, load_scenario
 from kar_offline.stage import StageResult, run_stage
+from kar_sidecar.errors import InputError, PreconditionError
 
 __all__ = ["Prompt", "Renderer", "clean", "quoted", "read_prompts", "render_prompts"]
 

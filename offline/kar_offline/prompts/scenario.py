@@ -5,8 +5,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-from kar_sidecar.errors import InputError, NotFoundError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kar_sidecar.errors import InputError, NotFoundError
 
 __all__ = ["Question", "Scenario", "load_scenario"]
 

@@ -41,7 +41,7 @@ class TrainSettings:
     clip_norm: float = 0.5
     """Largest norm of all gradients together; `metrics.json` tells what share of the steps it touched."""
     knowledge_dropout: float = 0.1
-    """Probability that an entity of a batch gets its neutral vector instead of its own."""
+    """Probability that an entity of a batch gets its neutral vector; likewise that a sample's user and item both do."""
     shared_experts: int = 2
     dedicated_experts: int = 5
     """A tower."""
@@ -83,12 +83,17 @@ class Fitted:
 
 
 def _knowledge(vectors: TextVectors, user: Tensor, item: Tensor, dropout: float) -> Knowledge:
+    """Knowledge of a batch after dropout of whole entities, and of both entities of single samples."""
+    neither = torch.rand(len(user)) < dropout
     parts: list[Tensor] = []
     towers = (user, vectors.user, vectors.user_present), (item, vectors.item, vectors.item_present)
     for rows, encoding, present in towers:
         distinct, row = torch.unique(rows, return_inverse=True)
         kept = present[distinct] & (torch.rand(len(distinct)) >= dropout)
-        parts += [encoding[distinct], kept, row]
+        # One more entity, of which nothing is known, stands in where neither side is.
+        nobody = encoding.new_zeros(1, encoding.shape[1]), kept.new_zeros(1)
+        encoded, known = torch.cat([encoding[distinct], nobody[0]]), torch.cat([kept, nobody[1]])
+        parts += [encoded, known, row.masked_fill(neither, len(distinct))]
     return Knowledge(*parts)
 
 
