@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kar_sidecar.errors import PreconditionError
+from kar_sidecar.lock import held
 from kar_sidecar.release import file_sha256
 
 __all__ = ["RECORD", "StageResult", "folder_hash", "run_stage"]
@@ -64,6 +66,15 @@ def run_stage(
         known = json.loads(record.read_text())
         if known["source"] == source:
             return StageResult(name, folder, False, known["seconds"], known["report"])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    taken = PreconditionError(f"another process is making {folder}: wait until it is done")
+    with held(folder.parent / f".{folder.name}.lock", taken):
+        return _make(name, folder, build, source)
+
+
+def _make(
+    name: str, folder: Path, build: Callable[[Path], Mapping[str, Any]], source: Mapping[str, Any]
+) -> StageResult:
     draft = folder.parent / f".{folder.name}.draft"
     marker = folder.parent / f".{folder.name}.source.json"
     if not (marker.is_file() and json.loads(marker.read_text()) == source):

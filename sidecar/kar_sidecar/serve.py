@@ -7,15 +7,13 @@ WORK/serving/
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
 from kar_sidecar.errors import InputError
+from kar_sidecar.lock import held
 from kar_sidecar.release import Release, list_releases, read_active, write_active
 from kar_sidecar.releases import Releases
 from kar_sidecar.scoring.memory import MemoryScorer
@@ -82,16 +81,6 @@ def is_serving(address: str) -> bool:
         except grpc.RpcError:
             return False
     return answer.status == health_pb2.HealthCheckResponse.SERVING
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another `kar serve` runs on {folder.parent}: stop it, or name another --work") from error
-        yield
 
 
 class _Serving:
@@ -213,7 +202,8 @@ def serve_until_stopped(
     active = read_active(settings.releases)
     folder = settings.work / "serving"
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), termination() as stopping:
+    taken = InputError(f"another `kar serve` runs on {settings.work}: stop it, or name another --work")
+    with held(folder / "lock", taken), termination() as stopping:
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)  # of one that was killed
         check(settings)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kar_offline.stage import folder_hash, run_stage
+from kar_sidecar.errors import PreconditionError
 
 pytestmark = pytest.mark.unit
 
@@ -87,3 +88,11 @@ def test_the_hash_of_a_folder_tells_contents_and_names(tmp_path):
         folders[name] = folder_hash(tmp_path / name)
     assert folders["a"] == folders["b"]
     assert len({folders["a"], folders["c"], folders["d"]}) == 3
+
+
+def test_two_processes_never_make_the_same_folder(tmp_path):
+    def make_it_again(draft: Path):
+        return run_stage("numbers", tmp_path / "numbers", write_number(2), inputs={}, params={}, version=2).report
+
+    with pytest.raises(PreconditionError, match="another process is making"):
+        run_stage("numbers", tmp_path / "numbers", make_it_again, inputs={}, params={}, version=1)

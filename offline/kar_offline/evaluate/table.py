@@ -15,7 +15,7 @@ ROWS: Final = {
     "control": "",
     "raw_text": "+ raw text",
     "knowledge": "+ LLM knowledge",
-    NEUTRAL: "  with none given",
+    NEUTRAL: "+ LLM knowledge, none given",
 }
 
 

@@ -1,6 +1,7 @@
 """Owns the training runs: each backbone with each arm is a stage of its own, some of them side by side."""
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
+from threading import Thread
 from typing import Any, Final
 
 import torch
@@ -88,10 +90,18 @@ def _train_one(work: Path, run: Run, settings: TrainSettings, on_epoch: OnEpoch,
 _epochs: Any = None
 
 
+def _end_with_parent() -> None:
+    """End this process when its parent was killed: an orphan would write beside the next run."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _start_worker(epochs: Any) -> None:
-    """Prepare a worker process: one thread, and interrupts left to the parent, which ends it between two writes."""
+    """Prepare a worker process: one thread, interrupts left to the parent, no life without it."""
     global _epochs
     _epochs = epochs
+    Thread(target=_end_with_parent, daemon=True).start()
     signal(SIGINT, SIG_IGN)
     torch.set_num_threads(1)
 
