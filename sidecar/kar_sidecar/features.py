@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
 from kar_sidecar.errors import InputError, IntegrityError
-from kar_sidecar.store.records import HEADER, LAYOUT, MAGIC, NEVER, Header, fingerprint, read_header
+from kar_sidecar.store.records import HEADER, NEVER, Header, decode_parts, fingerprint, read_header
 
 __all__ = [
     "PADDING",
@@ -180,20 +180,9 @@ class FeatureLayout:
         Raises:
             IntegrityError: a record of another schema, or corrupt.
         """
+        present, records = decode_parts(blobs, self._record, self.schema_hash, "schema")
         rows = np.repeat(self.missing, len(blobs))
-        present = [i for i, blob in enumerate(blobs) if blob is not None]
-        if present:
-            found = [blob for blob in blobs if blob is not None]
-            if any(len(blob) != self._record.itemsize for blob in found):
-                raise IntegrityError("an item features record has the wrong size: publish features again")
-            records = np.frombuffer(b"".join(found), dtype=self._record)
-            header = records["header"]
-            mine = (header["magic"] == MAGIC) & (header["layout"] == LAYOUT)
-            if not (mine & (header["fingerprint"] == fingerprint(self.schema_hash))).all():
-                raise IntegrityError(
-                    f"an item features record is not of schema {self.schema_hash}: publish features again"
-                )
-            rows[present] = records["row"]
+        rows[present] = records["row"]
         return rows
 
 

@@ -9,6 +9,7 @@ to; another one is refused.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "NEVER",
     "Header",
     "VectorBatch",
+    "decode_parts",
     "decode_vectors",
     "encode_vectors",
     "fingerprint",
@@ -135,6 +137,36 @@ class VectorBatch:
     levels: NDArray[np.uint8]
 
 
+def decode_parts(
+    blobs: Sequence[bytes | None], layout: np.dtype, content_hash: str, kind: str
+) -> tuple[list[int], NDArray[np.void]]:
+    """Decode equally long parts in one pass: which of `blobs` are there, and their records of `layout`.
+
+    `layout` starts with a field `header`; all records must carry the fingerprint of `content_hash`, which is the hash
+    of a `kind` ("space" or "schema").
+
+    Raises:
+        IntegrityError: a record of another size, layout or fingerprint.
+    """
+    present = [i for i, blob in enumerate(blobs) if blob is not None]
+    if not present:
+        return present, np.zeros(0, layout)
+    found = [blob for blob in blobs if blob is not None]
+    if {layout.itemsize} != set(map(len, found)):
+        raise IntegrityError(f"a store record has the wrong size for {kind} {content_hash}: publish it again")
+    records = np.frombuffer(b"".join(found), dtype=layout)
+    header = records["header"]
+    mine = (header["magic"] == MAGIC) & (header["layout"] == LAYOUT)
+    if not (mine & (header["fingerprint"] == fingerprint(content_hash))).all():
+        raise IntegrityError(f"a store record is not of {kind} {content_hash}: publish it again")
+    return present, records
+
+
+@lru_cache(maxsize=64)
+def _vector_layout(dim: int, dtype: str) -> np.dtype:
+    return np.dtype([("header", HEADER), ("values", np.dtype(dtype).newbyteorder("<"), (dim,))])
+
+
 def decode_vectors(
     blobs: Sequence[bytes | None], space_id: str, dim: int, neutral: NDArray[np.float32], *, dtype: str, at_ms: int
 ) -> VectorBatch:
@@ -143,21 +175,11 @@ def decode_vectors(
     Raises:
         IntegrityError: a record of another space, size or layout.
     """
-    layout = np.dtype([("header", HEADER), ("values", np.dtype(dtype).newbyteorder("<"), (dim,))])
+    present, records = decode_parts(blobs, _vector_layout(dim, dtype), space_id, "space")
     vectors = np.tile(neutral.astype(np.float32), (len(blobs), 1))
     levels = np.full(len(blobs), NEUTRAL, dtype=np.uint8)
-    present = [i for i, blob in enumerate(blobs) if blob is not None]
-    if not present:
-        return VectorBatch(vectors, levels)
-    found = [blob for blob in blobs if blob is not None]
-    if any(len(blob) != layout.itemsize for blob in found):
-        raise IntegrityError(f"a vector record of space {space_id} has the wrong size: publish the release again")
-    rows = np.frombuffer(b"".join(found), dtype=layout)
-    header = rows["header"]
-    good = (header["magic"] == MAGIC) & (header["layout"] == LAYOUT) & (header["fingerprint"] == fingerprint(space_id))
-    if not good.all():
-        raise IntegrityError(f"a vector record does not belong to space {space_id}: publish the release again")
+    header = records["header"]
     expired = (header["expires_at_ms"] != NEVER) & (header["expires_at_ms"] <= at_ms)
-    vectors[present] = rows["values"]
+    vectors[present] = records["values"]
     levels[present] = np.where(expired, STALE, header["level"])
     return VectorBatch(vectors, levels)
