@@ -16,7 +16,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml deploy/constraints.txt | $(VENV)/bin/python
 	@echo "Installing pinned dependencies into $(VENV) (about two minutes the first time) ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[sidecar,triton,offline,cpu]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[sidecar,triton,offline,cpu,local-llm]'
 	@touch $@
 
 install-dev: $(VENV)/.installed-dev

@@ -28,6 +28,11 @@ class StageResult:
     seconds: float
     report: dict[str, Any]
 
+    @property
+    def outcome(self) -> str:
+        """What became of it, in words."""
+        return f"written in {self.seconds:.1f} s" if self.ran else "up to date"
+
 
 def folder_hash(folder: Path) -> str:
     """Content hash of a finished stage's folder, from its record; of any other path, from its files."""
@@ -55,6 +60,9 @@ def run_stage(
     rises when the code of the stage changes what it writes. A killed run leaves the former folder untouched; what
     a stage wants to resume from lies in the draft `.<folder>.draft`, which `build` finds as it was left when
     inputs, parameters and version are the same, and empty otherwise.
+
+    Raises:
+        PreconditionError: another process is making this folder.
     """
     source = {
         "inputs": {key: folder_hash(path) for key, path in sorted(inputs.items())},

@@ -39,6 +39,11 @@ class Ranking:
         """Which rung answered: "knowledge", "backbone" or "caller"."""
         return ranking_pb2.Rung.Name(self.response.rung).removeprefix("RUNG_").lower()
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Knowledge of the user, then of each item: "full" to "neutral"; "unspecified" unless a rung used it."""
+        return tuple(map(_level, (self.response.user_level, *self.response.item_levels)))
+
     def ranked(self) -> list[tuple[str, float]]:
         """Items with their scores, best first; NaN where neither a model nor the caller gave scores."""
         scores = self.response.scores
@@ -156,12 +161,11 @@ class KarClient:
         response = self._call(self._knowledge.BatchGetKnowledge, request)
         space = response.space
         vectors = np.frombuffer(response.vectors, np.dtype(space.dtype).newbyteorder("<")).reshape(-1, space.dim)
-        levels = (records_pb2.KnowledgeLevel.Name(level) for level in response.levels)
         return Knowledge(
             response.release_id,
             space.space_id,
             vectors,
-            tuple(level.removeprefix("KNOWLEDGE_LEVEL_").lower() for level in levels),
+            tuple(map(_level, response.levels)),
             tuple(response.texts),
         )
 
@@ -170,6 +174,10 @@ class KarClient:
             return method(request, timeout=self._timeout_s)
         except grpc.RpcError as error:
             raise ERRORS.get(error.code(), errors.KarError)(error.details()) from error
+
+
+def _level(level: records_pb2.KnowledgeLevel) -> str:
+    return records_pb2.KnowledgeLevel.Name(level).removeprefix("KNOWLEDGE_LEVEL_").lower()
 
 
 def _column(name: str, values: Sequence[Any]) -> ranking_pb2.FeatureColumn:

@@ -31,6 +31,7 @@ from kar_sidecar.features import FeatureEncoder, FeatureLayout, schema_hash
 from kar_sidecar.store import ITEM, USER
 
 __all__ = [
+    "ACTIVE",
     "MANIFEST",
     "RENDERED",
     "Release",
@@ -106,7 +107,7 @@ def _read_manifest(path: Path) -> records_pb2.Manifest:
 
 @dataclass(frozen=True)
 class Release:
-    """A verified release. Construct with `Release.load`."""
+    """A release on disk. Construct with `Release.load`."""
 
     folder: Path
     manifest: records_pb2.Manifest

@@ -3,6 +3,7 @@
 WORK/serving/
   models/                      the repository that Triton reads: links to the models of every release
   triton.log, sidecar.log      what the two say; *.previous.log: what they said under the `kar serve` before
+  serve.log, ready.json        of a `kar serve` that `kar rank` or `kar demo` started
   lock                         held while `kar serve` runs
 """
 

@@ -24,7 +24,16 @@ from kar_sidecar.archives import WheelArchive, fetch
 from kar_sidecar.errors import PreconditionError, UnavailableError
 from kar_sidecar.supervise import ChildProcess, spawn
 
-__all__ = ["LOOPBACK", "Ports", "TritonProcess", "TritonRuntime", "check_platform", "find_libpython", "link_models"]
+__all__ = [
+    "LOOPBACK",
+    "Ports",
+    "TritonProcess",
+    "TritonRuntime",
+    "check_platform",
+    "find_libpython",
+    "link_models",
+    "read_metrics",
+]
 
 WHEEL: Final = WheelArchive(
     "nvidia-pytriton", "0.7.0", "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df"
@@ -246,7 +255,7 @@ class TritonProcess:
 
     def ready(self, timeout_s: float = 1.0) -> bool:
         """Whether the server and all models that it was told to load answer."""
-        return self._get(self.ports.http, "/v2/health/ready", timeout_s) is not None
+        return _get(f"{self.address}:{self.ports.http}", "/v2/health/ready", timeout_s) is not None
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until `ready`.
@@ -272,22 +281,9 @@ class TritonProcess:
         said = re.sub(r"^E\d{4} \S+ \d+ \S+\] ", "", found).strip('"') or "it logged no error"
         return f"{said} (log: {self.log_file})"
 
-    def metrics(self, timeout_s: float = 5.0) -> dict[tuple[str, str], float]:
-        """Prometheus counters and gauges of all models by (metric name, model name).
-
-        Raises:
-            UnavailableError: no answer.
-        """
-        text = self._get(self.ports.metrics, "/metrics", timeout_s)
-        if text is None:
-            raise UnavailableError(
-                f"tritonserver gives no metrics at {self.address}:{self.ports.metrics}: is it alive?"
-            )
-        found = re.findall(r'^(\w+)\{[^}]*\bmodel="([^"]+)"[^}]*\} (\S+)$', text, flags=re.MULTILINE)
-        values: dict[tuple[str, str], float] = {}
-        for name, model, value in found:
-            values[name, model] = values.get((name, model), 0.0) + float(value)
-        return values
+    def metrics(self) -> dict[tuple[str, str], float]:
+        """See `read_metrics`."""
+        return read_metrics(f"{self.address}:{self.ports.metrics}")
 
     def stop(self, grace_s: float = 10.0) -> None:
         """End the server: finish running requests, then kill what is left of it, its Python stubs too."""
@@ -295,14 +291,32 @@ class TritonProcess:
         for path in SHARED_MEMORY.glob(f"{self._shared_memory}*"):
             path.unlink(missing_ok=True)
 
-    def _get(self, port: int, path: str, timeout_s: float) -> str | None:
-        connection = HTTPConnection(self.address, port, timeout=timeout_s)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            body = response.read().decode()
-            return body if response.status == 200 else None
-        except (OSError, HTTPException):
-            return None
-        finally:
-            connection.close()
+
+def read_metrics(address: str, timeout_s: float = 5.0) -> dict[tuple[str, str], float]:
+    """Triton's counters and gauges by (metric name, model name), from its Prometheus page at host:port.
+
+    Raises:
+        UnavailableError: no answer.
+    """
+    text = _get(address, "/metrics", timeout_s)
+    if text is None:
+        raise UnavailableError(f"tritonserver gives no metrics at {address}: is it alive?")
+    found = re.findall(r'^(\w+)\{[^}]*\bmodel="([^"]+)"[^}]*\} (\S+)$', text, flags=re.MULTILINE)
+    values: dict[tuple[str, str], float] = {}
+    for name, model, value in found:
+        values[name, model] = values.get((name, model), 0.0) + float(value)
+    return values
+
+
+def _get(address: str, path: str, timeout_s: float) -> str | None:
+    """The body of an HTTP answer 200, None for anything else."""
+    connection = HTTPConnection(address, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read().decode()
+        return body if response.status == 200 else None
+    except (OSError, HTTPException):
+        return None
+    finally:
+        connection.close()

@@ -32,7 +32,8 @@ SUMMARY = {
     "serve": {
         **{"requests": 1000, "errors": 0, "candidates": 100, "p50_ms": 3.21, "p95_ms": 4.32, "p99_ms": 6.54},
         "stages": STAGES,
-        "levels": {"knowledge": 503, "backbone": 497},
+        "levels": {"full": 50000},
+        "rungs": {"knowledge": 503, "backbone": 497},
         "arms": {"knowledge": 503, "control": 497},
         "triton_inferences": 1000,
     },

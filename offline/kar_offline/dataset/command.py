@@ -1,7 +1,5 @@
 """Owns `kar dataset`."""
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,18 +7,19 @@ from rich.console import Console
 from rich.table import Table
 
 from kar_offline.dataset.movielens import SEED, build_dataset
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 
 __all__ = ["dataset"]
 
 
 def dataset(
-    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     users: Annotated[
         int | None, typer.Option(min=3, help="Keep only so many users, for a quick trial; default: all.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split of users.")] = SEED,
     history_length: Annotated[int, typer.Option(min=1, help="Events before a target that models read.")] = 30,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Fetch MovieLens-100K, verify it and make leakage-safe samples of it."""
     console = Console()
@@ -34,6 +33,5 @@ def dataset(
     table.add_row("all", f"{report['users']:,}", f"{report['samples']:,}")
     console.print(table)
     console.print(f"{report['positive_ratio']:.2%} positive, {report['items']:,} items, from {report['source']}")
-    console.print(f"{result.folder}: {f'written in {result.seconds:.1f} s' if result.ran else 'up to date'}")
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    console.print(f"{result.folder}: {result.outcome}")
+    write_json(json_file, report)

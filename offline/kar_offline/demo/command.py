@@ -1,27 +1,25 @@
 """Owns `kar demo` and `kar rank`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from kar_offline.demo.pipeline import SEED, SUMMARY, run_demo
+from kar_offline.demo.pipeline import SEED, run_demo
 from kar_offline.demo.pipeline import rank as rank_online
 from kar_offline.demo.replay import replay_table
 from kar_offline.demo.serving import read_ready_file
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 
 __all__ = ["demo", "rank"]
 
-Work = Annotated[Path, typer.Option(help="Work folder.")]
 Requests = Annotated[int, typer.Option(min=1, help="Requests that latency is measured over.")]
 Candidates = Annotated[int, typer.Option(min=2, help="Candidates of a request.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")]
 
 
 def demo(
-    work: Work = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     users: Annotated[
         int | None, typer.Option(min=3, help="Keep only so many users, for a quick trial; default: all.")
     ] = None,
@@ -30,13 +28,12 @@ def demo(
     json_file: JsonFile = None,
 ) -> None:
     """Go from raw ratings to ranked candidates: every stage, then real requests, then the report."""
-    run_demo(work, users=users, requests=requests, candidates=candidates, console=Console())
-    if json_file:
-        json_file.write_bytes((work / SUMMARY).read_bytes())
+    summary = run_demo(work, users=users, requests=requests, candidates=candidates, console=Console())
+    write_json(json_file, summary)
 
 
 def rank(
-    work: Work = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     ready_file: Annotated[
         Path | None, typer.Option(help="Ready file of a running `kar serve`; default: start one for the while.")
     ] = None,
@@ -50,5 +47,4 @@ def rank(
     address = read_ready_file(ready_file) if ready_file else None
     report = rank_online(work, address, requests=requests, candidates=candidates, seed=seed, console=console)
     console.print(replay_table(report))
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(json_file, report)

@@ -4,7 +4,6 @@ Nothing of the release, the store or the sidecar takes part but the feature enco
 """
 
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import torch
@@ -14,14 +13,12 @@ from kar_offline.dataset.samples import Dataset
 from kar_offline.demo.traffic import Slate
 from kar_offline.models import Knowledge
 from kar_offline.models.inputs import REQUEST_OF_ROW
-from kar_offline.train import TrainedModel, load_trained
-from kar_offline.train.features import EncodedDataset, FeatureEncodings, encode_dataset
+from kar_offline.train import load_trained
+from kar_offline.train.features import FeatureEncodings, encode_dataset
 from kar_offline.train.vectors import load_text_vectors
-from kar_sidecar.features import PADDING, rating_bucket
+from kar_sidecar.experiments import ARMS, CONTROL, KNOWLEDGE
 
 __all__ = ["OfflineScorer"]
-
-ARMS: Final = ("control", "knowledge")
 
 
 class OfflineScorer:
@@ -30,22 +27,23 @@ class OfflineScorer:
     def __init__(self, dataset: Dataset, backbone: str, work: Path) -> None:
         """Load the trained models of `backbone` in both serving arms."""
         self._dataset = dataset
-        self._trained: dict[str, TrainedModel] = {arm: load_trained(work, backbone, arm) for arm in ARMS}
-        any_arm = self._trained["control"]
-        self._encoded: EncodedDataset = encode_dataset(dataset, FeatureEncodings(any_arm.encodings, any_arm.item_ids))
+        trained = {arm: load_trained(work, backbone, arm) for arm in ARMS}
+        self._models = {arm: one.model for arm, one in trained.items()}
+        features = FeatureEncodings(trained[CONTROL].encodings, trained[CONTROL].item_ids)
+        self._encoded = encode_dataset(dataset, features)
         self._vectors = load_text_vectors(work / "encoding", "knowledge", dataset)
 
     @torch.no_grad()
     def score(self, slate: Slate, arm: str) -> NDArray[np.float32]:
         """Probabilities [C] of one slate's candidates."""
         dataset, columns = self._dataset, self._encoded.columns
-        first_later = np.array([dataset.offsets[slate.user] + dataset.cutoff[slate.user]])
-        items, ratings = dataset.history_windows(first_later, int(dataset.schema.history_length))
-        index = columns["item_index"].numpy()[items]
+        history_item, history_rating = self._encoded.histories(
+            np.array([dataset.offsets[slate.user] + dataset.cutoff[slate.user]])
+        )
         user, rows = torch.tensor([slate.user]), torch.from_numpy(slate.items)
         inputs = {
-            "history_item": torch.from_numpy(np.where(items >= 0, index, PADDING)),
-            "history_rating": torch.from_numpy(np.where(items >= 0, rating_bucket(ratings), PADDING)),
+            "history_item": history_item,
+            "history_rating": history_rating,
             "user_categorical": columns["user_categorical"][user],
             "user_numeric": columns["user_numeric"][user],
             "item_index": columns["item_index"][rows],
@@ -62,5 +60,5 @@ class OfflineScorer:
             known.item_present[rows],
             torch.arange(len(rows)),
         )
-        logits = self._trained[arm].model(inputs, knowledge if arm == "knowledge" else None)
+        logits = self._models[arm](inputs, knowledge if arm == KNOWLEDGE else None)
         return torch.sigmoid(logits).numpy()

@@ -1,33 +1,30 @@
 """Owns the demo's measurement online: both arms on every slate, offline parity, latency, Triton's own counters."""
 
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
-from urllib.request import urlopen
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console, Group
 from rich.progress import track
 from rich.table import Table
 
-from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
-from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset
 from kar_offline.demo.offline_scores import OfflineScorer
 from kar_offline.demo.traffic import Slate, slates
 from kar_offline.evaluate.metrics import auc, paired_bootstrap
-from kar_sidecar.errors import UnavailableError
+from kar_sidecar.client import KarClient, Ranking
+from kar_sidecar.errors import KarError, UnavailableError
+from kar_sidecar.experiments import ARMS
+from kar_sidecar.triton_server import read_metrics
 
-__all__ = ["ServingAddresses", "replay", "replay_table", "triton_inferences"]
+__all__ = ["STAGES", "ServingAddresses", "replay", "replay_table"]
 
-EXPERIMENT: Final = "knowledge"
-ARMS: Final = ("control", "knowledge")
 STAGES: Final = ("assign", "fetch", "assemble", "score", "respond")
+LEVELS: Final = ("full", "stale", "neighbour", "neutral")
 TIMEOUT_S: Final = 10.0
 ATTEMPTS: Final = 10
 
@@ -40,42 +37,10 @@ class ServingAddresses:
     triton_metrics: str
 
 
-@dataclass(slots=True)
-class _Tally:
-    rungs: Counter[str] = field(default_factory=Counter)
-    entities: Counter[str] = field(default_factory=Counter)
-    errors: int = 0
-
-    def add(self, response: ranking_pb2.RankResponse) -> None:
-        self.rungs[ranking_pb2.Rung.Name(response.rung).removeprefix("RUNG_").lower()] += 1
-        for level in (response.user_level, *response.item_levels):
-            if level != records_pb2.KNOWLEDGE_LEVEL_UNSPECIFIED:
-                name = records_pb2.KnowledgeLevel.Name(level)
-                self.entities[name.removeprefix("KNOWLEDGE_LEVEL_").lower()] += 1
-
-
-def triton_inferences(metrics_address: str) -> int:
-    """Inferences that all Triton models have made so far, from Triton's own Prometheus page.
-
-    Raises:
-        UnavailableError: the page does not answer.
-    """
-    try:
-        with urlopen(f"http://{metrics_address}/metrics", timeout=TIMEOUT_S) as page:
-            lines = page.read().decode().splitlines()
-    except OSError as error:
-        raise UnavailableError(f"Triton's metrics at {metrics_address} do not answer: {error}") from error
-    return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("nv_inference_count{")))
-
-
-def _request(dataset: Dataset, slate: Slate, arm: str | None) -> ranking_pb2.RankRequest:
-    ids = [dataset.items[row].id for row in slate.items]
-    return ranking_pb2.RankRequest(
-        request_id=uuid.uuid4().hex,
-        user=ranking_pb2.User(id=dataset.users[slate.user].id),
-        candidates=ranking_pb2.Candidates(ids=ids),
-        experiment_overrides={EXPERIMENT: arm} if arm else {},
-    )
+def _inferences(serving: ServingAddresses) -> int:
+    """Inferences that all Triton models have made so far, from Triton's own counters."""
+    metrics = read_metrics(serving.triton_metrics)
+    return int(sum(value for (name, _), value in metrics.items() if name == "nv_inference_count"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,31 +53,28 @@ class _Measured:
     max_difference: float
 
 
-def _undegraded(
-    stub: ranking_pb2_grpc.RankingServiceStub, request: ranking_pb2.RankRequest
-) -> ranking_pb2.RankResponse:
+def _rank(client: KarClient, dataset: Dataset, slate: Slate, arm: str = "") -> Ranking:
+    return client.rank(dataset.users[slate.user].id, [dataset.items[row].id for row in slate.items], arm=arm)
+
+
+def _undegraded(client: KarClient, dataset: Dataset, slate: Slate, arm: str) -> Ranking:
     """An answer of the best rung: on a busy machine one may be late, which is no answer to measure quality with."""
     for _ in range(ATTEMPTS):
-        response = stub.Rank(request, timeout=TIMEOUT_S)
-        if not response.reason:
-            return response
-    raise UnavailableError(f"{ATTEMPTS} requests in a row were degraded, the last one since {response.reason}")
+        ranking = _rank(client, dataset, slate, arm)
+        if not ranking.response.reason:
+            return ranking
+    raise UnavailableError(f"{ATTEMPTS} requests in a row were degraded, the last one since {ranking.response.reason}")
 
 
 def _measure(
-    stub: ranking_pb2_grpc.RankingServiceStub,
-    dataset: Dataset,
-    traffic: Sequence[Slate],
-    offline: OfflineScorer,
-    console: Console,
+    client: KarClient, dataset: Dataset, traffic: Sequence[Slate], offline: OfflineScorer, console: Console
 ) -> _Measured:
     users, labels = [], []
     scores: dict[str, list[NDArray]] = {arm: [] for arm in ARMS}
     difference = 0.0
     for slate in track(traffic, "rank: both arms, every test user", console=console, transient=True):
         for arm in ARMS:
-            response = _undegraded(stub, _request(dataset, slate, arm))
-            online = np.array(response.scores, dtype=np.float32)
+            online = np.array(_undegraded(client, dataset, slate, arm).response.scores, dtype=np.float32)
             difference = max(difference, float(np.abs(online - offline.score(slate, arm)).max()))
             scores[arm].append(online[: len(slate.labels)])
         users.append(np.full(len(slate.labels), slate.user))
@@ -144,26 +106,26 @@ def replay(
         stages, rungs, knowledge levels, inferences made by Triton).
     """
     traffic = list(slates(dataset, size=candidates, seed=seed))
-    with grpc.insecure_channel(serving.grpc) as channel:
-        stub = ranking_pb2_grpc.RankingServiceStub(channel)
-        measured = _measure(stub, dataset, traffic, offline, console)
-        before = triton_inferences(serving.triton_metrics)
-        tally, latencies_ms, arms = _Tally(), [], Counter[str]()
+    with KarClient(serving.grpc, timeout_s=TIMEOUT_S) as client:
+        measured = _measure(client, dataset, traffic, offline, console)
+        before = _inferences(serving)
+        rungs, levels, arms = Counter[str](), Counter(dict.fromkeys(LEVELS, 0)), Counter[str]()
+        errors, latencies_ms = 0, []
         stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
         for number in track(range(requests), "rank: latency", console=console, transient=True):
-            request = _request(dataset, traffic[number % len(traffic)], None)
             began = time.perf_counter()
             try:
-                response = stub.Rank(request, timeout=TIMEOUT_S)
-            except grpc.RpcError:
-                tally.errors += 1
+                ranking = _rank(client, dataset, traffic[number % len(traffic)])
+            except KarError:
+                errors += 1
                 continue
             latencies_ms.append((time.perf_counter() - began) * 1e3)
-            tally.add(response)
-            arms[response.arm] += 1
+            rungs[ranking.rung] += 1
+            arms[ranking.arm] += 1
+            levels.update(level for level in ranking.levels if level in LEVELS)
             for stage in STAGES:
-                stages[stage].append(getattr(response.timings, f"{stage}_ms"))
-        scored = triton_inferences(serving.triton_metrics) - before
+                stages[stage].append(getattr(ranking.response.timings, f"{stage}_ms"))
+        scored = _inferences(serving) - before
     if not latencies_ms:
         raise UnavailableError(f"none of {requests} requests to {serving.grpc} was answered: see the serving logs")
     auc_by_arm = {arm: auc(measured.labels, measured.scores[arm]) for arm in ARMS}
@@ -180,12 +142,12 @@ def replay(
         },
         "serve": {
             "requests": requests,
-            "errors": tally.errors,
+            "errors": errors,
             "candidates": candidates,
             **_percentiles(latencies_ms),
             "stages": {stage: _percentiles(values) for stage, values in stages.items()},
-            "levels": dict(tally.rungs),
-            "entity_levels": dict(tally.entities),
+            "levels": dict(levels),
+            "rungs": dict(rungs),
             "arms": dict(arms),
             "triton_inferences": scored,
         },
@@ -216,6 +178,11 @@ def replay_table(report: Mapping[str, Any]) -> Group:
         quality,
         f"largest difference between online and offline scores: {online['max_score_difference']:.1e}",
         latency,
-        f"errors {serve['errors']}; rungs {serve['levels']}; knowledge of users and items {serve['entity_levels']}; "
-        f"arms {serve['arms']}; Triton counted {serve['triton_inferences']:,} inferences",
+        f"errors {serve['errors']}; requests by arm: {_counts(serve['arms'])}; by rung: {_counts(serve['rungs'])}",
+        f"knowledge of users and items: {_counts(serve['levels'])}",
+        f"Triton counted {serve['triton_inferences']:,} inferences",
     )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())

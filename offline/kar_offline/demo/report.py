@@ -11,10 +11,11 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from kar_offline.demo.replay import STAGES
+
 __all__ = ["plot_auc", "plot_latency", "write_report"]
 
 ARMS: Final = {"control": "#9aa5b1", "raw_text": "#4c9be8", "knowledge": "#e4572e"}
-STAGES: Final = ("assign", "fetch", "assemble", "score", "respond")
 PERCENTILES: Final = ("p50_ms", "p95_ms", "p99_ms")
 
 

@@ -1,8 +1,6 @@
 """Owns `kar encode`."""
 
-import json
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kar_offline.encode.stage import encode as run
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 
 __all__ = ["encode"]
 
@@ -22,13 +21,13 @@ class Pooling(StrEnum):
 
 
 def encode(
-    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub name of another encoder; default: all-MiniLM-L6-v2.")
     ] = None,
     pooling: Annotated[Pooling, typer.Option(help="With --model: how token vectors become one.")] = Pooling.MEAN,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; default: all there are.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Turn knowledge texts, and the raw facts for comparison, into vectors."""
     from kar_offline.encode.huggingface import HuggingFace, mini_lm
@@ -47,6 +46,5 @@ def encode(
         f"{report['tokens_per_s']:,.0f} a second), {report['reused'] + report['resumed']:,} taken from before",
         soft_wrap=True,
     )
-    console.print(f"{result.folder}: {f'written in {result.seconds:.1f} s' if result.ran else 'up to date'}")
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    console.print(f"{result.folder}: {result.outcome}")
+    write_json(json_file, report)

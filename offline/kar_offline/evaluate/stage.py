@@ -1,6 +1,6 @@
 """Owns the evaluation stage: every trained model on the test users, side by side, with intervals.
 
-Nothing else reads the test split: models are chosen on validation users.
+Models are chosen on validation users; only this stage and the demo's replay read the test split.
 """
 
 import json
@@ -25,7 +25,7 @@ __all__ = ["CAVEATS", "EVALUATION", "NEUTRAL", "evaluate"]
 
 EVALUATION: Final = "evaluation.json"
 NEUTRAL: Final = "neutral"
-"""The knowledge model when no user and no item has knowledge: the rung that serving falls back to."""
+"""The knowledge model when nothing is known of the user or of any item: every vector is the neutral one."""
 VERSION: Final = 1
 CAVEATS: Final = (
     "The writer of the knowledge pack knew the films' later reputation and may have seen MovieLens.",

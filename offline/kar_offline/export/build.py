@@ -21,6 +21,7 @@ from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
 from kar_model_repository.render import TARGETS, Backbone, Sizes, render
 from kar_offline.dataset.samples import Dataset, Entity
+from kar_offline.generate import read_knowledge
 from kar_offline.models.onnx import export_onnx
 from kar_offline.stage import StageResult
 from kar_offline.train.checkpoint import TrainedModel, load_trained
@@ -35,6 +36,7 @@ from kar_sidecar.release import (
     file_sha256,
     list_files,
     manifest_id,
+    read_active,
     write_active,
 )
 
@@ -100,13 +102,12 @@ def export(
     else:
         shutil.rmtree(draft)
         ran = False
-    active = activate or not (releases / ACTIVE).is_file()
-    if active:
+    if activate or not (releases / ACTIVE).is_file():
         write_active(releases, manifest.release_id)
     report = {
         "release_id": manifest.release_id,
         "backbone": backbone,
-        "active": active or (releases / ACTIVE).read_text().strip() == manifest.release_id,
+        "active": read_active(releases) == manifest.release_id,
         "files": len(manifest.files),
         "bytes": sum(entry.bytes for entry in manifest.files),
     }
@@ -196,9 +197,9 @@ def _entry(trained: TrainedModel, ensemble: str = "") -> records_pb2.ModelEntry:
 def _prompt_versions(texts: Path) -> dict[str, str]:
     """Versions of each template in the knowledge records, "1" or "1,2"; "unknown" ones as they are."""
     found: dict[str, set[str]] = {}
-    for path in sorted(texts.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            name, _, version = json_format.Parse(line, records_pb2.KnowledgeRecord()).template.partition("/")
+    for kind in KINDS:
+        for record in read_knowledge(texts, kind):
+            name, _, version = record.template.partition("/")
             found.setdefault(name, set()).add(version or "unknown")
     return {name: ",".join(sorted(versions)) for name, versions in found.items()}
 

@@ -1,7 +1,5 @@
 """Owns `kar export`."""
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,12 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kar_offline.export.build import export as export_release
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 
 __all__ = ["export"]
 
 
 def export(
-    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     backbone: Annotated[
         list[str], typer.Option(help="Backbone to export; repeat for several.", show_default="dcnv2, din")
     ] = ["dcnv2", "din"],  # noqa: B006 - typer reads it and does not change it
@@ -24,7 +23,7 @@ def export(
     cores: Annotated[
         int | None, typer.Option(min=1, help="Cores that Triton and the sidecar share; default: this machine's.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Make a release of each backbone: manifest, ONNX models, adaptor, vectors and the Triton repositories."""
     console = Console()
@@ -41,8 +40,7 @@ def export(
             "yes" if report["active"] else "no",
             str(report["files"]),
             f"{report['bytes'] / 1e6:.1f}",
-            f"written in {result.seconds:.1f} s" if result.ran else "up to date",
+            result.outcome,
         )
     console.print(table)
-    if json_file:
-        json_file.write_text(json.dumps(reports, indent=2) + "\n")
+    write_json(json_file, reports)

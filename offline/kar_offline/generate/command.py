@@ -19,6 +19,7 @@ from kar_offline.generate.openai import DEFAULT_PARAMETERS, OpenAIChat, Price
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.records import KINDS, read_knowledge
 from kar_offline.generate.stage import generate as run
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 from kar_offline.prompts import read_prompts
 from kar_sidecar.errors import InputError
 
@@ -53,7 +54,7 @@ def generate(
             "local: SmolLM2 in this process, a demonstration (extra local-llm)."
         ),
     ] = Source.PACK,
-    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the records; default: WORK/knowledge, or WORK/knowledge-LLM.")
     ] = None,
@@ -77,7 +78,7 @@ def generate(
     show: Annotated[
         int | None, typer.Option(min=0, help="Print so many texts with their prompts; default: 3, for packs none.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Have the prompts answered: by released knowledge, by a hosted or by a local language model."""
     console = Console()
@@ -113,9 +114,8 @@ def generate(
     console.print(table)
     if llm is Source.LOCAL:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
-    console.print(f"{result.folder}: {f'written in {result.seconds:.1f} s' if result.ran else 'up to date'}")
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    console.print(f"{result.folder}: {result.outcome}")
+    write_json(json_file, report)
 
 
 def _parameters(text: str | None) -> dict[str, Any] | None:

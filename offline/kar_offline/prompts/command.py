@@ -1,6 +1,5 @@
 """Owns `kar prompts`."""
 
-import json
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
@@ -11,18 +10,19 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 from kar_offline.prompts.rendering import read_prompts, render_prompts
 
 __all__ = ["prompts"]
 
 
 def prompts(
-    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     scenario: Annotated[
         Path | None, typer.Option(help="Scenario file (TOML) with words and factor lists; default: films.")
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Print so many rendered prompts, items and users in turn.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Render the questions that language models are asked about items and users."""
     console = Console()
@@ -32,7 +32,7 @@ def prompts(
     for kind, report in result.report["kinds"].items():
         table.add_row(kind, report["template"], f"{report['prompts']:,}", f"{report['mean_words']:.1f}")
     console.print(table)
-    console.print(f"{result.folder}: {f'written in {result.seconds:.1f} s' if result.ran else 'up to date'}")
+    console.print(f"{result.folder}: {result.outcome}")
     if show:
         rendered = read_prompts(result.folder)
         items, users = ([prompt for prompt in rendered if prompt.entity == entity] for entity in ("item", "user"))
@@ -40,5 +40,4 @@ def prompts(
         for prompt in islice(in_turn, show):
             title = f"{prompt.template} · {prompt.entity} {prompt.id}"
             console.print(Panel(Text(prompt.prompt), title=title, subtitle=prompt.prompt_sha256[:12]))
-    if json_file:
-        json_file.write_text(json.dumps(result.report, indent=2) + "\n")
+    write_json(json_file, result.report)

@@ -1,6 +1,5 @@
 """Owns `kar publish`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 from kar_offline.publish.fresh import publish_features
 from kar_offline.publish.release import publish as publish_release
 from kar_sidecar.release import read_active
@@ -17,7 +17,7 @@ __all__ = ["publish"]
 
 
 def publish(
-    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     release: Annotated[str | None, typer.Option(help="Release id; default: the active one.")] = None,
     store: Annotated[
         str | None,
@@ -29,7 +29,7 @@ def publish(
     force: Annotated[
         bool, typer.Option("--force", help="Publish again what is there; replace features of another schema.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Write a release into the store and the index, or fresh features into the store."""
     console = Console()
@@ -53,5 +53,4 @@ def publish(
                     table.add_row(part, f"{count:,}")
                 console.print(table)
     console.print(summary, soft_wrap=True)
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(json_file, report)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from google.protobuf import json_format
 from numpy.typing import NDArray
 from rich.progress import Progress
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset
+from kar_offline.generate import read_knowledge
 from kar_offline.stage import StageResult
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.features import History, schema_hash
@@ -205,8 +205,7 @@ class _Knowledge:
     @staticmethod
     def load(release: Release, kind: int) -> "_Knowledge":
         name = NAMES[kind]
-        with (release.folder / "knowledge" / f"{name}.jsonl").open() as lines:
-            records = [json_format.Parse(line, records_pb2.KnowledgeRecord()) for line in lines]
+        records = read_knowledge(release.folder / "knowledge", name)
         ids = (release.folder / "vectors" / f"{name}_ids.txt").read_text().splitlines()
         return _Knowledge(release, kind, {record.id: record for record in records}, ids)
 

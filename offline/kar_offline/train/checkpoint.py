@@ -42,7 +42,7 @@ class TrainedModel:
     """One trained run, in evaluation mode.
 
     `adaptor` is None and `encoder_id` empty for the control arm; `item_ids[i]` has index i + RESERVED; `metrics` are
-    of the validation split (`evaluate` alone reads the test split).
+    of the validation split.
     """
 
     arm: str

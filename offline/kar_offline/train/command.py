@@ -1,6 +1,5 @@
 """Owns `kar train`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -10,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from kar_offline.models import BACKBONES
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 from kar_offline.stage import StageResult
 from kar_offline.train.checkpoint import ARMS
 from kar_offline.train.fit import Epoch, TrainSettings
@@ -43,13 +43,13 @@ def train_with_progress(
 
 
 def train(
-    work: Annotated[Path, typer.Option(help="Work folder.")] = Path("var/demo"),
+    work: Work = DEFAULT_WORK,
     backbone: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(BACKBONES)}; default: all.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ARMS)}; default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, batches and dropout.")] = DEFAULTS.seed,
     epochs: Annotated[int, typer.Option(min=1, help="At most; early stopping ends sooner.")] = DEFAULTS.epochs,
     workers: Annotated[int, typer.Option(min=0, help="Processes, one thread each; 0: train in this one.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Train each backbone alone, with raw text and with knowledge; the best epoch on validation users is kept."""
     console = Console()
@@ -59,6 +59,5 @@ def train(
     for name, run in sorted(result.report["runs"].items()):
         table.add_row(name, f"{run['validation_logloss']:.4f}", f"{run['best_epoch']} of {run['epochs']}")
     console.print(table)
-    console.print(f"{result.folder}: {f'written in {result.seconds:.0f} s' if result.ran else 'up to date'}")
-    if json_file:
-        json_file.write_text(json.dumps(result.report, indent=2) + "\n")
+    console.print(f"{result.folder}: {result.outcome}")
+    write_json(json_file, result.report)

@@ -59,16 +59,22 @@ class EncodedDataset:
     def samples(self, split: int) -> Samples:
         """The samples of one split, histories as `FeatureEncoder.history` gives them."""
         events = self.dataset.samples(split)
-        items, ratings = self.dataset.history_windows(events, int(self.dataset.schema.history_length))
-        seen = items >= 0
-        index = self.columns["item_index"].numpy()[items]
+        history_item, history_rating = self.histories(events)
         return Samples(
             user=torch.from_numpy(self.dataset.event_user[events].astype(np.int64)),
             item=torch.from_numpy(self.dataset.event_item[events].astype(np.int64)),
-            history_item=torch.from_numpy(np.where(seen, index, PADDING)),
-            history_rating=torch.from_numpy(np.where(seen, rating_bucket(ratings), PADDING)),
+            history_item=history_item,
+            history_rating=history_rating,
             label=torch.from_numpy(self.dataset.labels[events]),
         )
+
+    def histories(self, events: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
+        """`history_item` and `history_rating` [S, L] int64 of what came before each event."""
+        items, ratings = self.dataset.history_windows(events, int(self.dataset.schema.history_length))
+        seen = items >= 0
+        index = self.columns["item_index"].numpy()[items]
+        padded = np.where(seen, index, PADDING), np.where(seen, rating_bucket(ratings), PADDING)
+        return torch.from_numpy(padded[0]), torch.from_numpy(padded[1])
 
     def inputs(self, samples: Samples, at: Tensor) -> dict[str, Tensor]:
         """Model inputs of the samples numbered `at` [B], one request a candidate, without `request_of_row`."""

@@ -59,7 +59,7 @@ class KnowledgeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FindSimilar(self, request, context):
-        """Finds the entities nearest in meaning.
+        """Finds the entities nearest in meaning. Not built yet: UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
