@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kar_sidecar.errors import PreconditionError
+from kar_sidecar.hashing import file_sha256
 from kar_sidecar.lock import held
-from kar_sidecar.release import file_sha256
 
 __all__ = ["RECORD", "StageResult", "folder_hash", "run_stage"]
 

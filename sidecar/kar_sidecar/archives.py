@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kar_sidecar.errors import IntegrityError, NotFoundError, UnavailableError
-from kar_sidecar.release import file_sha256
+from kar_sidecar.hashing import file_sha256
 
 __all__ = ["WheelArchive", "cache_folder", "download_wheel", "fetch"]
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from kar.records.v1 import records_pb2
 from kar_sidecar.errors import IntegrityError, NotFoundError, PreconditionError
 from kar_sidecar.features import FeatureEncoder, FeatureLayout, schema_hash
+from kar_sidecar.hashing import file_sha256
 from kar_sidecar.store import ITEM, USER
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "MANIFEST",
     "RENDERED",
     "Release",
-    "file_sha256",
     "list_files",
     "list_releases",
     "manifest_id",
@@ -46,12 +46,6 @@ __all__ = [
 MANIFEST = "manifest.json"
 RENDERED = "triton/files.json"
 ACTIVE = "active"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, lower-case hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_files(folder: Path, paths: Iterable[Path]) -> list[records_pb2.FileEntry]:
@@ -132,6 +126,10 @@ class Release:
             raise IntegrityError(f"{path} names another feature schema than it holds: export the release again")
         if verify:
             rendered = _read_manifest(folder / RENDERED) if (folder / "triton").is_dir() else records_pb2.Manifest()
+            if rendered.release_id not in ("", release_id):
+                raise IntegrityError(
+                    f"{folder / RENDERED} is of release {rendered.release_id}: export the release again"
+                )
             for entry in (*manifest.files, *rendered.files):
                 file = folder / entry.path
                 if not file.is_file():

@@ -23,7 +23,7 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
-from kar_sidecar.errors import InputError
+from kar_sidecar.errors import InputError, IntegrityError
 from kar_sidecar.lock import held
 from kar_sidecar.release import Release, list_releases, read_active, write_active
 from kar_sidecar.releases import Releases
@@ -208,6 +208,8 @@ def serve_until_stopped(
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)  # of one that was killed
         check(settings)
+        if not (models := settings.releases / active / "triton" / "cpu").is_dir():
+            raise IntegrityError(f"{models} is missing: export the release again")
         serving = _Serving(settings, config, ready_file, say)
         serving.link_releases()
         say(f"starting Triton and the sidecar on release {active} (logs: {folder}/*.log)")

@@ -35,7 +35,6 @@ def test_all_pinned_packages_import_together():
         "pydantic",
         "rich",
         "safetensors",
-        "scipy",
         "torch",
         "transformers",
         "triton",
@@ -57,7 +56,7 @@ def test_installed_versions_are_the_pinned_ones():
 
 def test_the_sidecar_imports_without_the_offline_half():
     """A torch that cannot be imported stands for an environment with the extra `sidecar` alone."""
-    blocked = ("torch", "onnx", "onnxruntime", "transformers", "scipy", "matplotlib", "kar_offline", "kar_kernels")
+    blocked = ("torch", "onnx", "onnxruntime", "transformers", "matplotlib", "kar_offline", "kar_kernels")
     program = f"""
 import importlib.abc, sys
 class Refuse(importlib.abc.MetaPathFinder):

@@ -10,7 +10,8 @@ from google.protobuf import json_format
 
 from kar.records.v1 import records_pb2
 from kar_sidecar.features import FeatureLayout, History, schema_hash
-from kar_sidecar.release import Release, file_sha256, manifest_id, write_active
+from kar_sidecar.hashing import file_sha256
+from kar_sidecar.release import Release, manifest_id, write_active
 from kar_sidecar.scoring.memory import MemoryScorer
 from kar_sidecar.served import Mode, ServedRelease
 from kar_sidecar.settings import Settings

@@ -9,7 +9,7 @@ import pytest
 
 from kar_sidecar.archives import WheelArchive, cache_folder, download_wheel, fetch
 from kar_sidecar.errors import IntegrityError, NotFoundError, UnavailableError
-from kar_sidecar.release import file_sha256
+from kar_sidecar.hashing import file_sha256
 
 pytestmark = pytest.mark.unit
 

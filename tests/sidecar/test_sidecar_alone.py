@@ -28,8 +28,9 @@ def slim(tmp_path_factory) -> Path:
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraints = ROOT / "deploy" / "constraints.txt"
     done = subprocess.run([*pip, "-c", constraints, f"{ROOT}[sidecar]"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"pip cannot install here: {done.stderr.strip().splitlines()[-1]}")
+    if "Could not fetch URL" in done.stderr or "Failed to establish a new connection" in done.stderr:
+        pytest.skip("pip reaches no package index here")
+    assert done.returncode == 0, done.stderr
     return python
 
 

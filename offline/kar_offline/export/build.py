@@ -28,12 +28,12 @@ from kar_offline.train.checkpoint import TrainedModel, load_trained
 from kar_offline.train.vectors import TextVectors, load_text_vectors
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError
 from kar_sidecar.features import schema_hash
+from kar_sidecar.hashing import file_sha256
 from kar_sidecar.release import (
     ACTIVE,
     MANIFEST,
     RENDERED,
     Release,
-    file_sha256,
     list_files,
     manifest_id,
     read_active,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kar_sidecar.errors import IntegrityError, PreconditionError
-from kar_sidecar.release import file_sha256
+from kar_sidecar.hashing import file_sha256
 
 __all__ = ["Snapshot", "read_snapshot", "write_snapshot"]
 
