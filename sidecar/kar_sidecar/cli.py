@@ -18,6 +18,7 @@ from kar_sidecar.errors import KarError, UnsupportedError
 
 __all__ = ["COMMANDS", "app", "main"]
 
+INTERRUPTED: Final = 130
 COMMANDS: Final = "kar.commands"
 """Entry points of this group are subcommands: name = "module:typer function"."""
 ORDER: Final = (
@@ -89,6 +90,13 @@ def main() -> None:
     except ModuleNotFoundError as error:
         console.print(f"[bold red]error:[/] {_needs(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("interrupted: finished stages are kept; run the same command to go on")
-        sys.exit(130)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        console.print(
+            f"[bold red]error:[/] {what}: name another path or make it usable", highlight=False, soft_wrap=True
+        )
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            console.print("interrupted: finished stages are kept; run the same command to go on", soft_wrap=True)
+        raise

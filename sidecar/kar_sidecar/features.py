@@ -38,6 +38,10 @@ RESERVED: Final = 2
 """Vocabulary position i has index i + RESERVED."""
 
 FeatureValue = float | str | Sequence[str] | None
+FARTHEST: Final = 10.0
+"""Standard deviations from the mean that a number is clipped to, so that no single one decides a score."""
+ABSURD: Final = 1e6
+"""Standard deviations from which a number counts as missing, like NaN."""
 NUMERIC: Final = records_pb2.FEATURE_TYPE_NUMERIC
 MAX_RATING_BUCKET: Final = 20
 LARGEST: Final = float(np.finfo(np.float32).max)
@@ -254,11 +258,11 @@ class FeatureEncoder:
             column = rows[feature.name]
             if feature.type == NUMERIC:
                 encoding = self._encodings[feature.entity, feature.name]
-                with np.errstate(over="ignore"):  # a number too large for float32 is as good as infinite: missing
+                with np.errstate(over="ignore"):
                     standard = (column - encoding.mean) / encoding.scale
-                absent = ~np.isfinite(standard)
+                absent = ~(np.abs(standard) <= ABSURD)
                 missing += int(absent.sum())
-                numbers.append(np.where(absent, 0.0, standard)[:, None])
+                numbers.append(np.where(absent, 0.0, np.clip(standard, -FARTHEST, FARTHEST))[:, None])
             else:
                 categories.append(self._vocabularies[feature.entity, feature.name].lookup(column))
         zero = np.zeros((len(rows), 1))

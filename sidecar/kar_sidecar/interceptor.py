@@ -8,8 +8,9 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from kar_sidecar.errors import KarError
+from kar_sidecar.errors import InputError, KarError
 from kar_sidecar.telemetry import Telemetry
 
 __all__ = ["CallInterceptor"]
@@ -43,12 +44,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         rpc = handler_call_details.method.lstrip("/")
 
-        async def call(request: Any, context: Any) -> Any:
+        async def call(message: bytes, context: Any) -> Any:
             began, response, status = self._clock(), None, grpc.StatusCode.INTERNAL
-            request_id = getattr(request, "request_id", "") or self._new_id()
-            if hasattr(request, "request_id"):
-                request.request_id = request_id
+            request_id = self._new_id()
             try:
+                request = _parse(message, handler.request_deserializer)
+                if hasattr(request, "request_id"):
+                    request.request_id = request_id = request.request_id or request_id
                 response = await handler.unary_unary(request, context)
                 status = grpc.StatusCode.OK
             except KarError as error:
@@ -69,6 +71,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._telemetry.request(rpc, status.name, (self._clock() - began) * 1e3, response)
             return response
 
-        return grpc.unary_unary_rpc_method_handler(
-            call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
-        )
+        # Parsed in `call`: gRPC would answer a message that is none with UNKNOWN and a traceback.
+        return grpc.unary_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
+
+
+def _parse(message: bytes, deserialise: Callable[[bytes], Any]) -> Any:
+    try:
+        return deserialise(message)
+    except DecodeError as error:
+        raise InputError("the message is not what this method takes: send a protobuf made from protos/") from error

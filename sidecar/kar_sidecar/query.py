@@ -67,7 +67,10 @@ def read_query(request: ranking_pb2.RankRequest, served: ServedRelease, max_cand
             raise InputError("user.history.item_ids holds an empty id: send an id for every event")
         history = History(tuple(user.history.item_ids), np.array(user.history.ratings, np.float32))
         if user.history.HasField("as_of"):
-            as_of_ms = user.history.as_of.ToMilliseconds()
+            try:
+                as_of_ms = user.history.as_of.ToMilliseconds()
+            except ValueError as error:
+                raise InputError("user.history.as_of is no time: send seconds of the years 1 to 9999") from error
     return Query(
         user.id,
         items,

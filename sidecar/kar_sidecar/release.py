@@ -16,7 +16,7 @@
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,11 +78,15 @@ def read_active(releases: Path) -> str:
 
     Raises:
         PreconditionError: nothing was exported or activated yet.
+        IntegrityError: the file that says it is corrupt.
     """
     path = releases / ACTIVE
     if not path.is_file():
         raise PreconditionError(f"no active release below {releases}: run `kar export` first")
-    return path.read_text().strip()
+    try:
+        return path.read_text().strip()
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{path} is corrupt: activate a release again") from error
 
 
 def write_active(releases: Path, release_id: str) -> None:
@@ -97,6 +101,16 @@ def _read_manifest(path: Path) -> records_pb2.Manifest:
         return json_format.Parse(path.read_text(), records_pb2.Manifest())
     except (OSError, json_format.ParseError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{path} is not a readable manifest: {error}; export the release again") from error
+
+
+def _rendered(folder: Path, release_id: str) -> Sequence[records_pb2.FileEntry]:
+    """The list of files below `triton/`; none where the release has no Triton repository."""
+    if not (folder / "triton").is_dir():
+        return ()
+    listed = _read_manifest(folder / RENDERED)
+    if listed.release_id != release_id or not listed.files:
+        raise IntegrityError(f"{folder / RENDERED} does not list this release's files: export the release again")
+    return listed.files
 
 
 @dataclass(frozen=True)
@@ -125,12 +139,8 @@ class Release:
         if schema_hash(manifest.feature_schema) != manifest.feature_schema_hash:
             raise IntegrityError(f"{path} names another feature schema than it holds: export the release again")
         if verify:
-            rendered = _read_manifest(folder / RENDERED) if (folder / "triton").is_dir() else records_pb2.Manifest()
-            if rendered.release_id not in ("", release_id):
-                raise IntegrityError(
-                    f"{folder / RENDERED} is of release {rendered.release_id}: export the release again"
-                )
-            for entry in (*manifest.files, *rendered.files):
+            rendered = _rendered(folder, release_id)
+            for entry in (*manifest.files, *rendered):
                 file = folder / entry.path
                 if not file.is_file():
                     raise IntegrityError(f"{file} is missing: export the release again")

@@ -201,6 +201,8 @@ def serve_until_stopped(
         KarError: see `check`, `TritonRuntime.install` and `Supervisor.run`.
     """
     active = read_active(settings.releases)
+    if ready_file is not None and not ready_file.parent.is_dir():
+        raise InputError(f"{ready_file.parent} is not a folder: create it or name another --ready-file")
     folder = settings.work / "serving"
     folder.mkdir(parents=True, exist_ok=True)
     taken = InputError(f"another `kar serve` runs on {settings.work}: stop it, or name another --work")

@@ -142,7 +142,11 @@ class Settings(BaseSettings):
         try:
             return source(**{name: value for name, value in arguments.items() if value is not None})
         except ValidationError as error:
-            faults = (f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors())
+            faults = (
+                f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
+                for fault in error.errors()
+                if fault["type"] != "default_factory_not_called"
+            )
             raise InputError(f"wrong settings ({'; '.join(faults)}): correct them") from error
-        except (SettingsError, tomllib.TOMLDecodeError) as error:
+        except (SettingsError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"the settings cannot be read ({error}): correct them") from error

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -228,6 +228,23 @@ def _sweep_shared_memory() -> None:
             path.unlink(missing_ok=True)
 
 
+def _children(pid: int) -> set[int]:
+    """Process ids of the children of all threads of a process."""
+    found: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found.update(map(int, path.read_text().split()))
+    return found
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @dataclass(slots=True)
 class TritonProcess:
     """A started server: its process id, ports and log."""
@@ -238,6 +255,7 @@ class TritonProcess:
     _log_start: int
     _shared_memory: str
     _process: ChildProcess
+    _stubs: set[int] = field(default_factory=set)
 
     @property
     def pid(self) -> int:
@@ -254,8 +272,18 @@ class TritonProcess:
         return self._process.poll()
 
     def ready(self, timeout_s: float = 1.0) -> bool:
-        """Whether the server and all models that it was told to load answer."""
-        return _get(f"{self.address}:{self.ports.http}", "/v2/health/ready", timeout_s) is not None
+        """Whether the server and all models that it was told to load answer.
+
+        A server goes on calling a model ready whose Python process died, and never starts that again: such a server
+        is ended here, so that whoever watches it starts it anew.
+        """
+        if not all(map(_runs, self._stubs)):
+            self._process.stop(0.0)
+            return False
+        if _get(f"{self.address}:{self.ports.http}", "/v2/health/ready", timeout_s) is None:
+            return False
+        self._stubs |= _children(self.pid)
+        return True
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until `ready`.
@@ -277,7 +305,9 @@ class TritonProcess:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
         errors = [line for line in lines if re.match(r"E\d{4} ", line)]
-        found = next((line for line in errors if "failed to load" in line), (errors[:1] or lines[-1:] or [""])[0])
+        found = next(
+            (line for line in errors if re.search("failed to (load|poll)", line)), (errors[:1] or lines[-1:] or [""])[0]
+        )
         said = re.sub(r"^E\d{4} \S+ \d+ \S+\] ", "", found).strip('"') or "it logged no error"
         return f"{said} (log: {self.log_file})"
 

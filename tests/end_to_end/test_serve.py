@@ -224,6 +224,19 @@ def test_killed_children_come_back_and_the_stop_is_clean(work):
     assert said.count("ready on") == 3
 
 
+def test_a_killed_model_process_comes_back(work):
+    with serving(work) as (process, ready):
+        os.kill(next(iter(stubs_of(ready["pids"]["triton"]))), signal.SIGKILL)
+
+        def replaced():
+            pids = json.loads((work / "ready.json").read_text())["pids"]
+            return pids["triton"] != ready["pids"]["triton"]
+
+        await_true(replaced, "Triton is started again", process)
+        await_true(lambda: is_serving(ready["grpc"]), "health is well", process)
+        assert_scores(ready["grpc"], ready["release"])
+
+
 def test_a_killed_supervisor_leaves_nothing_and_the_next_one_starts(work):
     with serving(work) as (process, ready):
         pids = [*ready["pids"].values(), *stubs_of(ready["pids"]["triton"])]

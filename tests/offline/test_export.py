@@ -281,9 +281,11 @@ def test_models_of_different_features_are_refused(work):
         export(work, "dcnv2")
 
 
-def test_missing_stages_are_named(work):
-    with pytest.raises(PreconditionError, match="kar train"):
+def test_missing_stages_are_named(work, tmp_path):
+    with pytest.raises(InputError, match="choose from dcnv2, din"):
         export(work, "deepfm")
+    with pytest.raises(PreconditionError, match="kar train"):
+        export(tmp_path / "elsewhere", "dcnv2")
     (work / "knowledge" / "item.jsonl").unlink()
     with pytest.raises(PreconditionError, match="kar generate"):
         export(work, "dcnv2")

@@ -348,7 +348,6 @@ def test_what_a_fresh_record_leaves_out_is_missing(world: World, tmp_path: Path)
     ("bad", "complaint"),
     [
         ("{", "JSON"),
-        ("\n", "JSON"),
         ("[]\n", "object"),
         (line(entity="film"), "entity"),
         (line(entity="item"), "items have no history"),
@@ -357,6 +356,7 @@ def test_what_a_fresh_record_leaves_out_is_missing(world: World, tmp_path: Path)
         (line(more=1), "more"),
         (line(as_of="2026-11-01T12:00:00"), "as_of"),
         (line(as_of=None), "as_of"),
+        (line(as_of="9998-01-01T00:00:00Z"), "future"),
         (line(features={"salary": 1}), "'salary' is not in the schema"),
         (line(features={"age": "24"}), "'age' is numeric"),
         (line(history=[["ran"]]), "history"),

@@ -59,6 +59,32 @@ def test_what_is_missing_or_wrong_is_one_line(arguments, words, code, tmp_path, 
     assert words in answer.stderr
 
 
+def test_a_path_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    answer = run("dataset", "--work", str(tmp_path / "file"), "--users", "3")
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: ")
+    assert answer.stderr.count("\n") == 1
+    assert str(tmp_path / "file") in answer.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    program = (
+        "import os, signal, sys, threading, kar_sidecar.cli as cli\n"
+        "@cli.app.command()\n"
+        "def wait():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    threading.Event().wait(60)\n"
+        "cli._Commands.get_command = cli.TyperGroup.get_command\n"
+        "sys.argv = ['kar', 'wait']\n"
+        "cli.main()\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 130
+    assert "run the same command to go on" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["no-such-stage"], "No such command"), (["generate", "--llm", "telepathy"], "telepathy")],

@@ -227,6 +227,15 @@ def test_rows_become_indices_and_standardised_numbers() -> None:
     assert (categories.dtype, numbers.dtype) == (np.int64, np.float32)
 
 
+@pytest.mark.parametrize(
+    ("year", "standard", "missing"),
+    [(2010, 4.0, 0), (2040, 10.0, 0), (1e6, 10.0, 0), (-1e6, -10.0, 0), (1e30, 0.0, 1), (float("inf"), 0.0, 1)],
+)
+def test_no_number_lies_far_from_the_others(year: float, standard: float, missing: int) -> None:
+    _, numbers, absent = encoder().rows(ITEMS, ITEMS.row({"year": year}))
+    assert (numbers.tolist(), absent) == ([[standard]], missing)
+
+
 @given(st.sets(texts, max_size=20), st.lists(texts, max_size=20))
 def test_vocabulary_positions_are_indices(vocabulary: set[str], values: list[str]) -> None:
     known = sorted(vocabulary)

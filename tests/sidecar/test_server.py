@@ -97,6 +97,26 @@ def test_our_errors_become_statuses_with_their_sentence(world):
     with_sidecar(world, body)
 
 
+@pytest.mark.parametrize("message", [b"\xff\xff\xff\xff", b"\x0a\x02\xff\xfe"], ids=["no message", "no UTF-8"])
+def test_bytes_that_are_no_request_are_the_callers_fault(world, message):
+    async def body(sidecar, channel):
+        call = channel.unary_unary("/kar.ranking.v1.RankingService/Rank")
+        assert "send a protobuf" in await refused(call(message), grpc.StatusCode.INVALID_ARGUMENT)
+
+    with_sidecar(world, body)
+
+
+@pytest.mark.parametrize("seconds", [2**63 - 1, -(2**63), 253_402_300_800])
+def test_a_history_of_no_time_is_refused(world, seconds):
+    async def body(sidecar, channel):
+        request = rank_request()
+        request.user.history.as_of.seconds = seconds
+        stub = ranking_pb2_grpc.RankingServiceStub(channel)
+        assert "as_of" in await refused(stub.Rank(request), grpc.StatusCode.INVALID_ARGUMENT)
+
+    with_sidecar(world, body)
+
+
 def test_a_fault_of_ours_is_internal_logged_and_not_told(world, caplog):
     async def body(sidecar, channel):
         world.store.fault = RuntimeError("swordfish")

@@ -7,14 +7,9 @@ import pytest
 
 from kar_sidecar.errors import InputError, PreconditionError, UnavailableError
 from kar_sidecar.store.lmdb import LmdbStore
-from kar_sidecar.store.memory import MemoryStore
 from kar_sidecar.store.open import open_store
 
 pytestmark = pytest.mark.unit
-
-
-def test_memory() -> None:
-    assert isinstance(open_store("memory:"), MemoryStore)
 
 
 def test_lmdb_is_made_where_it_is_missing(tmp_path: Path) -> None:
@@ -36,7 +31,7 @@ def test_lmdb_is_not_made_by_a_reader(tmp_path: Path) -> None:
         "",
         "lmdb",
         "lmdb:",
-        "memory:here",
+        "memory:",
         "redis:localhost:6379",
         "aerospike:localhost/test/kar",
         "aerospike:localhost:3000/test",

@@ -22,6 +22,7 @@ from kar_kernels import HybridExpertAdaptor
 from kar_model_repository.render import TARGETS, Backbone, Sizes, render
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate import read_knowledge
+from kar_offline.models import BACKBONES
 from kar_offline.models.onnx import export_onnx
 from kar_offline.stage import StageResult
 from kar_offline.train.checkpoint import TrainedModel, load_trained
@@ -69,10 +70,13 @@ def export(
         The release's folder, and a report with `release_id`, `backbone`, `active`, `files` and `bytes`.
 
     Raises:
+        InputError: no such backbone.
         PreconditionError: an earlier stage is missing.
         IntegrityError: what the stages made is corrupt or does not belong together.
     """
     began = time.perf_counter()
+    if backbone not in BACKBONES:
+        raise InputError(f"backbone {backbone!r} is not known: choose from {', '.join(BACKBONES)}")
     knowledge, control = (load_trained(work, backbone, arm) for arm in ("knowledge", "control"))
     dataset = Dataset.load(work / "dataset")
     vectors = load_text_vectors(work / "encoding", "knowledge", dataset)

@@ -6,11 +6,21 @@ One line an entity, which replaces the features and history that the store has o
 
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from rich.progress import Progress
 
 from kar_sidecar.errors import InputError, PreconditionError
@@ -22,6 +32,8 @@ from kar_sidecar.store.open import open_store
 __all__ = ["FreshEntity", "publish_features", "read_features"]
 
 KINDS: Final = {"user": USER, "item": ITEM}
+AHEAD: Final = timedelta(days=1)
+"""What clocks may differ by."""
 Id = Annotated[str, Field(min_length=1)]
 
 
@@ -38,6 +50,13 @@ class FreshEntity(BaseModel):
     as_of: AwareDatetime
     """When this was true; an older record never replaces a newer one."""
 
+    @field_validator("as_of")
+    @classmethod
+    def _not_in_the_future(cls, as_of: datetime) -> datetime:
+        if as_of > datetime.now(UTC) + AHEAD:
+            raise ValueError("lies in the future, and would keep out every update until then")
+        return as_of
+
     @model_validator(mode="after")
     def _items_have_no_history(self) -> "FreshEntity":
         if self.entity == "item" and self.history:
@@ -51,8 +70,10 @@ def read_features(path: Path, release: Release) -> Iterator[tuple[EntityKey, byt
     Raises:
         InputError: a line that is wrong; the text has its number.
     """
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 yield _record(FreshEntity.model_validate_json(line), release)
             except ValidationError as error:

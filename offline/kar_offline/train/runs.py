@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
+from signal import SIG_BLOCK, SIG_IGN, SIGINT, pthread_sigmask, signal
 from threading import Thread
 from typing import Any, Final
 
@@ -126,7 +126,7 @@ def _in_processes(
     others = set(multiprocessing.active_children())
     with (
         ProcessPoolExecutor(workers, context, _start_worker, (epochs,)) as processes,
-        ThreadPoolExecutor(workers) as threads,
+        ThreadPoolExecutor(workers, initializer=pthread_sigmask, initargs=(SIG_BLOCK, {SIGINT})) as threads,
     ):
 
         def build(run: Run) -> Callable[[Path], dict[str, Any]]:

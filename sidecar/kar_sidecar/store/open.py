@@ -5,15 +5,14 @@ from urllib.parse import urlsplit
 
 from kar_sidecar.errors import InputError
 from kar_sidecar.store import Store
-from kar_sidecar.store.memory import MemoryStore
 
 __all__ = ["open_store"]
 
-FORMS = "memory:, lmdb:PATH or aerospike:HOST:PORT/NAMESPACE/SET"
+FORMS = "lmdb:PATH or aerospike:HOST:PORT/NAMESPACE/SET"
 
 
 def open_store(url: str, *, readonly: bool = False) -> Store:
-    """Open the store that `url` names: `memory:`, `lmdb:PATH` or `aerospike:HOST:PORT/NAMESPACE/SET`.
+    """Open the store that `url` names: `lmdb:PATH` or `aerospike:HOST:PORT/NAMESPACE/SET`.
 
     Implementations are imported on demand: only the one in use needs its package.
 
@@ -23,8 +22,6 @@ def open_store(url: str, *, readonly: bool = False) -> Store:
         UnavailableError: Aerospike does not answer.
     """
     scheme, _, rest = url.partition(":")
-    if scheme == "memory" and not rest:
-        return MemoryStore()
     if scheme == "lmdb" and rest:
         from kar_sidecar.store.lmdb import LmdbStore
 
