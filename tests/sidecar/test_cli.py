@@ -71,6 +71,8 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path):
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     program = (
         "import os, signal, sys, threading, kar_sidecar.cli as cli\n"
+        # Started in the background, a process ignores interrupts.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "@cli.app.command()\n"
         "def wait():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
