@@ -255,7 +255,10 @@ class TritonProcess:
     _log_start: int
     _shared_memory: str
     _process: ChildProcess
+    hung_s: float = 20.0
+    """Seconds without any answer after which a server that was ready before counts as hung."""
     _stubs: set[int] = field(default_factory=set)
+    _ready_at: float | None = None
 
     @property
     def pid(self) -> int:
@@ -274,16 +277,23 @@ class TritonProcess:
     def ready(self, timeout_s: float = 1.0) -> bool:
         """Whether the server and all models that it was told to load answer.
 
-        A server goes on calling a model ready whose Python process died, and never starts that again: such a server
-        is ended here, so that whoever watches it starts it anew.
+        A server that hangs, or one of whose models lost its Python process, never recovers by itself (it even goes on
+        calling such a model ready): it is ended here, so that whoever watches it starts it anew.
         """
-        if not all(map(_runs, self._stubs)):
+        answers = _get(f"{self.address}:{self.ports.http}", "/v2/health/ready", timeout_s) is not None
+        now = time.monotonic()
+        if not all(map(_runs, self._stubs)) or (not answers and self._hangs(now, timeout_s)):
             self._process.stop(0.0)
             return False
-        if _get(f"{self.address}:{self.ports.http}", "/v2/health/ready", timeout_s) is None:
+        if answers:
+            self._stubs |= _children(self.pid)
+            self._ready_at = now
+        return answers
+
+    def _hangs(self, now: float, timeout_s: float) -> bool:
+        if self._ready_at is None or now - self._ready_at < self.hung_s:
             return False
-        self._stubs |= _children(self.pid)
-        return True
+        return _get(f"{self.address}:{self.ports.http}", "/v2/health/live", timeout_s) is None
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until `ready`.

@@ -158,6 +158,34 @@ def test_a_model_that_cannot_load_ends_the_server_and_is_named(tmp_path):
         server.stop()
 
 
+def test_a_server_that_hangs_is_ended_by_who_asks_it(tmp_path):
+    write_model(tmp_path / "models", "good")
+    server = TritonRuntime.install().start(tmp_path / "models", models=["good"], log_file=tmp_path / "triton.log")
+    try:
+        server.wait_ready(60)
+        server.hung_s = 0.0
+        os.kill(server.pid, signal.SIGSTOP)
+        assert not server.ready(timeout_s=0.2)
+        assert server.poll() == -signal.SIGKILL
+        assert group_is_gone(server.pid)
+    finally:
+        server.stop()
+
+
+def test_a_server_that_was_never_ready_is_not_called_hung(tmp_path):
+    write_model(tmp_path / "models", "good")
+    server = TritonRuntime.install().start(tmp_path / "models", models=["good"], log_file=tmp_path / "triton.log")
+    try:
+        server.hung_s = 0.0
+        os.kill(server.pid, signal.SIGSTOP)
+        assert not server.ready(timeout_s=0.2)
+        assert server.poll() is None
+        os.kill(server.pid, signal.SIGCONT)
+        server.wait_ready(60)
+    finally:
+        server.stop()
+
+
 def test_a_hung_server_is_killed(tmp_path):
     (tmp_path / "models").mkdir()
     server = TritonRuntime.install().start(tmp_path / "models", models=[], log_file=tmp_path / "triton.log")
