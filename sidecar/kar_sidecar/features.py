@@ -152,7 +152,7 @@ class FeatureLayout:
         if history is not None:
             count = np.uint32(len(history.item_ids)).tobytes()
             body += count + np.asarray(history.ratings, dtype="<f4").tobytes() + "\0".join(history.item_ids).encode()
-        return Header(0, len(body), fingerprint(self.schema_hash), written_at_ms, NEVER).pack() + body
+        return Header(0, fingerprint(self.schema_hash), written_at_ms, NEVER).seal(body)
 
     def decode_user(self, blob: bytes | None) -> UserFeatures:
         """Decode one user's store part; None gives missing features and an empty history.

@@ -1,5 +1,6 @@
 """The bytes of a part are what the layout says, and other bytes are refused."""
 
+import binascii
 import struct
 
 import numpy as np
@@ -27,27 +28,35 @@ SPACE = "0123456789ab"
 NEUTRAL_VECTOR = np.array([9, 9], np.float32)
 
 
-def test_a_header_is_32_little_endian_bytes() -> None:
-    header = Header(level=1, width=3, fingerprint=0x0123456789AB, written_at_ms=-5, expires_at_ms=7)
-    expected = struct.pack("<HBBIQqq", 0x4B41, 1, 1, 3, 0x0123456789AB, -5, 7)
-    assert header.pack() == expected
-    assert read_header(expected + b"abc") == header
+def part(level: int, fingerprint: int, written_at_ms: int, expires_at_ms: int, payload: bytes) -> bytes:
+    """A part, written by hand."""
+    front = struct.pack("<HBB", 0x4B41, 1, level)
+    back = struct.pack("<Qqq", fingerprint, written_at_ms, expires_at_ms) + payload
+    return front + struct.pack("<I", binascii.crc32(front + back)) + back
+
+
+def test_a_part_is_32_little_endian_bytes_and_its_payload() -> None:
+    header = Header(level=1, fingerprint=0x0123456789AB, written_at_ms=-5, expires_at_ms=7)
+    expected = part(1, 0x0123456789AB, -5, 7, b"abc")
+    assert header.seal(b"abc") == expected
+    assert read_header(expected) == header
 
 
 @given(st.integers(0, 255), st.integers(0, 2**64 - 1), st.integers(-(2**63), 2**63 - 1), st.binary(max_size=9))
 def test_a_header_survives_packing(level: int, fingerprint: int, at_ms: int, body: bytes) -> None:
-    header = Header(level, len(body), fingerprint, at_ms, at_ms)
-    assert read_header(header.pack() + body) == header
+    header = Header(level, fingerprint, at_ms, at_ms)
+    assert read_header(header.seal(body)) == header
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:31], lambda b: b[:-1], lambda b: b + b"x", lambda b: b"XX" + b[2:]])
 def test_other_bytes_are_refused(change) -> None:
     with pytest.raises(IntegrityError, match="publish it again"):
-        read_header(change(Header(0, 4, 1, 0, 0).pack() + b"body"))
+        read_header(change(Header(0, 1, 0, 0).seal(b"body")))
 
 
 def test_newer_is_later_and_anything_beats_nothing() -> None:
-    early, late = (Header(0, 0, 1, at_ms, 0).pack() for at_ms in (1, 2))
+    early, late = (Header(0, 1, at_ms, 0).seal(b"") for at_ms in (1, 2))
+    assert is_newer(early, late[:-1] + b"x")  # a damaged part is older than anything
     assert [is_newer(late, early), is_newer(early, late), is_newer(late, late), is_newer(early, None)] == [
         True,
         False,
@@ -58,8 +67,17 @@ def test_newer_is_later_and_anything_beats_nothing() -> None:
 
 def test_a_vector_part_is_its_header_and_little_endian_numbers() -> None:
     blobs = encode_vectors(np.array([[1, -2], [0.5, 3]]), SPACE, written_at_ms=10, expires_at_ms=20)
-    header = struct.pack("<HBBIQqq", 0x4B41, 1, FULL, 8, int(SPACE, 16), 10, 20)
-    assert blobs == [header + struct.pack("<ff", 1, -2), header + struct.pack("<ff", 0.5, 3)]
+    payloads = struct.pack("<ff", 1, -2), struct.pack("<ff", 0.5, 3)
+    assert blobs == [part(FULL, int(SPACE, 16), 10, 20, payload) for payload in payloads]
+
+
+@given(st.data())
+def test_a_vector_part_with_any_byte_changed_is_refused(data: st.DataObject) -> None:
+    sound, other = encode_vectors(np.array([[1, -2], [0.5, 3]]), SPACE, written_at_ms=10)
+    damaged = bytearray(other)
+    damaged[data.draw(st.integers(0, len(other) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(IntegrityError, match="publish it again"):
+        decode_vectors([sound, bytes(damaged)], SPACE, 2, NEUTRAL_VECTOR, dtype="float32", at_ms=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -20,7 +20,7 @@ ALICE, TOY_STORY, HEAT = EntityKey(USER, "alice"), EntityKey(ITEM, "toy story"),
 
 
 def blob(body: bytes, written_at_ms: int = 1_000) -> bytes:
-    return Header(0, len(body), 7, written_at_ms, 0).pack() + body
+    return Header(0, 7, written_at_ms, 0).seal(body)
 
 
 @pytest.fixture(params=["memory", "lmdb", "aerospike"])

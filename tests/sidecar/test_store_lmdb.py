@@ -34,7 +34,7 @@ from kar_sidecar.store import FEATURES, ITEM, EntityKey
 from kar_sidecar.store.lmdb import BATCH, LmdbStore
 from kar_sidecar.store.records import Header
 
-blob = Header(0, 0, 7, 1, 0).pack()
+blob = Header(0, 7, 1, 0).seal(b"")
 
 def stream():
     for i in range(BATCH + 5):
@@ -46,7 +46,7 @@ LmdbStore(Path(sys.argv[1])).write(FEATURES, stream())
 
 
 def blob(body: bytes) -> bytes:
-    return Header(0, len(body), 7, 1, 0).pack() + body
+    return Header(0, 7, 1, 0).seal(body)
 
 
 def test_a_reader_process_sees_what_the_writer_writes_meanwhile(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Every part but a text (a serialised KnowledgeRecord) starts with `HEADER` (32 bytes, little-endian). A vector part
 goes on with `dim` float32 or float16 values, a features part with the schema's packed row (`FeatureLayout`), for
 users followed by their history. The fingerprint is the vector space or the feature schema that the payload belongs
-to; another one is refused.
+to; another one is refused, and so is a record whose checksum (CRC-32 of every other byte) does not fit.
 """
 
 import time
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ __all__ = [
     "NEVER",
     "Header",
     "VectorBatch",
+    "checksum",
     "decode_parts",
     "decode_vectors",
     "encode_vectors",
@@ -44,7 +46,7 @@ HEADER: Final = np.dtype(
         ("magic", "<u2"),
         ("layout", "u1"),
         ("level", "u1"),  # KnowledgeLevel that the publisher resolved; 0 for features
-        ("width", "<u4"),  # payload bytes
+        ("crc32", "<u4"),  # of all bytes of the part but these four
         ("fingerprint", "<u8"),  # first 16 hexadecimal digits of space or schema hash
         ("written_at_ms", "<i8"),
         ("expires_at_ms", "<i8"),
@@ -71,34 +73,50 @@ class Header:
     """What is known of one part before its payload is read."""
 
     level: int
-    width: int
     fingerprint: int
     written_at_ms: int
     expires_at_ms: int
 
-    def pack(self) -> bytes:
-        """The 32 bytes of this header."""
-        row = (MAGIC, LAYOUT, self.level, self.width, self.fingerprint, self.written_at_ms, self.expires_at_ms)
-        return np.array([row], dtype=HEADER).tobytes()
+    def seal(self, payload: bytes) -> bytes:
+        """The part: 32 bytes of header and the payload."""
+        row = (MAGIC, LAYOUT, self.level, 0, self.fingerprint, self.written_at_ms, self.expires_at_ms)
+        draft = np.array([row], dtype=HEADER).tobytes() + payload
+        return draft[:4] + checksum(draft).to_bytes(4, "little") + draft[8:]
+
+
+def checksum(blob: bytes | memoryview) -> int:
+    """CRC-32 of a part without the four bytes that hold it."""
+    return crc32(blob[8:], crc32(blob[:4]))
 
 
 def read_header(blob: bytes | memoryview) -> Header:
     """Parse the header of one part.
 
     Raises:
-        IntegrityError: not one of our records, another layout, or truncated.
+        IntegrityError: not one of our records, another layout, or damaged.
     """
     if len(blob) < HEADER.itemsize:
         raise IntegrityError(f"a store record has {len(blob)} bytes, less than its header: publish it again")
     row = np.frombuffer(blob, dtype=HEADER, count=1)[0]
-    if row["magic"] != MAGIC or row["layout"] != LAYOUT or len(blob) != HEADER.itemsize + row["width"]:
+    if row["magic"] != MAGIC or row["layout"] != LAYOUT:
         raise IntegrityError("a store record is not in this version's layout: publish it again")
-    return Header(*(int(row[name]) for name in ("level", "width", "fingerprint", "written_at_ms", "expires_at_ms")))
+    if row["crc32"] != checksum(blob):
+        raise IntegrityError("a store record is corrupt (its checksum differs): publish it again")
+    return Header(*(int(row[name]) for name in ("level", "fingerprint", "written_at_ms", "expires_at_ms")))
 
 
 def is_newer(blob: bytes, stored: bytes | memoryview | None) -> bool:
-    """Whether `blob` was true later than the part that is stored, as `Store.write(newer_only=True)` asks."""
-    return stored is None or read_header(blob).written_at_ms > read_header(stored).written_at_ms
+    """Whether `blob` was true later than the part that is stored, as `Store.write(newer_only=True)` asks.
+
+    A stored part that is damaged is older than anything.
+    """
+    if stored is None:
+        return True
+    try:
+        known = read_header(stored)
+    except IntegrityError:
+        return True
+    return read_header(blob).written_at_ms > known.written_at_ms
 
 
 def in_batches(records: Iterable[tuple[EntityKey, bytes]], size: int) -> Iterator[dict[EntityKey, bytes]]:
@@ -124,9 +142,8 @@ def encode_vectors(
 ) -> list[bytes]:
     """Pack the rows of `vectors` [n, dim] into n vector parts of one space."""
     values = np.ascontiguousarray(vectors, dtype=np.dtype(dtype).newbyteorder("<"))
-    width = values.shape[1] * values.itemsize
-    header = Header(level, width, fingerprint(space_id), written_at_ms, expires_at_ms).pack()
-    return [header + row.tobytes() for row in values]
+    header = Header(level, fingerprint(space_id), written_at_ms, expires_at_ms)
+    return [header.seal(row.tobytes()) for row in values]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +163,7 @@ def decode_parts(
     of a `kind` ("space" or "schema").
 
     Raises:
-        IntegrityError: a record of another size, layout or fingerprint.
+        IntegrityError: a record of another size, layout or fingerprint, or a damaged one.
     """
     present = [i for i, blob in enumerate(blobs) if blob is not None]
     if not present:
@@ -159,6 +176,10 @@ def decode_parts(
     mine = (header["magic"] == MAGIC) & (header["layout"] == LAYOUT)
     if not (mine & (header["fingerprint"] == fingerprint(content_hash))).all():
         raise IntegrityError(f"a store record is not of {kind} {content_hash}: publish it again")
+    if (header["crc32"] != np.fromiter(map(checksum, found), np.uint32, len(found))).any():
+        raise IntegrityError(
+            f"a store record of {kind} {content_hash} is corrupt (its checksum differs): publish it again"
+        )
     return present, records
 
 
