@@ -23,6 +23,7 @@ MAX_INSTANCES: Final = 4
 CANDIDATES: Final = -1
 HERE: Final = Path(__file__).parent
 
+# The names of `kar_sidecar.scoring`, which model code may not import; a test compares them.
 BASE: Final = (
     "history_item",
     "history_rating",

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
 
-__all__ = ["STAGES", "Telemetry"]
+__all__ = ["Telemetry"]
 
 STAGES: Final = ("assign", "fetch", "assemble", "score", "respond", "total")
 BUCKETS_MS: Final = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 250, 500, 1000)

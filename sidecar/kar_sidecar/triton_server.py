@@ -170,13 +170,11 @@ class TritonRuntime:
         models: Sequence[str],
         log_file: Path,
         ports: Ports | None = None,
-        address: str = LOOPBACK,
-        threads: int = 1,
     ) -> "TritonProcess":
         """Start a server on a model repository and return at once; `TritonProcess.wait_ready` waits for its models.
 
         Call it from a thread that lives as long as the server should: the kernel ends the server with that thread.
-        The server's output is appended to `log_file`. `threads` bounds the threads of each numerical library.
+        The server's output is appended to `log_file`. Numerical libraries get one thread each; models set their own.
         """
         ports = ports or Ports.free()
         shared_memory = f"kar-triton-{os.getpid()}-{next(_starts)}-"
@@ -186,11 +184,11 @@ class TritonRuntime:
             "model-repository": repository,
             "backend-directory": server / "backends",
             "model-control-mode": "explicit",
-            "grpc-address": address,
+            "grpc-address": LOOPBACK,
             "grpc-port": ports.grpc,
-            "http-address": address,
+            "http-address": LOOPBACK,
             "http-port": ports.http,
-            "metrics-address": address,
+            "metrics-address": LOOPBACK,
             "metrics-port": ports.metrics,
             "allow-gpu-metrics": "false",
             "exit-timeout-secs": 5,
@@ -212,12 +210,12 @@ class TritonRuntime:
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
             "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
             "OMP_WAIT_POLICY": "passive",
-            **dict.fromkeys(bounded, str(threads)),
+            **dict.fromkeys(bounded, "1"),
         }
         log_file.parent.mkdir(parents=True, exist_ok=True)
         log_start = log_file.stat().st_size if log_file.exists() else 0
         process = spawn([server / "bin" / "tritonserver", *arguments], log_file, environment)
-        return TritonProcess(address, ports, log_file, log_start, shared_memory, process)
+        return TritonProcess(ports, log_file, log_start, shared_memory, process)
 
 
 def _sweep_shared_memory() -> None:
@@ -247,9 +245,8 @@ def _runs(pid: int) -> bool:
 
 @dataclass(slots=True)
 class TritonProcess:
-    """A started server: its process id, ports and log."""
+    """A started server: its process id, its ports on loopback, its log."""
 
-    address: str
     ports: Ports
     log_file: Path
     _log_start: int
@@ -268,7 +265,7 @@ class TritonProcess:
     @property
     def grpc_target(self) -> str:
         """`address:port` of the gRPC endpoint."""
-        return f"{self.address}:{self.ports.grpc}"
+        return f"{LOOPBACK}:{self.ports.grpc}"
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while the server runs."""
@@ -280,7 +277,7 @@ class TritonProcess:
         A server that hangs, or one of whose models lost its Python process, never recovers by itself (it even goes on
         calling such a model ready): it is ended here, so that whoever watches it starts it anew.
         """
-        answers = _get(f"{self.address}:{self.ports.http}", "/v2/health/ready", timeout_s) is not None
+        answers = _get(f"{LOOPBACK}:{self.ports.http}", "/v2/health/ready", timeout_s) is not None
         now = time.monotonic()
         if not all(map(_runs, self._stubs)) or (not answers and self._hangs(now, timeout_s)):
             self._process.stop(0.0)
@@ -293,7 +290,7 @@ class TritonProcess:
     def _hangs(self, now: float, timeout_s: float) -> bool:
         if self._ready_at is None or now - self._ready_at < self.hung_s:
             return False
-        return _get(f"{self.address}:{self.ports.http}", "/v2/health/live", timeout_s) is None
+        return _get(f"{LOOPBACK}:{self.ports.http}", "/v2/health/live", timeout_s) is None
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until `ready`.
@@ -323,7 +320,7 @@ class TritonProcess:
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """See `read_metrics`."""
-        return read_metrics(f"{self.address}:{self.ports.metrics}")
+        return read_metrics(f"{LOOPBACK}:{self.ports.metrics}")
 
     def stop(self, grace_s: float = 10.0) -> None:
         """End the server: finish running requests, then kill what is left of it, its Python stubs too."""

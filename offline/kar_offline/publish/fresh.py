@@ -23,15 +23,15 @@ from pydantic import (
 )
 from rich.progress import Progress
 
+from kar_offline.generate.records import ENTITY
 from kar_sidecar.errors import InputError, PreconditionError
 from kar_sidecar.features import History
 from kar_sidecar.release import Release
-from kar_sidecar.store import FEATURES, ITEM, USER, EntityKey, schema_meta
+from kar_sidecar.store import FEATURES, ITEM, EntityKey, schema_meta
 from kar_sidecar.store.open import open_store
 
 __all__ = ["FreshEntity", "publish_features", "read_features"]
 
-KINDS: Final = {"user": USER, "item": ITEM}
 AHEAD: Final = timedelta(days=1)
 """What clocks may differ by."""
 Id = Annotated[str, Field(min_length=1)]
@@ -87,7 +87,7 @@ def read_features(path: Path, release: Release) -> Iterator[tuple[EntityKey, byt
 
 def _record(fresh: FreshEntity, release: Release) -> tuple[EntityKey, bytes]:
     written_at_ms = round(fresh.as_of.timestamp() * 1000)
-    key = EntityKey(KINDS[fresh.entity], fresh.id)
+    key = EntityKey(ENTITY[fresh.entity], fresh.id)
     if key.kind == ITEM:
         layout = release.item_layout
         return key, layout.encode(layout.row(fresh.features), written_at_ms=written_at_ms)
