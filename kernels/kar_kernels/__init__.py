@@ -1,5 +1,5 @@
 """Owns the hybrid-expert adaptor operator."""
 
-from kar_kernels.adaptor import HybridExpertAdaptor
+from kar_kernels.adaptor import TOWERS, HybridExpertAdaptor, Tower
 
-__all__ = ["HybridExpertAdaptor"]
+__all__ = ["TOWERS", "HybridExpertAdaptor", "Tower"]

@@ -2,12 +2,13 @@
 
 Formula and source: `kar_kernels.reference`. Experts lie in memory as [user's P | shared S | item's P], so that the
 S + P experts of either tower are one contiguous slice: a tower is one GEMM over all first layers, one batched GEMM
-over all second layers and no copy of weights.
+over all second layers and no copy of weights. An adaptor of one tower has that tower's experts and gate only.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Final, Literal, cast, get_args
 
 import torch
 from safetensors import safe_open
@@ -33,6 +34,8 @@ class HybridExpertAdaptor(nn.Module):
         out: Components K of a knowledge vector.
         shared: Experts S that both towers share. `shared=1, dedicated=0` is one plain MLP.
         dedicated: Experts P of each tower alone.
+        towers: The kinds of entities it adapts, in the order of `TOWERS`.
+        one_gate: Whether all towers share a gate; with `dedicated=0` they are then one mixture of experts.
 
     Example:
         >>> adaptor = HybridExpertAdaptor(dim=384)
@@ -41,20 +44,35 @@ class HybridExpertAdaptor(nn.Module):
         (torch.Size([1, 32]), torch.Size([500, 32]))
     """
 
-    def __init__(self, dim: int, *, hidden: int = 128, out: int = 32, shared: int = 2, dedicated: int = 5) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        hidden: int = 128,
+        out: int = 32,
+        shared: int = 2,
+        dedicated: int = 5,
+        towers: Sequence[Tower] = TOWERS,
+        one_gate: bool = False,
+    ) -> None:
         super().__init__()
         if min(dim, hidden, out) < 1 or min(shared, dedicated) < 0 or shared + dedicated < 1:
             raise ValueError("an adaptor needs positive sizes and at least one expert a tower")
+        if not towers or any(tower not in TOWERS for tower in towers):
+            raise ValueError(f"an adaptor needs one or both towers of {TOWERS}, not {tuple(towers)}")
         self.dim, self.hidden, self.out, self.shared, self.dedicated = dim, hidden, out, shared, dedicated
-        experts, seen = shared + 2 * dedicated, shared + dedicated
+        self.towers = tuple(tower for tower in TOWERS if tower in towers)
+        self.one_gate = one_gate
+        experts, seen = shared + len(self.towers) * dedicated, shared + dedicated
+        gates = 1 if one_gate else len(self.towers)
         self.weight1 = nn.Parameter(torch.empty(experts, hidden, dim))
         self.bias1 = nn.Parameter(torch.empty(experts, hidden))
         self.weight2 = nn.Parameter(torch.empty(experts, out, hidden))
         self.bias2 = nn.Parameter(torch.empty(experts, out))
-        self.gate_weight = nn.Parameter(torch.empty(len(TOWERS), seen, dim))
-        self.gate_bias = nn.Parameter(torch.empty(len(TOWERS), seen))
-        self.user_neutral = nn.Parameter(torch.zeros(out))
-        self.item_neutral = nn.Parameter(torch.zeros(out))
+        self.gate_weight = nn.Parameter(torch.empty(gates, seen, dim))
+        self.gate_bias = nn.Parameter(torch.empty(gates, seen))
+        for tower in self.towers:
+            self.register_parameter(f"{tower}_neutral", nn.Parameter(torch.zeros(out)))
         for parameter, fan_in in (
             (self.weight1, dim),
             (self.bias1, dim),
@@ -65,8 +83,13 @@ class HybridExpertAdaptor(nn.Module):
         ):
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
+    def _number(self, tower: Tower) -> int:
+        if tower not in self.towers:
+            raise ValueError(f"this adaptor has no {tower} tower: train one with it")
+        return self.towers.index(tower)
+
     def _slice(self, tower: Tower) -> slice:
-        start = TOWERS.index(tower) * self.dedicated
+        start = self._number(tower) * self.dedicated
         return slice(start, start + self.shared + self.dedicated)
 
     def experts(self, tower: Tower) -> list[Expert]:
@@ -77,7 +100,7 @@ class HybridExpertAdaptor(nn.Module):
 
     def tower(self, x: Tensor, tower: Tower) -> Tensor:
         """Knowledge vectors [B, K] of encodings `x` [B, D]; B may be 0."""
-        at, number = self._slice(tower), TOWERS.index(tower)
+        at, number = self._slice(tower), 0 if self.one_gate else self._number(tower)
         gates = torch.softmax(F.linear(x, self.gate_weight[number], self.gate_bias[number]), dim=-1)  # [B, G]
         first = F.linear(x, self.weight1[at].flatten(0, 1), self.bias1[at].flatten())  # [B, G * H]
         hidden = torch.relu(first).unflatten(1, (-1, self.hidden)).transpose(0, 1)  # [G, B, H]
@@ -90,7 +113,8 @@ class HybridExpertAdaptor(nn.Module):
 
     def neutral(self, tower: Tower) -> Tensor:
         """The learned vector [K] of an entity without knowledge."""
-        return self.user_neutral if tower == "user" else self.item_neutral
+        self._number(tower)
+        return cast(Tensor, self.get_parameter(f"{tower}_neutral"))
 
     def adapt(self, encoding: Tensor, present: Tensor, tower: Tower) -> Tensor:
         """Knowledge vectors [B, K]: the tower's where `present` [B] bool is True, else the neutral one."""
@@ -100,7 +124,8 @@ class HybridExpertAdaptor(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write all weights and neutral vectors to one safetensors file."""
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, path, {"format": FORMAT})
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, path, {"format": FORMAT})
 
     @classmethod
     def load(cls, path: Path) -> "HybridExpertAdaptor":
@@ -114,7 +139,18 @@ class HybridExpertAdaptor(nn.Module):
                 raise ValueError(f"{path} does not hold an adaptor of format {FORMAT}: export the release again")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         (experts, hidden, dim), (_, out, _) = weights["weight1"].shape, weights["weight2"].shape
-        seen = weights["gate_bias"].shape[1]
-        adaptor = cls(dim, hidden=hidden, out=out, shared=2 * seen - experts, dedicated=experts - seen)
+        gates, seen = weights["gate_bias"].shape
+        towers = [tower for tower in TOWERS if f"{tower}_neutral" in weights]
+        # S + tP = experts, S + P = seen
+        dedicated = (experts - seen) // (len(towers) - 1) if len(towers) > 1 else 0
+        adaptor = cls(
+            dim,
+            hidden=hidden,
+            out=out,
+            shared=seen - dedicated,
+            dedicated=dedicated,
+            towers=towers,
+            one_gate=gates < len(towers),
+        )
         adaptor.to(weights["weight1"].dtype).load_state_dict(weights)
         return adaptor.eval()

@@ -33,22 +33,32 @@ BASE: Final = (
     "item_categorical",
     "item_numeric",
 )
-KNOWLEDGE: Final = ("user_knowledge", "item_knowledge")
-ENCODING: Final = ("user_encoding", "user_present", "item_encoding", "item_present")
+TOWERS: Final = ("user", "item")
+OPTIONAL: Final = ("user_knowledge", "item_knowledge", "affinity", "item_vector", "history_vector", "history_weight")
+"""What a backbone reads where the size is not 0."""
 SCORE: Final = ("score",)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of a release's tensors."""
+    """Sizes of a release's tensors; 0 for what the knowledge model does not read."""
 
     history: int
     user_categorical: int
     user_numeric: int
     item_categorical: int
     item_numeric: int
-    knowledge: int
     encoding: int
+    user_knowledge: int = 0
+    item_knowledge: int = 0
+    affinity: int = 0
+    vector: int = 0
+    vector_events: int = 0
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The adaptor's towers."""
+        return tuple(name for name in TOWERS if getattr(self, f"{name}_knowledge"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +124,14 @@ def render(
         (folder / model / "config.pbtxt").write_text(config)
         return version
 
-    version = write(adaptor, "adaptor", ENCODING, KNOWLEDGE)
+    encoding = tuple(f"{name}_{part}" for name in sizes.towers for part in ("encoding", "present"))
+    adapted = tuple(f"{name}_knowledge" for name in sizes.towers)
+    optional = tuple(name for name in OPTIONAL if 0 not in tensors[name][1])
+    version = write(adaptor, "adaptor", encoding, adapted)
     shutil.copyfile(HERE / "adaptor" / "model.py", version / "model.py")
     _link(adaptor_weights, version / "adaptor.safetensors")
     for backbone in backbones:
-        inputs = BASE + KNOWLEDGE if backbone.ensemble else BASE
+        inputs = BASE + optional if backbone.ensemble else BASE
         version = write(backbone.name, "backbone", inputs, SCORE)
         shutil.copyfile(HERE / "backbone" / "model.py", version / "model.py")
         _link(backbone.onnx, version / "model.onnx")
@@ -126,11 +139,11 @@ def render(
             write(
                 backbone.ensemble,
                 "ensemble",
-                BASE + ENCODING,
+                (*(name for name in inputs if name not in adapted), *encoding),
                 SCORE,
                 adaptor=adaptor,
                 backbone=backbone.name,
-                adaptor_maps=_maps(ENCODING, KNOWLEDGE),
+                adaptor_maps=_maps(encoding, adapted),
                 backbone_maps=_maps(inputs, SCORE),
             )
     return sorted(path for path in folder.rglob("*") if path.is_file())
@@ -146,8 +159,12 @@ def _tensors(sizes: Sizes) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         "item_index": ("INT64", (CANDIDATES,)),
         "item_categorical": ("INT64", (CANDIDATES, sizes.item_categorical)),
         "item_numeric": ("FP32", (CANDIDATES, sizes.item_numeric)),
-        "user_knowledge": ("FP32", (sizes.knowledge,)),
-        "item_knowledge": ("FP32", (CANDIDATES, sizes.knowledge)),
+        "user_knowledge": ("FP32", (sizes.user_knowledge,)),
+        "item_knowledge": ("FP32", (CANDIDATES, sizes.item_knowledge)),
+        "affinity": ("FP32", (CANDIDATES, sizes.affinity)),
+        "item_vector": ("FP32", (CANDIDATES, sizes.vector)),
+        "history_vector": ("FP32", (sizes.vector_events, sizes.vector)),
+        "history_weight": ("FP32", (sizes.vector_events,)),
         "user_encoding": ("FP32", (sizes.encoding,)),
         "user_present": ("BOOL", (1,)),
         "item_encoding": ("FP32", (CANDIDATES, sizes.encoding)),

@@ -13,7 +13,7 @@ from kar_sidecar.errors import PreconditionError
 from kar_sidecar.hashing import file_sha256
 from kar_sidecar.lock import held
 
-__all__ = ["RECORD", "StageResult", "folder_hash", "run_stage"]
+__all__ = ["RECORD", "StageResult", "draft_of", "folder_hash", "run_stage"]
 
 RECORD = "stage.json"
 
@@ -43,6 +43,11 @@ def folder_hash(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def draft_of(folder: Path) -> Path:
+    """Where a stage works before `folder` is ready."""
+    return folder.parent / f".{folder.name}.draft"
 
 
 def run_stage(
@@ -83,7 +88,7 @@ def run_stage(
 def _make(
     name: str, folder: Path, build: Callable[[Path], Mapping[str, Any]], source: Mapping[str, Any]
 ) -> StageResult:
-    draft = folder.parent / f".{folder.name}.draft"
+    draft = draft_of(folder)
     marker = folder.parent / f".{folder.name}.source.json"
     if not (marker.is_file() and json.loads(marker.read_text()) == source):
         shutil.rmtree(draft, ignore_errors=True)

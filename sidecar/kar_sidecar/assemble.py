@@ -1,18 +1,43 @@
-"""Owns the way from a query and its store records to the tensors that models read (`kar_sidecar.scoring`)."""
+"""Owns the way from a query and its store records to the tensors that models read (`kar_sidecar.scoring`).
 
-from collections.abc import Sequence
+A damaged record costs the request that one record: its entity counts as unknown, and the assembly says why.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kar.records.v1 import records_pb2
+from kar_sidecar.affinity import affinity, centred
+from kar_sidecar.errors import IntegrityError
+from kar_sidecar.features import History
 from kar_sidecar.query import Column, Query
-from kar_sidecar.scoring import Tensors
+from kar_sidecar.scoring import AFFINITY, Tensors
 from kar_sidecar.served import ENCODED, ServedRelease
 from kar_sidecar.store import ITEM, USER, EntityKey, Record
-from kar_sidecar.store.records import NEUTRAL, decode_vectors
+from kar_sidecar.store.records import NEUTRAL, VectorBatch, decode_vectors
 
-__all__ = ["Assembly", "assemble", "keys", "nothing_read"]
+__all__ = ["Assembly", "UserView", "assemble", "keys", "nothing_read", "rated_keys", "view_user"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class UserView:
+    """What a query and the store know of its user: packed row [1], and the history that models read."""
+
+    row: NDArray[np.void]
+    history: History
+    inline: bool
+    """Whether the history came with the request."""
+    written_at_ms: int
+    """When the stored features were true; 0 for none."""
+    fault: str
+    """Why the stored features were not used; empty when all is well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +54,8 @@ class Assembly:
     missing_values: int
     features_written_at_ms: int
     inline_history_used: bool
+    faults: tuple[str, ...]
+    """Why records were not used; empty when all is well."""
 
 
 def keys(query: Query) -> list[EntityKey]:
@@ -36,33 +63,63 @@ def keys(query: Query) -> list[EntityKey]:
     return [EntityKey(USER, query.user_id), *(EntityKey(ITEM, item) for item in query.item_ids)]
 
 
+def rated_keys(history: History, served: ServedRelease) -> list[EntityKey]:
+    """The items of a history, oldest first, whose affinity vectors a release reads."""
+    if served.affinity_space is None or served.release.affinity is None:
+        return []
+    return [EntityKey(ITEM, item) for item in history.item_ids[-served.release.affinity.events :]]
+
+
 def nothing_read(query: Query, parts: Sequence[str]) -> list[Record]:
     """Records of a query whose entities are all unknown."""
     return [(None,) * len(parts)] * (1 + len(query.item_ids))
 
 
-def assemble(query: Query, served: ServedRelease, records: Sequence[Record], *, at_ms: int) -> Assembly:
-    """Build the tensors of one request from records of `keys(query)`, in that order.
+def view_user(query: Query, served: ServedRelease, features: bytes | None) -> UserView:
+    """Join a query with its user's stored features; a damaged record counts as none.
 
-    A record holds features and, for an arm with knowledge, a vector. Inline values replace stored ones, an inline
-    history the stored one unless that is newer; NaN and infinite numbers are missing. `at_ms` decides what expired.
-
-    Raises:
-        IntegrityError: a record of another schema or vector space, or a corrupt one.
+    Inline values replace stored ones, an inline history the stored one unless that is newer.
     """
-    release = served.release
-    parts = list(zip(*records, strict=True))
-    features = parts[0]
-    user = release.user_layout.decode_user(features[0])
-    user_row = _replace(user.row, query.user_columns)
-    item_rows = _replace(release.item_layout.decode_items(features[1:]), query.item_columns)
+    fault = ""
+    layout = served.release.user_layout
+    try:
+        user = layout.decode_user(features)
+    except IntegrityError as error:
+        user, fault = layout.decode_user(None), str(error)
     inline = query.history is not None and (
         query.history_as_of_ms is None or query.history_as_of_ms >= user.written_at_ms
     )
     history = query.history if inline and query.history is not None else user.history
+    return UserView(_replace(user.row, query.user_columns), history, inline, user.written_at_ms, fault)
+
+
+def assemble(
+    query: Query,
+    served: ServedRelease,
+    user: UserView,
+    records: Sequence[Record],
+    rated: Sequence[bytes | None],
+    *,
+    at_ms: int,
+) -> Assembly:
+    """Build the tensors of one request.
+
+    Args:
+        query: The request.
+        served: Its release.
+        user: `view_user` of the first record.
+        records: Records of `keys(query)`, in that order; features and, for an arm with knowledge, vectors.
+        rated: Affinity vector parts of `rated_keys(user.history, served)`, in that order; without them all are
+            unknown.
+        at_ms: Decides what expired.
+    """
+    release, faults = served.release, [user.fault] if user.fault else []
+    parts = list(zip(*records, strict=True))
+    stored = _tolerant(release.item_layout.decode_items, parts[0][1:], faults)
+    item_rows = _replace(stored, query.item_columns)
     encoder = release.encoder
-    history_item, history_rating = encoder.history(history)
-    user_categorical, user_numeric, user_missing = encoder.rows(release.user_layout, user_row)
+    history_item, history_rating = encoder.history(user.history)
+    user_categorical, user_numeric, user_missing = encoder.rows(release.user_layout, user.row)
     item_categorical, item_numeric, item_missing = encoder.rows(release.item_layout, item_rows)
     tensors = {
         "history_item": history_item,
@@ -75,16 +132,20 @@ def assemble(query: Query, served: ServedRelease, records: Sequence[Record], *, 
     }
     levels = np.zeros(len(records), np.uint8)
     if len(parts) > 1:
-        knowledge, levels = _knowledge(served, parts[1], at_ms)
-        tensors |= knowledge
+        levels = _knowledge(served, parts[1], at_ms, tensors, faults)
+        if release.affinity is not None:
+            vectors = parts[2][1:] if len(parts) > 2 else [None] * len(query.item_ids)
+            known = _affinity(served, release.affinity, user.history, vectors, rated, at_ms, tensors, faults)
+            levels = np.where(np.isin([USER] + [ITEM] * len(query.item_ids), release.towers), levels, known)
     return Assembly(
         tensors,
         int(levels[0]),
-        levels[1:],
-        min(len(history.item_ids), encoder.history_length),
+        levels[1:].astype(np.uint8),
+        min(len(user.history.item_ids), encoder.history_length),
         user_missing + item_missing,
         user.written_at_ms,
-        inline,
+        user.inline,
+        tuple(dict.fromkeys(faults)),
     )
 
 
@@ -100,21 +161,89 @@ def _replace(rows: NDArray[np.void], columns: Sequence[Column]) -> NDArray[np.vo
     return rows
 
 
+def _tolerant(decode: Callable[[Sequence[bytes | None]], T], blobs: Sequence[bytes | None], faults: list[str]) -> T:
+    """`decode(blobs)`, or without those that cannot be decoded, which leave a fault."""
+    try:
+        return decode(blobs)
+    except IntegrityError as error:
+        faults.append(str(error))
+
+    def sound(blob: bytes | None) -> bool:
+        try:
+            decode([blob])
+        except IntegrityError:
+            return False
+        return True
+
+    return decode([blob if sound(blob) else None for blob in blobs])
+
+
+def _vectors(
+    space: records_pb2.VectorSpace,
+    blobs: Sequence[bytes | None],
+    neutral: NDArray[np.float32],
+    at_ms: int,
+    faults: list[str],
+) -> VectorBatch:
+    def decode(some: Sequence[bytes | None]) -> VectorBatch:
+        return decode_vectors(some, space.space_id, space.dim, neutral, dtype=space.dtype, at_ms=at_ms)
+
+    return _tolerant(decode, blobs, faults)
+
+
 def _knowledge(
-    served: ServedRelease, blobs: Sequence[bytes | None], at_ms: int
-) -> tuple[dict[str, NDArray], NDArray[np.uint8]]:
-    """Knowledge tensors, and the levels [1 + C] of user and candidates."""
-    space = served.space
-    batch = decode_vectors(blobs, space.space_id, space.dim, served.neutral[1], dtype=space.dtype, at_ms=at_ms)
+    served: ServedRelease,
+    blobs: Sequence[bytes | None],
+    at_ms: int,
+    tensors: dict[str, NDArray],
+    faults: list[str],
+) -> NDArray[np.uint8]:
+    """Add the tensors of the adaptor's towers; returns the levels [1 + C] of user and candidates."""
+    towers = served.release.towers
+    batch = _vectors(served.space, blobs, served.neutral[1], at_ms, faults)
     vectors, levels = batch.vectors, batch.levels
     if levels[0] == NEUTRAL:
         vectors[0] = served.neutral[0]
-    if served.mode != ENCODED:
-        return {"user_knowledge": vectors[0], "item_knowledge": vectors[1:]}, levels
     present = levels != NEUTRAL
-    return {
-        "user_encoding": vectors[0],
-        "user_present": present[:1],
-        "item_encoding": vectors[1:],
-        "item_present": present[1:],
-    }, levels
+    user, items = (vectors[0], present[:1]), (vectors[1:], present[1:])
+    for kind, name, (own, known) in ((USER, "user", user), (ITEM, "item", items)):
+        if kind not in towers:
+            levels[slice(1) if kind == USER else slice(1, None)] = NEUTRAL
+        elif served.mode == ENCODED:
+            tensors |= {f"{name}_encoding": own, f"{name}_present": known}
+        else:
+            tensors[f"{name}_knowledge"] = own
+    return levels
+
+
+def _affinity(
+    served: ServedRelease,
+    how: records_pb2.Affinity,
+    history: History,
+    candidates: Sequence[bytes | None],
+    rated: Sequence[bytes | None],
+    at_ms: int,
+    tensors: dict[str, NDArray],
+    faults: list[str],
+) -> NDArray[np.uint8]:
+    """Add the affinity tensors; returns levels [1 + C]: the best of the rated items, then the candidates' own."""
+    ratings = history.ratings[-how.events :][None]
+    seen = np.ones(ratings.shape, bool)
+    space, count = served.affinity_space, len(candidates)
+    vectors, levels = np.zeros((count, 0), np.float32), np.full(count, NEUTRAL, np.uint8)
+    past, best = np.zeros((ratings.shape[1], 0), np.float32), NEUTRAL
+    if space is not None:
+        parts = [*candidates, *(rated or [None] * ratings.shape[1])]
+        batch = _vectors(space, parts, np.zeros(space.dim, np.float32), at_ms, faults)
+        vectors, past = batch.vectors[:count], batch.vectors[count:]
+        levels, best = batch.levels[:count], int(batch.levels[count:].min(initial=NEUTRAL))
+    if how.mean:
+        columns = affinity(vectors[None], past[None], ratings, seen, [segment.dim for segment in how.segments])[0]
+        mean, scale = (np.array(list(values), np.float32) for values in (how.mean, how.scale))
+        tensors[AFFINITY] = (columns - mean) / scale
+    if how.learned:
+        padding = how.events - len(past)
+        tensors["item_vector"] = vectors
+        tensors["history_vector"] = np.pad(past, ((0, padding), (0, 0)))
+        tensors["history_weight"] = np.pad(centred(ratings, seen)[0], (0, padding))
+    return np.fromiter(chain([best], levels), np.uint8, 1 + count)

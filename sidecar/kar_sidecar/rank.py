@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
-from kar_sidecar.assemble import Assembly, assemble, keys, nothing_read
-from kar_sidecar.errors import IntegrityError, KarError
+from kar_sidecar.assemble import Assembly, UserView, assemble, keys, nothing_read, rated_keys, view_user
+from kar_sidecar.errors import KarError
 from kar_sidecar.experiments import CONTROL, KNOWLEDGE, Assignment
 from kar_sidecar.query import Query, assign, read_query
 from kar_sidecar.reading import call_store
@@ -26,7 +26,7 @@ from kar_sidecar.releases import Releases, checked_scores
 from kar_sidecar.scoring import BASE_INPUTS, Scorer
 from kar_sidecar.served import ServedRelease
 from kar_sidecar.settings import Settings
-from kar_sidecar.store import Record, Store
+from kar_sidecar.store import EntityKey, Record, Store
 from kar_sidecar.store.records import now_ms
 from kar_sidecar.telemetry import Telemetry
 
@@ -106,10 +106,12 @@ class Ranker:
         course.lap("assign")
         assembly = scored = None
         if course.left_s() > 0:
-            parts = served.parts(assignment.arm)
-            records = await self._fetch(query, parts, course)
+            records, user, rated = await self._fetch(query, served, assignment.arm, course)
             course.lap("fetch")
-            assembly = self._assemble(query, served, parts, records, course)
+            assembly = assemble(query, served, user, records, rated, at_ms=self._wall_ms())
+            for fault in assembly.faults:
+                self._telemetry.failed("store")
+                course.reasons.append(f"store: {fault}")
             course.lap("assemble")
             scored = await self._score(served, assignment.arm, assembly, course)
             course.lap("score")
@@ -123,21 +125,30 @@ class Ranker:
         self._telemetry.ranked(response, assembly.missing_values if assembly else 0)
         return response
 
-    async def _fetch(self, query: Query, parts: tuple[str, ...], course: _Course) -> list[Record]:
-        left_s = course.left_s(self._settings.store_timeout_ms)
-        reading = call_store(self._store, self._store.read, keys(query), parts, left_s)
-        records = await self._attempt("store", reading, left_s, course)
-        return nothing_read(query, parts) if records is None else records
+    async def _fetch(
+        self, query: Query, served: ServedRelease, arm: str, course: _Course
+    ) -> tuple[list[Record], UserView, list[bytes | None]]:
+        """Records of user and candidates, the user as models see it, and the affinity parts of the rated items.
 
-    def _assemble(
-        self, query: Query, served: ServedRelease, parts: tuple[str, ...], records: list[Record], course: _Course
-    ) -> Assembly:
-        try:
-            return assemble(query, served, records, at_ms=self._wall_ms())
-        except IntegrityError as error:
-            self._telemetry.failed("store")
-            course.reasons.append(f"store: {error}")
-            return assemble(query, served, nothing_read(query, parts), at_ms=self._wall_ms())
+        All come with one batch read where the request brings the history, else the rated items are known only when
+        the user is, and take a second one.
+        """
+        parts, own = served.parts(arm), keys(query)
+        asked = query.history if query.history_as_of_ms is None else None
+        rated = rated_keys(asked, served) if asked and arm == KNOWLEDGE else []
+        records = await self._read([*own, *rated], parts, course)
+        if records is None:
+            return nothing_read(query, parts), view_user(query, served, None), []
+        records, more = records[: len(own)], records[len(own) :]
+        user = view_user(query, served, records[0][0])
+        if not rated and arm == KNOWLEDGE and (rated := rated_keys(user.history, served)):
+            more = await self._read(rated, parts[-1:], course) or []
+        return records, user, [record[-1] for record in more]
+
+    async def _read(self, entities: list[EntityKey], parts: tuple[str, ...], course: _Course) -> list[Record] | None:
+        left_s = course.left_s(self._settings.store_timeout_ms)
+        reading = call_store(self._store, self._store.read, entities, parts, left_s)
+        return await self._attempt("store", reading, left_s, course)
 
     async def _score(self, served: ServedRelease, assigned: str, assembly: Assembly, course: _Course) -> _Scored | None:
         """The assigned arm's scores, or else the control model's; None when neither answers in time."""

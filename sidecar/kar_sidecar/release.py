@@ -7,8 +7,10 @@
   adaptor.safetensors                expert, gate and neutral weights
   vectors/neutral.npy                [2, K] float32: user row, item row
   vectors/{user,item}_ids.txt        one id a line, row order of the arrays
-  vectors/{user,item}_adapted.npy    [n, K]
+  vectors/{user,item}_adapted.npy    [n, K], of the adaptor's towers alone
   vectors/{user,item}_encoded.npy    [n, D]
+  vectors/affinity_ids.txt           items with an affinity vector, where the model reads affinities
+  vectors/affinity.npy               [n, V]
   knowledge/{user,item}.jsonl        KnowledgeRecord as JSON, one a line
   triton/{cpu,gpu}/<model>/          Triton repository; names end in the release id
   triton/files.json                  Manifest with only the id and the files of triton/, which carry the id themselves
@@ -176,6 +178,16 @@ class Release:
         for entry in self.manifest.models:
             if entry.triton_ensemble:
                 yield self.triton_name(entry.triton_ensemble)
+
+    @cached_property
+    def towers(self) -> tuple[int, ...]:
+        """Kinds of entities whose adapted vectors the knowledge model reads."""
+        return tuple(self.manifest.towers) or (USER, ITEM)
+
+    @cached_property
+    def affinity(self) -> records_pb2.Affinity | None:
+        """The knowledge affinity that the knowledge model reads; None where it reads none."""
+        return self.manifest.affinity if self.manifest.HasField("affinity") else None
 
     @cached_property
     def encoder(self) -> FeatureEncoder:

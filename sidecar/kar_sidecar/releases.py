@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar.admin.v1 import admin_pb2
-from kar_sidecar.assemble import assemble, nothing_read
+from kar_sidecar.assemble import assemble, nothing_read, view_user
 from kar_sidecar.errors import KarError, PreconditionError, UnavailableError
 from kar_sidecar.experiments import ARMS
 from kar_sidecar.query import Query
@@ -177,6 +177,8 @@ class Releases:
             space_meta(served.space.space_id): "vectors",
             schema_meta(served.release.manifest.feature_schema_hash): "features",
         }
+        if served.affinity_space is not None:
+            needed[space_meta(served.affinity_space.space_id)] = "affinity vectors"
         for name, what in needed.items():
             if await call_store(self._store, self._store.read_meta, name) is None:
                 raise PreconditionError(f"the store has no {what} for release {served.id} ({name}): publish it first")
@@ -191,7 +193,8 @@ class Releases:
             await self._scorer.load(model)
         query = Query(PROBE, (PROBE,), None, (), (), None, None)
         for arm in ARMS:
-            assembly = assemble(query, served, nothing_read(query, served.parts(arm)), at_ms=0)
+            user, records = view_user(query, served, None), nothing_read(query, served.parts(arm))
+            assembly = assemble(query, served, user, records, [], at_ms=0)
             await checked_scores(self._scorer, served.model(arm), assembly.tensors, self._warm_timeout_s)
         loaded.fault = ""
         log.info("release_warm release=%s models=%s", served.id, ",".join(served.models()))

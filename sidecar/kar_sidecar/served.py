@@ -46,9 +46,18 @@ class ServedRelease:
         """
         return np.zeros((2, self.space.dim), np.float32) if self.mode == ENCODED else self.release.neutral
 
+    @property
+    def affinity_space(self) -> records_pb2.VectorSpace | None:
+        """The space of the items' affinity vectors; None where the release reads none."""
+        affinity = self.release.affinity
+        return affinity.space if affinity and affinity.HasField("space") else None
+
     def parts(self, arm: str) -> tuple[str, ...]:
-        """Store parts that an arm reads: the control arm needs no vectors."""
-        return (FEATURES, vector_part(self.space.space_id)) if arm == KNOWLEDGE else (FEATURES,)
+        """Store parts of users and candidates that an arm reads: the control arm needs no vectors."""
+        if arm != KNOWLEDGE:
+            return (FEATURES,)
+        parts = (FEATURES, vector_part(self.space.space_id))
+        return (*parts, vector_part(self.affinity_space.space_id)) if self.affinity_space else parts
 
     def model(self, arm: str) -> str:
         """Name of the model that scores an arm.

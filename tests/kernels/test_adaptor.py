@@ -120,3 +120,36 @@ def test_load_names_a_file_of_another_kind(tmp_path):
 def test_refuses_impossible_sizes(sizes):
     with pytest.raises(ValueError, match="at least one expert"):
         HybridExpertAdaptor(**sizes)
+
+
+@pytest.mark.parametrize("tower", ["user", "item"])
+def test_an_adaptor_of_one_tower_equals_that_tower_of_two(tmp_path, tower):
+    both = HybridExpertAdaptor(6, hidden=4, out=3, shared=2, dedicated=3)
+    one = HybridExpertAdaptor(6, hidden=4, out=3, shared=2, dedicated=3, towers=[tower])
+    at = both._slice(tower)
+    number = both.towers.index(tower)
+    with torch.no_grad():
+        for name in ("weight1", "bias1", "weight2", "bias2"):
+            one.get_parameter(name).copy_(both.get_parameter(name)[at])
+        one.gate_weight[0], one.gate_bias[0] = both.gate_weight[number], both.gate_bias[number]
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(one.tower(x, tower), both.tower(x, tower))
+    one.save(tmp_path / "a.safetensors")
+    loaded = HybridExpertAdaptor.load(tmp_path / "a.safetensors")
+    assert loaded.towers == (tower,)
+    torch.testing.assert_close(loaded.tower(x, tower), one.tower(x, tower))
+    other = "item" if tower == "user" else "user"
+    with pytest.raises(ValueError, match=f"no {other} tower"):
+        one.tower(x, other)
+    with pytest.raises(ValueError, match=f"no {other} tower"):
+        one.neutral(other)
+
+
+def test_one_mixture_for_both_towers(tmp_path):
+    adaptor = HybridExpertAdaptor(6, hidden=4, out=3, shared=4, dedicated=0, one_gate=True)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(*adaptor(x, x))
+    adaptor.save(tmp_path / "a.safetensors")
+    loaded = HybridExpertAdaptor.load(tmp_path / "a.safetensors")
+    assert (loaded.shared, loaded.dedicated, loaded.one_gate) == (4, 0, True)
+    torch.testing.assert_close(loaded.tower(x, "user"), adaptor.tower(x, "user"))

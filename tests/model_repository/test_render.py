@@ -1,17 +1,31 @@
 """Rendered repositories parse as Triton's own model configuration, with bounded resources and the seam's names."""
 
+from dataclasses import replace
+
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as config_pb2
 
 from kar_model_repository.render import Backbone, Resources, Sizes, render
-from kar_sidecar.scoring import ADAPTOR_INPUTS, BASE_INPUTS, KNOWLEDGE_INPUTS
+from kar_sidecar.scoring import ADAPTOR_INPUTS, AFFINITY, BASE_INPUTS, KNOWLEDGE_INPUTS, VECTOR_INPUTS
 
 pytestmark = pytest.mark.unit
 
 SIZES = Sizes(
-    history=30, user_categorical=2, user_numeric=1, item_categorical=6, item_numeric=3, knowledge=32, encoding=384
+    history=30,
+    user_categorical=2,
+    user_numeric=1,
+    item_categorical=6,
+    item_numeric=3,
+    encoding=384,
+    user_knowledge=32,
+    item_knowledge=32,
+    affinity=9,
+    vector=64,
+    vector_events=100,
 )
+ITEM_ONLY = replace(SIZES, user_knowledge=0, vector=0, vector_events=0)
+AFFINITIES = (AFFINITY, *VECTOR_INPUTS)
 INT64, FP32, BOOL = config_pb2.TYPE_INT64, config_pb2.TYPE_FP32, config_pb2.TYPE_BOOL
 DIMS = {
     "history_item": (INT64, [30]),
@@ -23,6 +37,10 @@ DIMS = {
     "item_numeric": (FP32, [-1, 3]),
     "user_knowledge": (FP32, [32]),
     "item_knowledge": (FP32, [-1, 32]),
+    "affinity": (FP32, [-1, 9]),
+    "item_vector": (FP32, [-1, 64]),
+    "history_vector": (FP32, [100, 64]),
+    "history_weight": (FP32, [100]),
     "user_encoding": (FP32, [384]),
     "user_present": (BOOL, [1]),
     "item_encoding": (FP32, [-1, 384]),
@@ -31,13 +49,13 @@ DIMS = {
 }
 MODELS = {
     "adaptor_r": (ADAPTOR_INPUTS, KNOWLEDGE_INPUTS),
-    "din_knowledge_r": (BASE_INPUTS + KNOWLEDGE_INPUTS, ("score",)),
-    "din_encoded_r": (BASE_INPUTS + ADAPTOR_INPUTS, ("score",)),
+    "din_knowledge_r": (BASE_INPUTS + KNOWLEDGE_INPUTS + AFFINITIES, ("score",)),
+    "din_encoded_r": (BASE_INPUTS + ADAPTOR_INPUTS + AFFINITIES, ("score",)),
     "din_control_r": (BASE_INPUTS, ("score",)),
 }
 
 
-def render_in(folder, target, cores=2):
+def render_in(folder, target, cores=2, sizes=SIZES):
     files = {name: folder / name for name in ("adaptor.safetensors", "knowledge.onnx", "control.onnx")}
     for name, path in files.items():
         path.write_text(name)
@@ -50,7 +68,7 @@ def render_in(folder, target, cores=2):
             Backbone("din_knowledge_r", files["knowledge.onnx"], "din_encoded_r"),
             Backbone("din_control_r", files["control.onnx"]),
         ],
-        sizes=SIZES,
+        sizes=sizes,
         cores=cores,
     )
     assert written == sorted(path for path in (folder / target).rglob("*") if path.is_file())
@@ -78,10 +96,22 @@ def test_candidate_axes_are_ragged_and_batching_has_no_queue_policy(name, tmp_pa
     config = parse(render_in(tmp_path, "cpu"), name)
     assert config.backend == "python"
     assert {one.name for one in config.input if one.allow_ragged_batch} == {
-        one.name for one in config.input if one.name.startswith("item_")
+        one.name for one in config.input if one.name.startswith(("item_", "affinity"))
     }
     assert config.HasField("dynamic_batching")
     assert not config.dynamic_batching.HasField("default_queue_policy")
+
+
+def test_what_a_release_does_not_read_is_not_there(tmp_path):
+    repository = render_in(tmp_path, "cpu", sizes=ITEM_ONLY)
+
+    def names(model):
+        config = parse(repository, model)
+        return {one.name for one in config.input}, {one.name for one in config.output}
+
+    assert names("adaptor_r") == ({"item_encoding", "item_present"}, {"item_knowledge"})
+    assert names("din_knowledge_r")[0] == {*BASE_INPUTS, "item_knowledge", "affinity"}
+    assert names("din_encoded_r")[0] == {*BASE_INPUTS, "item_encoding", "item_present", "affinity"}
 
 
 def test_the_ensemble_joins_adaptor_and_backbone(tmp_path):

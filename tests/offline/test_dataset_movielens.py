@@ -251,6 +251,6 @@ def test_a_reduced_size_is_built_without_the_full_counts(built: Path, tmp_path: 
     assert result.report["users"] == 40
     assert all(split["users"] > 0 for split in result.report["splits"].values())
     small, full = Dataset.load(tmp_path / "dataset"), Dataset.load(built / "dataset")
-    split = {user.id: full.user_split[row] for row, user in enumerate(full.users)}
-    assert [split[user.id] for user in small.users] == small.user_split.tolist()
+    split = {user.id: full.event_split[full.offsets[row]] for row, user in enumerate(full.users)}
+    assert [split[small.users[row].id] for row in small.event_user] == small.event_split.tolist()
     assert set(small.event_item.tolist()) == set(range(len(small.items)))

@@ -19,7 +19,7 @@ from kar_offline.dataset.samples import (
     split_of,
 )
 from kar_offline.prompts import Renderer, load_scenario
-from kar_sidecar.errors import IntegrityError, PreconditionError
+from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
 
 pytestmark = pytest.mark.unit
 
@@ -147,7 +147,7 @@ def test_a_saved_dataset_loads_equal(tmp_path: Path) -> None:
     loaded = Dataset.load(tmp_path)
     assert (loaded.name, loaded.schema, loaded.positive_above) == (dataset.name, dataset.schema, 3.0)
     assert (loaded.users, loaded.items) == (dataset.users, dataset.items)
-    for name in ("offsets", "event_item", "event_rating", "event_time", "cutoff", "user_split"):
+    for name in ("offsets", "event_item", "event_rating", "event_time", "cutoff", "event_split"):
         one, other = getattr(dataset, name), getattr(loaded, name)
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
@@ -172,3 +172,66 @@ def test_inconsistent_events_are_refused() -> None:
         replace(dataset, event_time=dataset.event_time[::-1].copy())
     with pytest.raises(IntegrityError, match="sizes"):
         replace(dataset, cutoff=np.array([3], dtype=np.int32))
+
+
+def many(users: int = 500) -> Dataset:
+    return make([(user, item, 4.0, 0) for user in range(users) for item in range(3)], users=users)
+
+
+def test_every_user_is_tested_in_exactly_one_fold() -> None:
+    folds = [many().split_by_user(fold, folds=4, seed=3) for fold in range(4)]
+    tested = np.stack([dataset.event_split == TEST for dataset in folds])
+    assert (tested.sum(0) == 1).all()
+    for dataset in folds:
+        of_user = dataset.event_split.reshape(-1, 3)
+        assert (of_user == of_user[:, :1]).all()
+        # One in ten of the users that are not tested, 500 * .75 * .1, within four standard deviations.
+        assert abs((of_user[:, 0] == VALIDATION).sum() - 37.5) < 24
+    assert folds[2].split == "users, fold 2 of 4, seed 3"
+
+
+def test_the_first_of_five_folds_tests_the_lowest_hashes() -> None:
+    dataset = many().split_by_user(seed=7)
+    fractions = np.array([hash_fraction(7, user.id) for user in dataset.users])
+    expected = np.where(fractions < 0.2, TEST, np.where(fractions < 0.28, VALIDATION, TRAIN))
+    assert dataset.event_split[::3].tolist() == expected.tolist()
+    np.testing.assert_array_equal(dataset.event_split, many().event_split)
+
+
+def test_a_fold_that_does_not_exist_is_refused() -> None:
+    for fold, folds in ((5, 5), (-1, 5), (0, 1)):
+        with pytest.raises(InputError, match=f"fold {fold} of {folds}"):
+            many(3).split_by_user(fold, folds)
+
+
+def test_a_split_by_time_by_hand() -> None:
+    # Each user's first two of four events may be shown; samples are at 3, 5 | 4, 9 | 6, 6 | 7, 8 | 9, 9.
+    times = [(1, 2, 3, 5), (0, 1, 4, 9), (2, 9, 9, 9), (6, 6, 6, 6), (1, 7, 7, 8)]
+    dataset = make([(u, i, 4.0, t) for u, own in enumerate(times) for i, t in enumerate(own)], users=5)
+    assert dataset.event_time[dataset.sample_events].tolist() == [3, 5, 4, 9, 9, 9, 6, 6, 7, 8]
+    # Sorted 3 4 5 6 6 7 8 9 9 9: the last four begin at 8 (place 6), the two before them at 6, which is a tie.
+    split = dataset.split_by_time(test_share=0.4, validation_share=0.2)
+    expected = [[TRAIN if t < 6 else VALIDATION if t < 8 else TEST for t in own] for own in times]
+    assert split.event_split.reshape(5, 4).tolist() == expected
+    assert {int(t) for t in split.event_time[split.samples(TEST)]} == {8, 9}
+    assert split.split.startswith("time")
+
+
+def test_a_split_by_time_needs_times() -> None:
+    alike = make([(user, item, 4.0, 5) for user in range(2) for item in range(6)])
+    with pytest.raises(PreconditionError, match="no train samples"):
+        alike.split_by_time()
+    with pytest.raises(PreconditionError, match="only each user's order"):
+        replace(many(), shared_clock=False).split_by_time()
+
+
+def test_a_stored_split_is_loaded(tmp_path: Path) -> None:
+    replace(many().split_by_user(1), shared_clock=False).save(tmp_path)
+    loaded = Dataset.load(tmp_path)
+    assert (loaded.split, loaded.shared_clock) == ("users, fold 1 of 5, seed 2024", False)
+    np.testing.assert_array_equal(loaded.event_split, many().split_by_user(1).event_split)
+
+
+def test_an_unknown_split_is_refused() -> None:
+    with pytest.raises(IntegrityError, match="sizes"):
+        replace(many(3), event_split=np.full(9, 3, dtype=np.uint8))

@@ -23,7 +23,7 @@ def dataset():
         event_rating=np.array([5, 1, 5, 2, 4, 3], dtype=np.float32),
         event_time=np.arange(6),
         cutoff=np.array([1, 2], dtype=np.int32),
-        user_split=np.array([TRAIN, TEST], dtype=np.uint8),
+        event_split=np.repeat([TRAIN, TEST], [2, 4]).astype(np.uint8),
         positive_above=3.0,
     )
 

@@ -37,7 +37,7 @@ def work(tmp_path_factory):
         event_rating=rng.integers(1, 6, len(user)).astype(np.float32),
         event_time=np.arange(len(user)),
         cutoff=np.full(USERS, 3, dtype=np.int32),
-        user_split=np.array([TRAIN] * 12 + [VALIDATION] * 2 + [TEST] * 6, dtype=np.uint8),
+        event_split=np.repeat([TRAIN] * 12 + [VALIDATION] * 2 + [TEST] * 6, ITEMS).astype(np.uint8),
         positive_above=3,
     )
     (folder / "dataset").mkdir()

@@ -15,13 +15,15 @@ from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.export import export
 from kar_offline.train.checkpoint import build_model, load_trained, run_folder, save_trained
 from kar_offline.train.features import encode_dataset
+from kar_offline.train.given import AffinityInput
+from kar_sidecar.affinity import affinity_columns
 from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
 from kar_sidecar.release import Release, list_releases, read_active
 from kar_sidecar.store import ITEM, USER
 
 pytestmark = pytest.mark.unit
 
-DIM, KNOWLEDGE = 6, 4
+DIM, KNOWLEDGE, COLUMNS = 6, 4, affinity_columns(1)
 NUMERIC, CATEGORICAL = records_pb2.FEATURE_TYPE_NUMERIC, records_pb2.FEATURE_TYPE_CATEGORICAL
 SCHEMA = records_pb2.FeatureSchema(
     features=[
@@ -47,7 +49,7 @@ def make_dataset():
         event_rating=np.array([1 + (user + item) % 5 for user, item in events], dtype=np.float32),
         event_time=np.arange(20, dtype=np.int64),
         cutoff=np.full(5, 2, dtype=np.int32),
-        user_split=np.array([0, 0, 0, 1, 2], dtype=np.uint8),
+        event_split=np.repeat([0, 0, 0, 1, 2], 4).astype(np.uint8),
         positive_above=3,
     )
 
@@ -77,23 +79,28 @@ def write_knowledge(work, kind, entities):
     (work / "knowledge" / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def write_training(work, dataset, backbone, seed=1):
+def write_training(work, dataset, backbone, seed=1, towers=("user", "item")):
     torch.manual_seed(seed)
     data = encode_dataset(dataset)
-    adaptor = {"dim": DIM, "hidden": 5, "out": KNOWLEDGE, "shared": 1, "dedicated": 2}
+    adaptor = {"dim": DIM, "hidden": 5, "out": KNOWLEDGE, "shared": 1, "dedicated": 2, "towers": towers}
+    vectors = torch.nn.functional.normalize(torch.randn(len(dataset.items), 2))
+    vectors[1] = 0
+    affinity = AffinityInput((("text", 2),), vectors, torch.arange(COLUMNS) * 1.0, torch.full((COLUMNS,), 2.0))
     for arm in ("control", "knowledge"):
         made = adaptor if arm == "knowledge" else None
-        spec = type(data.spec).from_json(data.spec.to_json() | {"knowledge": KNOWLEDGE if made else 0})
+        sizes = {f"{tower}_knowledge": KNOWLEDGE for tower in towers} | {"affinity": COLUMNS}
+        spec = type(data.spec).from_json(data.spec.to_json() | (sizes if made else {}))
         model = build_model(backbone, spec, data.categories, made)
         if model.adaptor:
-            torch.nn.init.normal_(model.adaptor.user_neutral)
-            torch.nn.init.normal_(model.adaptor.item_neutral)
+            for tower in towers:
+                torch.nn.init.normal_(model.adaptor.neutral(tower))
         folder = run_folder(work, backbone, arm)
         folder.mkdir(parents=True, exist_ok=True)
         identity = {"backbone": backbone, "arm": arm, "spec": spec.to_json(), "adaptor": made}
-        identity["encoder_id"] = "encoder/1" if made else ""
-        metrics = {"validation_logloss": 0.5}
-        save_trained(folder, model.state_dict(), data.features, identity=identity, metrics=metrics)
+        identity |= {"encoder_id": "encoder/1" if made else "", "settings": {"seed": 0}}
+        known = affinity if made else None
+        metrics = {"validation_loss": 0.5}
+        save_trained(folder, model.state_dict(), data.features, known, identity=identity, metrics=metrics)
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +149,37 @@ def test_the_manifest_ties_everything(exported):
         "knowledge/item.jsonl",
         "knowledge/user.jsonl",
         "vectors/neutral.npy",
+        "vectors/affinity.npy",
+        "vectors/affinity_ids.txt",
         *(f"vectors/{kind}_{part}" for kind in ("item", "user") for part in ("ids.txt", "adapted.npy", "encoded.npy")),
     }
-    assert dict(release.model("knowledge").metrics) == {"validation_logloss": 0.5}
+    assert dict(release.model("knowledge").metrics) == {"validation_loss": 0.5}
+    assert release.towers == (USER, ITEM)
+    affinity = release.affinity
+    assert [(segment.name, segment.dim) for segment in affinity.segments] == [("text", 2)]
+    assert (affinity.space.dim, affinity.events, affinity.learned) == (2, 100, False)
+    assert list(affinity.mean) == list(range(COLUMNS))
+    assert list(affinity.scale) == [2] * COLUMNS
+    assert (release.folder / "vectors" / "affinity_ids.txt").read_text().split() == ["i1", "i3", "i4", "i5", "i6", "i7"]
+    assert np.load(release.folder / "vectors" / "affinity.npy").shape == (6, 2)
+
+
+def test_a_release_of_one_tower_has_vectors_of_that_kind_alone(work):
+    write_training(work, make_dataset(), "dcnv2", towers=("item",))
+    release = Release.load(work / "releases", export(work, "dcnv2", cores=2).report["release_id"])
+    assert release.towers == (ITEM,)
+    assert not (release.folder / "vectors" / "user_adapted.npy").exists()
+    assert (release.folder / "vectors" / "user_encoded.npy").exists()
+    assert not release.neutral[0].any()
+    config = (release.folder / "triton" / "cpu" / f"dcnv2_encoded_{release.release_id}" / "config.pbtxt").read_text()
+    assert "user_encoding" not in config
+    assert 'name: "affinity"' in config
+
+
+def test_an_arm_without_an_adaptor_is_refused(work):
+    for arm in ("control", "no_adaptor", "cf", "shuffled", "unheard of"):
+        with pytest.raises(InputError, match="choose from raw_text, knowledge, paper"):
+            export(work, "dcnv2", arm)
 
 
 def test_vectors_are_those_of_entities_with_text(exported, finished):
@@ -175,6 +210,7 @@ def test_onnx_models_score_as_the_trained_ones(exported, finished):
         "item_categorical": rng.integers(0, 4, (4, 2)),
         "item_numeric": np.zeros((4, 1), np.float32),
         "request_of_row": np.array([0, 1, 1, 0]),
+        "affinity": rng.normal(size=(4, COLUMNS)).astype(np.float32),
         "user_knowledge": rng.normal(size=(2, KNOWLEDGE)).astype(np.float32),
         "item_knowledge": rng.normal(size=(4, KNOWLEDGE)).astype(np.float32),
     }
@@ -258,10 +294,10 @@ def test_a_release_without_its_list_of_rendered_files_is_refused(work):
 
 def test_a_draft_of_a_killed_export_is_no_release(work):
     id_ = export(work, "dcnv2").report["release_id"]
-    shutil.copytree(work / "releases" / id_, work / "releases" / ".dcnv2.draft")
+    shutil.copytree(work / "releases" / id_, work / "releases" / ".dcnv2_knowledge.draft")
     assert list_releases(work / "releases") == [id_]
     assert not export(work, "dcnv2").ran
-    assert not (work / "releases" / ".dcnv2.draft").exists()
+    assert not (work / "releases" / ".dcnv2_knowledge.draft").exists()
 
 
 def test_what_does_not_belong_together_is_refused(work):
@@ -282,8 +318,8 @@ def test_models_of_different_features_are_refused(work):
 
 
 def test_missing_stages_are_named(work, tmp_path):
-    with pytest.raises(InputError, match="choose from dcnv2, din"):
-        export(work, "deepfm")
+    with pytest.raises(InputError, match="choose from dcn, dcnv2"):
+        export(work, "perceptron")
     with pytest.raises(PreconditionError, match="kar train"):
         export(tmp_path / "elsewhere", "dcnv2")
     (work / "knowledge" / "item.jsonl").unlink()

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from kar_kernels import HybridExpertAdaptor
-from kar_offline.models import BACKBONES, CTRModel, Field, InputSpec, Knowledge, build_backbone
+from kar_offline.models import BACKBONES, CTRModel, Encodings, Field, Identity, InputSpec, build_backbone
+from kar_offline.models.backbone import LearnedAffinity
 from kar_offline.models.layers import MLP, Dice, MultiFieldEmbedding
 from kar_offline.models.onnx import export_onnx
 from kar_sidecar.errors import InputError
+from kar_sidecar.scoring import AFFINITY, KNOWLEDGE_INPUTS, VECTOR_INPUTS
 
 pytestmark = pytest.mark.unit
 
@@ -20,9 +22,14 @@ SPEC = InputSpec(
     item_fields=(Field(8, 3),),
     user_numbers=1,
     item_numbers=1,
-    knowledge=5,
+    user_knowledge=5,
+    item_knowledge=5,
+    affinity=4,
+    vector=6,
 )
-BARE = InputSpec(items=40, user_fields=(), item_fields=(), user_numbers=0, item_numbers=0, knowledge=0)
+CONTROL = replace(SPEC, user_knowledge=0, item_knowledge=0, affinity=0, vector=0)
+ITEM_ONLY = replace(SPEC, user_knowledge=0, vector=0)
+BARE = InputSpec(items=40, user_fields=(), item_fields=(), user_numbers=0, item_numbers=0)
 
 
 def make(name, spec=SPEC, seed=0):
@@ -31,14 +38,14 @@ def make(name, spec=SPEC, seed=0):
     backbone = build_backbone(name, spec, categories)
     with torch.no_grad():
         for parameter in backbone.parameters():
-            parameter.normal_(std=0.3)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for label, buffer in backbone.named_buffers():
             if label.endswith("variance"):
                 buffer.uniform_(0.5, 2)
     return backbone.eval()
 
 
-def inputs(spec, candidates, requests, events=6, seed=1):
+def inputs(spec, candidates, requests, events=6, seed=1, rated=5):
     g = torch.Generator().manual_seed(seed)
 
     def indices(high, *shape):
@@ -57,18 +64,21 @@ def inputs(spec, candidates, requests, events=6, seed=1):
         "item_categorical": indices(item_high, candidates, spec.item_columns),
         "item_numeric": torch.randn(candidates, max(spec.item_numbers, 1), generator=g),
         "request_of_row": indices(requests, candidates),
-        "user_knowledge": torch.randn(requests, max(spec.knowledge, 1), generator=g),
-        "item_knowledge": torch.randn(candidates, max(spec.knowledge, 1), generator=g),
+        "user_knowledge": torch.randn(requests, spec.user_knowledge, generator=g),
+        "item_knowledge": torch.randn(candidates, spec.item_knowledge, generator=g),
+        "affinity": torch.randn(candidates, spec.affinity, generator=g),
+        "item_vector": torch.randn(candidates, spec.vector, generator=g),
+        "history_vector": torch.randn(requests, rated, spec.vector, generator=g),
+        "history_weight": torch.randn(requests, rated, generator=g),
     }
+    values["history_vector"][:, (rated + 1) // 2 :] = 0
+    values["history_weight"][:, (rated + 1) // 2 :] = 0
     return {name: values[name] for name in spec.names}
 
 
 def rows(values, at):
     """Candidates `at` of `values`, with all requests."""
-    return {
-        name: value[at] if name.startswith("item") or name == "request_of_row" else value
-        for name, value in values.items()
-    }
+    return {name: value if name.startswith(("user", "history")) else value[at] for name, value in values.items()}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -101,8 +111,8 @@ class TestEveryBackbone:
     def test_score_does_not_depend_on_padding(self, name):
         backbone, values = make(name), inputs(SPEC, 11, 3)
         longer = dict(values)
-        for label in ("history_item", "history_rating"):
-            longer[label] = torch.cat([values[label], torch.zeros(3, 5, dtype=torch.int64)], 1)
+        for label in ("history_item", "history_rating", "history_vector", "history_weight"):
+            longer[label] = torch.cat([values[label], torch.zeros_like(values[label])], 1)
         torch.testing.assert_close(backbone(longer), backbone(values), rtol=0, atol=1e-6)
 
     def test_score_depends_on_every_input(self, name):
@@ -110,7 +120,7 @@ class TestEveryBackbone:
         score = backbone(values)
         for label, value in values.items():
             if value.is_floating_point():
-                other = value + 0.5
+                other = value * -1.5
             else:
                 other = value.flip(0)
             assert not torch.allclose(backbone({**values, label: other}), score, atol=1e-5), label
@@ -139,15 +149,40 @@ class TestEveryBackbone:
     def test_without_fields_numbers_and_knowledge(self, name):
         assert make(name, BARE)(inputs(BARE, 3, 2)).shape == (3,)
 
-    @pytest.mark.parametrize("spec", [SPEC, replace(SPEC, knowledge=0), BARE], ids=["knowledge", "control", "bare"])
+    def test_gradients_reach_all_knowledge(self, name):
+        backbone = make(name).train()
+        values = inputs(SPEC, 6, 3)
+        given = [label for label in (*KNOWLEDGE_INPUTS, AFFINITY, *VECTOR_INPUTS) if label in values]
+        assert len(given) == 6
+        for label in given:
+            values[label].requires_grad_()
+        backbone.loss(backbone.logits(values), torch.tensor([1.0, 0, 1, 0, 1, 0])).backward()
+        for label in given:
+            assert values[label].grad.abs().sum() > 0, label
+
+    def test_loss_falls(self, name):
+        torch.manual_seed(0)
+        values, labels = inputs(SPEC, 64, 16), (torch.arange(64) % 2).float()
+        backbone = build_backbone(name, SPEC, torch.zeros(40, 3, dtype=torch.int64)).train()
+        optimiser = torch.optim.Adam(backbone.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(60):
+            loss = backbone.loss(backbone.logits(values), labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+    @pytest.mark.parametrize("spec", [SPEC, ITEM_ONLY, CONTROL, BARE], ids=["all", "item only", "control", "bare"])
     def test_onnx_matches_torch(self, name, spec, tmp_path):
         backbone = make(name, spec)
         export_onnx(backbone, tmp_path / "model.onnx")
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
         assert [tensor.name for tensor in session.get_inputs()] == list(spec.names)
         assert [tensor.name for tensor in session.get_outputs()] == ["score"]
-        for candidates, requests, events in ((1, 1, 6), (37, 3, 6), (5, 2, 1), (2, 4, 30)):
-            values = inputs(spec, candidates, requests, events, seed=candidates)
+        for candidates, requests, events, rated in ((1, 1, 6, 3), (37, 3, 6, 5), (5, 2, 1, 1), (2, 4, 30, 100)):
+            values = inputs(spec, candidates, requests, events, candidates, rated)
             (score,) = session.run(None, {label: value.numpy() for label, value in values.items()})
             np.testing.assert_allclose(score, backbone(values).detach().numpy(), rtol=0, atol=1e-5)
 
@@ -239,25 +274,56 @@ def test_ctr_model_gathers_distinct_entities():
     model = CTRModel(backbone, adaptor).eval()
     values = inputs(SPEC, 3, 2)
     user, item = torch.randn(2, 6), torch.randn(2, 6)
-    knowledge = Knowledge(
-        user,
-        torch.tensor([True, False]),
-        torch.tensor([1, 0]),
-        item,
-        torch.tensor([True, True]),
-        torch.tensor([0, 1, 1]),
-    )
+    encodings = {
+        "user": Encodings(user, torch.tensor([True, False]), torch.tensor([1, 0])),
+        "item": Encodings(item, torch.tensor([True, True]), torch.tensor([0, 1, 1])),
+    }
     expected = {
         **values,
         "user_knowledge": torch.stack([torch.full((5,), 2.0), adaptor.tower(user, "user")[0]]),
         "item_knowledge": adaptor.tower(item, "item")[[0, 1, 1]],
     }
-    torch.testing.assert_close(model(values, knowledge), backbone.logits(expected))
+    torch.testing.assert_close(model(values, encodings), backbone.logits(expected))
 
 
 def test_ctr_model_refuses_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match="knowledge width"):
-        CTRModel(make("dcnv2"), None)
+    for adaptor in (None, HybridExpertAdaptor(6, out=5, towers=["item"]), HybridExpertAdaptor(6, out=4)):
+        with pytest.raises(ValueError, match="knowledge width"):
+            CTRModel(make("dcnv2"), adaptor)
+
+
+def test_identity_passes_encodings_and_learns_the_neutral_one():
+    identity = Identity(2, ("item",))
+    with torch.no_grad():
+        identity.missing["item"].copy_(torch.tensor([7.0, 8.0]))
+    found = identity.adapt(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([True, False]), "item")
+    assert found.tolist() == [[1, 2], [7, 8]]
+
+
+def test_affinities_have_a_direct_part_and_noise_in_training_alone():
+    spec = replace(BARE, affinity=4)
+    backbone, values = make("dcnv2", spec), inputs(spec, 8, 2)
+    plain = backbone.logits(values)
+    with torch.no_grad():
+        backbone.direct.weight.add_(2)
+    torch.testing.assert_close(backbone.logits(values), plain + 2 * values["affinity"].sum(1))
+    torch.testing.assert_close(backbone.logits(values), backbone.logits(values))
+    backbone.train()
+    backbone.deep.eval()
+    assert not torch.allclose(backbone.logits(values), backbone.logits(values))
+
+
+def test_learned_affinity_by_hand():
+    layer = LearnedAffinity(2, heads=1, width=2)
+    with torch.no_grad():
+        layer.project.weight.copy_(torch.eye(2))
+        layer.log_scale.zero_()
+    item = torch.tensor([[1.0, 0.0]])
+    history = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
+    found = layer(item, history, torch.tensor([[2.0, -1.0, 0.0]]))
+    share = math.e / (math.e + 1)
+    torch.testing.assert_close(found, torch.tensor([[2 * share - (1 - share)]]))
+    assert layer(item, torch.zeros(1, 3, 2), torch.zeros(1, 3)).tolist() == [[0]]
 
 
 def test_export_refuses_training_mode(tmp_path):
@@ -266,8 +332,8 @@ def test_export_refuses_training_mode(tmp_path):
 
 
 def test_unknown_backbone():
-    with pytest.raises(InputError, match="dcnv2, din"):
-        build_backbone("dcn", SPEC, torch.zeros(40, 3, dtype=torch.int64))
+    with pytest.raises(InputError, match="choose from dcn, dcnv2"):
+        build_backbone("perceptron", SPEC, torch.zeros(40, 3, dtype=torch.int64))
 
 
 def test_spec_survives_json():

@@ -28,6 +28,7 @@ from kar_sidecar.store.records import FULL, NEUTRAL, STALE, decode_vectors
 
 pytestmark = pytest.mark.service
 
+AFFINITY = "fffffffffffe"
 ENCODED = "cccccccccccc"
 NOW_MS = 1_800_000_000_000
 LAST_EVENT_S = 900
@@ -58,7 +59,7 @@ def make_dataset(work: Path, schema: records_pb2.FeatureSchema) -> None:
         event_rating=np.array([5, 4, 1, 3], np.float32),
         event_time=np.array([100, 200, 300, LAST_EVENT_S]),
         cutoff=np.array([2, 1], np.int32),
-        user_split=np.zeros(2, np.uint8),
+        event_split=np.zeros(4, np.uint8),
         positive_above=3,
     ).save(work / "dataset")
 
@@ -70,6 +71,7 @@ def make_release(
     adapted: str = "aaaaaaaaaaaa",
     scale: float = 1,
     created_s: int = 5,
+    affinity: bool = False,
 ) -> str:
     """ann, bob, heat and alien have knowledge; heat's expires at 50 s. Vectors are multiples of `scale`."""
     draft = work / "releases" / "draft"
@@ -86,6 +88,13 @@ def make_release(
                 if identity == "heat":
                     record.expires_at.FromSeconds(50)
                 file.write(json.dumps(json_format.MessageToDict(record, preserving_proto_field_name=True)) + "\n")
+    more = {}
+    if affinity:
+        (draft / "vectors" / "user_adapted.npy").unlink()
+        (draft / "vectors" / "affinity_ids.txt").write_text("alien\n")
+        np.save(draft / "vectors" / "affinity.npy", np.array([[0.6, 0.8]], np.float32))
+        space = records_pb2.VectorSpace(space_id=AFFINITY, dim=2, dtype="float32")
+        more = {"towers": [ITEM], "affinity": records_pb2.Affinity(space=space, events=3)}
     (draft / "item_ids.txt").write_text("".join(f"{item}\n" for item in ITEMS))
     manifest = records_pb2.Manifest(
         dataset="tiny",
@@ -93,6 +102,7 @@ def make_release(
         encoded_space=records_pb2.VectorSpace(space_id=ENCODED, dim=3, dtype="float16"),
         feature_schema=schema,
         feature_schema_hash=schema_hash(schema),
+        **more,
         files=[
             records_pb2.FileEntry(
                 path=path.relative_to(draft).as_posix(), sha256=file_sha256(path), bytes=path.stat().st_size
@@ -210,6 +220,19 @@ def test_releases_that_share_encoder_and_schema_live_side_by_side(world: World) 
     assert world.vectors(USER, ["ann"], "bbbbbbbbbbbb", 2, "float32").vectors.tolist() == [[2, 4]]
     assert not world.publish()["ran"]
     assert not world.publish(other)["ran"]
+
+
+def test_one_tower_and_affinity_vectors(world: World) -> None:
+    release = make_release(world.work, schema_of(), adapted="dddddddddddd", affinity=True)
+    report = world.publish(release)
+    assert report["written"]["adapted"] == 2
+    assert report["written"]["affinity"] == 1
+    assert world.vectors(USER, ["ann"], "dddddddddddd", 2, "float32").levels.tolist() == [NEUTRAL]
+    assert world.vectors(ITEM, ["heat"], "dddddddddddd", 2, "float32").levels.tolist() == [FULL]
+    found = world.vectors(ITEM, ["alien", "heat"], AFFINITY, 2, "float32")
+    assert found.vectors.tolist() == [pytest.approx([0.6, 0.8]), [0, 0]]
+    assert world.meta(space_meta(AFFINITY))["release_id"] == release
+    assert not world.publish(release)["ran"]
 
 
 def test_an_older_release_does_not_take_back_newer_vectors_of_a_shared_space(world: World) -> None:

@@ -9,10 +9,14 @@ from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
 from kar_offline.dataset.samples import TEST, TRAIN, VALIDATION, Dataset, Entity
 from kar_offline.train import TrainSettings, load_trained, train
+from kar_offline.train.arms import ARMS
 from kar_offline.train.checkpoint import build_model
 from kar_offline.train.features import encode_dataset, learn_features
-from kar_offline.train.fit import STATE, fit, predict_logits
-from kar_offline.train.vectors import TextVectors, load_text_vectors
+from kar_offline.train.feed import Feed
+from kar_offline.train.fit import STATE, predict_logits
+from kar_offline.train.given import Given
+from kar_offline.train.runs import Run, train_run
+from kar_offline.train.vectors import load_text_vectors
 from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
 from kar_sidecar.features import FeatureEncoder, FeatureLayout, History
 from kar_sidecar.store import ITEM, USER
@@ -49,10 +53,11 @@ def make_dataset(seed=0):
         seed=0,
         positive_above=3,
     )
-    return replace(dataset, user_split=np.array([TRAIN] * 8 + [VALIDATION] * 2 + [TEST] * 2, dtype=np.uint8))
+    return replace(dataset, event_split=np.repeat([TRAIN] * 8 + [VALIDATION] * 2 + [TEST] * 2, 8).astype(np.uint8))
 
 
-def write_work(work, seed=0):
+def write_work(work, seed=0, without=1):
+    """Dataset and encodings below `work`; row `without` of each kind has no text."""
     dataset = make_dataset(seed)
     (work / "dataset").mkdir(parents=True)
     dataset.save(work / "dataset")
@@ -60,9 +65,10 @@ def write_work(work, seed=0):
     rng = np.random.default_rng(seed)
     for source in ("knowledge", "raw"):
         for kind, entities in (("user", dataset.users), ("item", dataset.items)):
-            hashes = [None if i == 1 else f"{source}{i}" for i in range(len(entities))]
+            hashes = [None if i == without else f"{source}{i}" for i in range(len(entities))]
             vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
-            vectors[1] = 0
+            if without is not None:
+                vectors[without] = 0
             np.save(work / "encoding" / f"{source}_{kind}.npy", vectors)
             header = {"encoder_id": "e1", "dim": DIM, "ids": [e.id for e in entities], "text_sha256": hashes}
             (work / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
@@ -133,23 +139,13 @@ def test_arrays_equal_what_serving_encodes():
     assert (data.categories[:2] == 0).all()
 
 
-def run_fit(folder, settings, epochs=nothing, vectors=True):
+def run_fit(folder, settings, epochs=nothing, arm="paper"):
+    """Train din on the tiny dataset, with vectors that are written beside `folder`."""
+    work = folder / "inputs"
+    if not work.exists():
+        write_work(work, without=None)
     data = encode_dataset(make_dataset())
-    known = TextVectors(
-        "e", torch.ones(USERS, DIM), torch.ones(USERS) > 0, torch.ones(ITEMS, DIM), torch.ones(ITEMS) > 0
-    )
-    adaptor = {"dim": DIM, "hidden": 4, "out": 3, "shared": 1, "dedicated": 1} if vectors else None
-    spec = replace(data.spec, knowledge=3 if vectors else 0)
-    return fit(
-        lambda: build_model("din", spec, data.categories, adaptor),
-        data,
-        data.samples(TRAIN),
-        data.samples(VALIDATION),
-        known if vectors else None,
-        settings,
-        folder=folder,
-        on_epoch=epochs,
-    )
+    return train_run(data, work / "encoding", Run("din", arm), settings, folder=folder, on_epoch=epochs).fitted
 
 
 @pytest.fixture
@@ -206,17 +202,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
 def test_early_stopping_keeps_the_best_epoch(tmp_path):
     # A learning rate this high makes validation worse after few epochs.
     settings = replace(SMALL, epochs=50, learning_rate=0.1)
-    fitted = run_fit(tmp_path, settings, vectors=False)
+    fitted = run_fit(tmp_path, settings, arm="control")
     assert len(fitted.epochs) == fitted.best.number + settings.patience < 50
-    assert fitted.best.validation_logloss == min(epoch.validation_logloss for epoch in fitted.epochs)
+    assert fitted.best.validation_loss == min(epoch.validation_loss for epoch in fitted.epochs)
     data = encode_dataset(make_dataset())
     model = build_model("din", data.spec, data.categories, None)
     model.load_state_dict(fitted.weights)
     validation = data.samples(VALIDATION)
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(
-        predict_logits(model, data, validation, None), validation.label
-    )
-    assert loss.item() == pytest.approx(fitted.best.validation_logloss, abs=1e-6)
+    feed = Feed.of(data, validation, Given(ARMS["control"], data.dataset))
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(predict_logits(model, feed), validation.label)
+    assert loss.item() == pytest.approx(fitted.best.validation_loss, abs=1e-6)
 
 
 def test_clipping_clips(tmp_path):
@@ -238,31 +233,29 @@ def test_knowledge_dropout_trains_the_neutral_vectors(tmp_path):
     assert dropped.weights["adaptor.item_neutral"].all()
 
 
-def test_predictions_equal_one_sample_at_a_time():
-    data = encode_dataset(make_dataset())
-    spec = replace(data.spec, knowledge=3)
-    torch.manual_seed(0)
-    model = build_model(
-        "dcnv2", spec, data.categories, {"dim": DIM, "hidden": 4, "out": 3, "shared": 1, "dedicated": 1}
-    )
-    vectors = TextVectors(
-        "e", torch.randn(USERS, DIM), torch.rand(USERS) > 0.3, torch.randn(ITEMS, DIM), torch.rand(ITEMS) > 0.3
-    )
+def test_predictions_equal_one_sample_at_a_time(tmp_path):
+    dataset = write_work(tmp_path)
+    data = encode_dataset(dataset)
     samples = data.samples(TEST)
-    expected = []
+    given = Given.of(ARMS["paper"], data, data.samples(TRAIN), tmp_path / "encoding", seed=0)
+    torch.manual_seed(0)
+    model = build_model("dcnv2", given.spec(data.spec, 3), data.categories, {**ADAPTOR, "towers": ("user", "item")})
+    torch.nn.init.normal_(model.adaptor.user_neutral)
+    texts, expected = given.texts, []
     for i in range(len(samples)):
         at = torch.tensor([i])
         user, item = samples.user[i], samples.item[i]
         own = {
-            "user_knowledge": model.adaptor.tower(vectors.user[user : user + 1], "user"),
-            "item_knowledge": model.adaptor.tower(vectors.item[item : item + 1], "item"),
+            "user_knowledge": model.adaptor.tower(texts.user[user : user + 1], "user"),
+            "item_knowledge": model.adaptor.tower(texts.item[item : item + 1], "item"),
         }
-        if not vectors.user_present[user]:
+        if not texts.user_present[user]:
             own["user_knowledge"] = model.adaptor.user_neutral[None]
-        if not vectors.item_present[item]:
+        if not texts.item_present[item]:
             own["item_knowledge"] = model.adaptor.item_neutral[None]
         expected.append(model.eval()({**data.inputs(samples, at), **own}))
-    torch.testing.assert_close(predict_logits(model, data, samples, vectors), torch.cat(expected), rtol=0, atol=1e-6)
+    found = predict_logits(model, Feed.of(data, samples, given))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-6)
 
 
 def test_train_load_and_second_run(tmp_path):
@@ -283,13 +276,15 @@ def test_train_load_and_second_run(tmp_path):
     assert list(trained.item_ids) == learn_features(dataset).item_ids
     assert list(trained.encodings) == learn_features(dataset).encodings
     data = encode_dataset(dataset)
-    logits = predict_logits(
-        trained.model, data, data.samples(VALIDATION), load_text_vectors(tmp_path / "encoding", "knowledge", dataset)
-    )
+    given = Given.of(ARMS["knowledge"], data, data.samples(TRAIN), tmp_path / "encoding", seed=0)
+    torch.testing.assert_close(trained.affinity.vectors, given.affinity.vectors)
+    assert trained.affinity.segments == given.affinity.segments == (("text", 64),)
+    logits = predict_logits(trained.model, Feed.of(data, data.samples(VALIDATION), given))
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, data.samples(VALIDATION).label)
-    assert loss.item() == pytest.approx(trained.metrics["validation_logloss"], abs=1e-6)
+    assert loss.item() == pytest.approx(trained.metrics["validation_loss"], abs=1e-6)
     control = load_trained(tmp_path, "dcnv2", "control")
-    assert (control.adaptor, control.encoder_id) == (None, "")
+    assert (control.adaptor, control.affinity, control.encoder_id) == (None, None, "")
+    assert (folder / "curves.png").stat().st_size > 1000
 
     again = train(tmp_path, ["dcnv2"], arms, SMALL, workers=0)
     assert not again.ran
@@ -314,9 +309,9 @@ def test_an_interrupted_stage_resumes(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(InputError, match="dcnv2, din"):
-        train(tmp_path, ["dcn"], workers=0)
-    with pytest.raises(InputError, match="control, raw_text, knowledge"):
+    with pytest.raises(InputError, match="choose from"):
+        train(tmp_path, ["perceptron"], workers=0)
+    with pytest.raises(InputError, match="control, raw_text, knowledge, "):
         train(tmp_path, ["din"], ["llm"], workers=0)
     with pytest.raises(PreconditionError, match="kar train"):
         load_trained(tmp_path, "din", "control")
@@ -336,7 +331,6 @@ def test_vectors_are_checked_against_the_dataset(tmp_path):
     vectors = load_text_vectors(tmp_path / "encoding", "raw", dataset)
     assert vectors.dim == DIM
     assert vectors.user_present.tolist() == [True, False] + [True] * (USERS - 2)
-    assert not vectors.neutral().item_present.any()
     header = tmp_path / "encoding" / "raw_item.json"
     values = json.loads(header.read_text())
     header.write_text(json.dumps({**values, "ids": values["ids"][::-1]}))

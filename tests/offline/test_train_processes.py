@@ -52,7 +52,7 @@ def test_processes_give_what_one_process_gives(tmp_path):
     assert sorted(seen) == [("dcnv2_control", 1), ("dcnv2_control", 2), ("din_control", 1), ("din_control", 2)]
     here = train(tmp_path / "b", arms=["control"], settings=SMALL, workers=0)
     for name, report in result.report["runs"].items():
-        assert report["validation_logloss"] == pytest.approx(here.report["runs"][name]["validation_logloss"], abs=1e-5)
+        assert report["validation_loss"] == pytest.approx(here.report["runs"][name]["validation_loss"], abs=1e-5)
     metrics = json.loads((tmp_path / "a" / "training" / "din_control" / "metrics.json").read_text())
     assert [epoch["number"] for epoch in metrics["epochs"]] == [1, 2]
     assert load_trained(tmp_path / "a", "din", "control").name == "din"

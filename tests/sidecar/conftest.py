@@ -1,6 +1,6 @@
 """A tiny hand-made world: two users, four items, a release, a filled store, and models that are plain functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 from google.protobuf import json_format
 
 from kar.records.v1 import records_pb2
+from kar_sidecar.affinity import affinity_columns
 from kar_sidecar.features import FeatureLayout, History, schema_hash
 from kar_sidecar.hashing import file_sha256
 from kar_sidecar.release import Release, manifest_id, write_active
@@ -42,8 +43,24 @@ ITEMS = ("i1", "i2", "i3", "i4")
 """The item vocabulary: indices 2 to 5. i4 has neither features nor a vector."""
 
 
+AFFINITY = records_pb2.Affinity(
+    space=records_pb2.VectorSpace(space_id="cccccccccccc", dim=2, dtype="float32"),
+    segments=[records_pb2.AffinitySegment(name="text", dim=2)],
+    events=2,
+    mean=[1] * affinity_columns(1),
+    scale=[2] * affinity_columns(1),
+    learned=True,
+)
+
+
 def make_release(
-    releases: Path, *, backbone: str = "dcnv2", space: str = SPACES["prestored"], created_s: int = 1
+    releases: Path,
+    *,
+    backbone: str = "dcnv2",
+    space: str = SPACES["prestored"],
+    created_s: int = 1,
+    towers: Sequence[int] = (),
+    affinity: records_pb2.Affinity | None = None,
 ) -> str:
     """Write a release by hand and return its id."""
     draft = releases / "draft"
@@ -58,6 +75,8 @@ def make_release(
         feature_schema_hash=schema_hash(SCHEMA),
         feature_encodings=ENCODINGS,
         triton_adaptor="adaptor_{release}",
+        towers=towers,
+        affinity=affinity,
         models=[
             records_pb2.ModelEntry(
                 backbone=backbone,
@@ -210,3 +229,19 @@ def world(tmp_path) -> World:
 def fill_store() -> Callable[[MemoryStore], None]:
     """What publishes the tiny world into any store."""
     return fill
+
+
+@pytest.fixture
+def affine(world):
+    """The world, its release with the item's tower alone and the affinity of the last two rated items."""
+    release_id = make_release(world.folder, towers=[ITEM], affinity=AFFINITY)
+    write_active(world.folder, release_id)
+    space = AFFINITY.space.space_id
+    blobs = encode_vectors(np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32), space, written_at_ms=1)
+    items = [EntityKey(ITEM, name) for name in ("i1", "i2", "i3")]
+    world.store.write(vector_part(space), list(zip(items, blobs, strict=True)))
+    world.store.write_meta(space_meta(space), b"{}")
+    world.scorer.models |= models(release_id)
+    world.scorer.models[f"knowledge_{release_id}"] = lambda tensors: squash(tensors["affinity"].sum(1))
+    world.release_id = release_id
+    return world

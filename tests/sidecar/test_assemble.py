@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, History, RankRequest, StringList, User
 from kar.records.v1 import records_pb2
-from kar_sidecar.assemble import assemble, keys, nothing_read
-from kar_sidecar.errors import IntegrityError
+from kar_sidecar.affinity import affinity, affinity_columns
+from kar_sidecar.assemble import assemble, keys, nothing_read, rated_keys, view_user
 from kar_sidecar.query import read_query
 from kar_sidecar.scoring import ADAPTOR_INPUTS, BASE_INPUTS, KNOWLEDGE_INPUTS
-from kar_sidecar.store import FEATURES, ITEM, USER, EntityKey
+from kar_sidecar.store import FEATURES, ITEM, USER, EntityKey, vector_part
 from kar_sidecar.store.records import encode_vectors
 
 pytestmark = pytest.mark.unit
@@ -29,7 +29,10 @@ def build(world, *, user="u1", items=("i1", "i2", "i3", "i4", "stranger"), arm="
         candidates=Candidates(ids=items, **more),
     )
     query = read_query(request, served, 100)
-    return assemble(query, served, world.store.read(keys(query), served.parts(arm)), at_ms=2)
+    records = world.store.read(keys(query), served.parts(arm))
+    user = view_user(query, served, records[0][0])
+    rated = [record[0] for record in world.store.read(rated_keys(user.history, served), served.parts(arm)[-1:])]
+    return assemble(query, served, user, records, rated, at_ms=2)
 
 
 def test_one_batch_reads_the_user_and_every_candidate(world):
@@ -158,16 +161,64 @@ def test_a_row_depends_on_its_item_alone_and_is_finite(world, items, number, rat
             np.testing.assert_array_equal(assembly.tensors[name][row], alone[name][0], err_msg=name)
 
 
-def test_records_of_another_space_or_schema_are_refused(world):
+def test_a_foreign_or_damaged_record_costs_its_own_entity_alone(world):
     [foreign] = encode_vectors(np.zeros((1, 2), np.float32), "bbbbbbbbbbbb", written_at_ms=1)
-    for part in world.served().parts("knowledge"):
-        world.store.write(part, [(EntityKey(ITEM, "i2"), foreign)])
-        with pytest.raises(IntegrityError, match="publish"):
-            build(world)
-        world.store.remove_part(part)
+    whole = build(world)
+    assert whole.faults == ()
+    for part, name, blank in zip(
+        world.served().parts("knowledge"), ("item_numeric", "item_knowledge"), ([0], [0.25, 0.75]), strict=True
+    ):
+        before = world.store.read([EntityKey(ITEM, "i2")], [part])[0][0]
+        world.store.write(part, [(EntityKey(ITEM, "i2"), foreign[:-1] if part == FEATURES else foreign)])
+        assembly = build(world)
+        assert "publish" in assembly.faults[0]
+        expected = whole.tensors[name].copy()
+        expected[1] = blank
+        np.testing.assert_array_equal(assembly.tensors[name], expected)
+        world.store.write(part, [(EntityKey(ITEM, "i2"), before)])
 
 
-def test_a_damaged_user_record_is_refused(world):
+def test_a_damaged_user_record_counts_as_none(world):
     world.store.write(FEATURES, [(EntityKey(USER, "u1"), b"short")])
-    with pytest.raises(IntegrityError):
-        build(world)
+    assembly, stranger = build(world), build(world, user="nobody")
+    assert "publish" in assembly.faults[0]
+    for name in ("history_item", "user_categorical", "user_numeric"):
+        np.testing.assert_array_equal(assembly.tensors[name], stranger.tensors[name])
+    np.testing.assert_array_equal(assembly.tensors["item_numeric"], build(world, user="u2").tensors["item_numeric"])
+
+
+def test_affinity_of_the_last_rated_items(affine):
+    # u1's last two events are an item without a vector, rated 1, and i3, rated 4.
+    assembly = build(affine)
+    assert "user_knowledge" not in assembly.tensors
+    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0, 0], [0, 0]], np.float32)
+    past = np.array([[0, 0], [0.6, 0.8]], np.float32)
+    expected = affinity(vectors[None], past[None], np.array([[1, 4]], np.float32), np.ones((1, 2), bool), [2])[0]
+    np.testing.assert_allclose(assembly.tensors["affinity"], (expected - 1) / 2, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(assembly.tensors["item_vector"], vectors)
+    np.testing.assert_array_equal(assembly.tensors["history_vector"], past)
+    np.testing.assert_array_equal(assembly.tensors["history_weight"], [-1.5, 1.5])
+    assert assembly.user_level == FULL
+    assert assembly.item_levels.tolist() == [FULL, NEIGHBOUR, STALE, NEUTRAL, NEUTRAL]
+
+
+def test_affinity_without_a_past_or_with_an_inline_one(affine):
+    nobody = build(affine, user="nobody")
+    assert nobody.user_level == NEUTRAL
+    np.testing.assert_array_equal(nobody.tensors["affinity"], np.full((5, affinity_columns(1)), -0.5))
+    assert not nobody.tensors["history_vector"].any()
+    inline = build(affine, history=History(item_ids=["i1", "i2"], ratings=[5, 1]))
+    np.testing.assert_array_equal(inline.tensors["history_vector"], [[1, 0], [0, 1]])
+    np.testing.assert_array_equal(inline.tensors["history_weight"], [2, -2])
+    control = build(affine, arm="control")
+    assert control.tensors.keys() == set(BASE_INPUTS)
+
+
+def test_a_damaged_affinity_vector_is_none(affine):
+    part = vector_part("cccccccccccc")
+    affine.store.write(part, [(EntityKey(ITEM, "i3"), b"rubbish")])
+    assembly = build(affine)
+    assert assembly.faults
+    assert assembly.user_level == NEUTRAL
+    assert not assembly.tensors["item_vector"][2].any()
+    assert np.isfinite(assembly.tensors["affinity"]).all()

@@ -61,7 +61,7 @@ def test_what_is_missing_or_wrong_is_one_line(arguments, words, code, tmp_path, 
 
 def test_a_path_that_cannot_be_used_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    answer = run("dataset", "--work", str(tmp_path / "file"), "--users", "3")
+    answer = run("dataset", "--work", str(tmp_path / "file"), "--limit", "3")
     assert answer.returncode == 1
     assert answer.stderr.startswith("error: ")
     assert answer.stderr.count("\n") == 1

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kar.ranking.v1 import ranking_pb2
-from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, RankRequest, User
+from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, History, RankRequest, User
 from kar.records.v1 import records_pb2
 from kar_sidecar.errors import DeadlineError, InputError, PreconditionError, UnavailableError
 from kar_sidecar.rank import Ranker
@@ -179,10 +179,30 @@ def test_a_foreign_record_is_never_served(world):
     def damage():
         world.store.write(FEATURES, [(EntityKey(ITEM, "i1"), b"rubbish")])
 
+    whole = rank(world, request())
     answer = rank(world, request(), before=damage)
     assert answer.rung == KNOWLEDGE
-    assert list(answer.scores) == squash(*[0.05] * 3)
+    damaged = list(request().candidates.ids).index("i1")
+    for row, (ours, theirs) in enumerate(zip(answer.scores, whole.scores, strict=True)):
+        assert (ours == theirs) == (row != damaged)
     assert answer.reason.startswith("store: ")
+
+
+def test_rated_items_come_with_the_one_read_or_with_a_second(affine):
+    part = vector_part("cccccccccccc")
+    answer = rank(affine, request())
+    assert answer.rung == KNOWLEDGE
+    first, second = affine.store.reads[-2:]
+    assert [key.id for key in first[0]] == ["u1", "i2", "i1", "i4"]
+    assert first[1] == (FEATURES, vector_part("aaaaaaaaaaaa"), part)
+    assert ([key.id for key in second[0]], second[1]) == (["gone", "i3"], (part,))  # the last two of the history
+
+    inline = request()
+    inline.user.history.CopyFrom(History(item_ids=["i1", "i2"], ratings=[5, 1]))
+    affine.store.reads.clear()
+    rank(affine, inline)
+    [only] = affine.store.reads
+    assert [key.id for key in only[0]] == ["u1", "i2", "i1", "i4", "i1", "i2"]
 
 
 def test_a_slow_blocking_store_is_given_up(world):

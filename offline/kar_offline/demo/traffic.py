@@ -24,16 +24,17 @@ class Slate:
 
 
 def slates(dataset: Dataset, *, size: int, seed: int) -> Iterator[Slate]:
-    """One slate for every test user, padded with items that the user never rated to `size` candidates.
+    """One slate for every user with test samples, padded with items that the user never rated to `size` candidates.
 
     A user with more than `size` later interactions keeps them all.
     """
     generator = np.random.default_rng(seed)
     everything = np.arange(len(dataset.items))
-    for user in np.flatnonzero(dataset.user_split == TEST):
+    test = dataset.samples(TEST)
+    for user in np.unique(dataset.event_user[test]):
         begin, end = dataset.offsets[user], dataset.offsets[user + 1]
         rated = dataset.event_item[begin:end].astype(np.int64)
-        later = slice(begin + dataset.cutoff[user], end)
+        later = test[(test >= begin) & (test < end)]
         shown = dataset.event_item[later].astype(np.int64)
         unrated = np.setdiff1d(everything, rated)
         missing = min(max(0, size - len(shown)), len(unrated))

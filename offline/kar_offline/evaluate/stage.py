@@ -8,17 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kar_offline.dataset.samples import TEST, Dataset
 from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
-from kar_offline.models import BACKBONES
 from kar_offline.stage import StageResult, run_stage
-from kar_offline.train.checkpoint import ARMS, TEXT_SOURCES, load_trained, run_folder
+from kar_offline.train.arms import ARMS, DEFAULT_ARMS
+from kar_offline.train.checkpoint import load_trained, run_folder
 from kar_offline.train.features import FeatureEncodings, encode_dataset
+from kar_offline.train.feed import Feed
 from kar_offline.train.fit import predict_logits
-from kar_offline.train.vectors import load_text_vectors
+from kar_offline.train.given import Given
+from kar_offline.train.runs import DEFAULT_BACKBONES
 from kar_sidecar.errors import PreconditionError
 
 __all__ = ["CAVEATS", "EVALUATION", "NEUTRAL", "evaluate"]
@@ -26,7 +29,7 @@ __all__ = ["CAVEATS", "EVALUATION", "NEUTRAL", "evaluate"]
 EVALUATION: Final = "evaluation.json"
 NEUTRAL: Final = "neutral"
 """The knowledge model when nothing is known of the user or of any item: every vector is the neutral one."""
-VERSION: Final = 1
+VERSION: Final = 2
 CAVEATS: Final = (
     "The writer of the knowledge pack knew the films' later reputation and may have seen MovieLens.",
     "Users are split between training and test, time is not: test ratings may be older than training ratings.",
@@ -39,10 +42,10 @@ def _scores(work: Path, dataset: Dataset, backbone: str, arm: str) -> dict[str, 
     trained = load_trained(work, backbone, arm)
     data = encode_dataset(dataset, FeatureEncodings(trained.encodings, trained.item_ids))
     samples, model = data.samples(TEST), trained.model
-    vectors = {arm: load_text_vectors(work / "encoding", TEXT_SOURCES[arm], dataset) if arm in TEXT_SOURCES else None}
-    if arm == "knowledge" and (known := vectors[arm]) is not None:
-        vectors[NEUTRAL] = known.neutral()
-    return {row: torch.sigmoid(predict_logits(model, data, samples, v)).numpy() for row, v in vectors.items()}
+    given = {arm: Given.served(ARMS[arm], dataset, trained.affinity, work / "encoding", seed=trained.seed)}
+    if arm == "knowledge":
+        given[NEUTRAL] = given[arm].without(("user", "item"))
+    return {row: torch.sigmoid(predict_logits(model, Feed.of(data, samples, g))).numpy() for row, g in given.items()}
 
 
 def _evaluate(work: Path, backbones: Sequence[str], *, seed: int, resamples: int) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def _evaluate(work: Path, backbones: Sequence[str], *, seed: int, resamples: int
     report: dict[str, Any] = {name: {} for name in ("auc", "logloss", "gauc", "calibration", "intervals")}
     for backbone in backbones:
         scores: dict[str, NDArray] = {}
-        for arm in ARMS:
+        for arm in DEFAULT_ARMS:
             scores |= _scores(work, dataset, backbone, arm)
         report["auc"][backbone] = {row: auc(labels, p) for row, p in scores.items()}
         report["logloss"][backbone] = {row: logloss(labels, p) for row, p in scores.items()}
@@ -71,12 +74,12 @@ def _evaluate(work: Path, backbones: Sequence[str], *, seed: int, resamples: int
                 (NEUTRAL, "control"),
             )
         }
-    test_users = int((dataset.user_split == TEST).sum())
+    test_users = len(np.unique(dataset.event_user[dataset.samples(TEST)]))
     return {**report, "test": {"users": test_users, "samples": len(labels)}, "caveats": list(CAVEATS)}
 
 
 def evaluate(
-    work: Path, backbones: Sequence[str] = tuple(BACKBONES), *, seed: int = 0, resamples: int = 1000
+    work: Path, backbones: Sequence[str] = DEFAULT_BACKBONES, *, seed: int = 0, resamples: int = 1000
 ) -> StageResult:
     """Write `work`/evaluation/evaluation.json, which is also the stage's report.
 
@@ -87,7 +90,7 @@ def evaluate(
     Raises:
         PreconditionError: a model is not trained yet, or there are no test users.
     """
-    runs = {f"{backbone}_{arm}": run_folder(work, backbone, arm) for backbone in backbones for arm in ARMS}
+    runs = {f"{backbone}_{arm}": run_folder(work, backbone, arm) for backbone in backbones for arm in DEFAULT_ARMS}
     inputs: Mapping[str, Path] = {"dataset": work / "dataset", "encoding": work / "encoding", **runs}
 
     def build(draft: Path) -> dict[str, Any]:

@@ -22,11 +22,14 @@ from kar_kernels import HybridExpertAdaptor
 from kar_model_repository.render import TARGETS, Backbone, Sizes, render
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate import read_knowledge
+from kar_offline.generate.records import ENTITY
 from kar_offline.models import BACKBONES
 from kar_offline.models.onnx import export_onnx
 from kar_offline.stage import StageResult
+from kar_offline.train.arms import ARMS
 from kar_offline.train.checkpoint import TrainedModel, load_trained
 from kar_offline.train.vectors import TextVectors, load_text_vectors
+from kar_sidecar.affinity import AFFINITY_EVENTS
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError
 from kar_sidecar.features import schema_hash
 from kar_sidecar.hashing import file_sha256
@@ -46,22 +49,25 @@ __all__ = ["export"]
 DTYPE: Final = "float32"
 CHUNK_ROWS: Final = 4096
 KINDS: Final = ("user", "item")
+SERVED_TEXTS: Final = ("knowledge", "raw")
 ADAPTOR: Final = "adaptor_{release}"
 
 
 def export(
     work: Path,
     backbone: str,
+    arm: str = "knowledge",
     *,
     activate: bool = False,
     cores: int | None = None,
     now_s: Callable[[], float] = time.time,
 ) -> StageResult:
-    """Make the release of one backbone below `work`/releases, unless it is there and whole.
+    """Make the release of one backbone and arm below `work`/releases, unless it is there and whole.
 
     Args:
         work: Holds `dataset`, `knowledge`, `encoding` and `training`.
         backbone: A trained backbone, in lower case.
+        arm: The training arm whose model becomes the knowledge model; one with an adaptor. The control comes along.
         activate: Serve this release from now on; the first one is activated anyway.
         cores: What the CPU repository may use together; default: the cores of this process.
         now_s: Seconds since the epoch, for the manifest's creation time.
@@ -70,16 +76,20 @@ def export(
         The release's folder, and a report with `release_id`, `backbone`, `active`, `files` and `bytes`.
 
     Raises:
-        InputError: no such backbone.
+        InputError: no such backbone or arm, or an arm without an adaptor.
         PreconditionError: an earlier stage is missing.
         IntegrityError: what the stages made is corrupt or does not belong together.
     """
     began = time.perf_counter()
     if backbone not in BACKBONES:
         raise InputError(f"backbone {backbone!r} is not known: choose from {', '.join(BACKBONES)}")
-    knowledge, control = (load_trained(work, backbone, arm) for arm in ("knowledge", "control"))
+    able = [name for name, one in ARMS.items() if one.towers and one.adaptor != "none" and one.texts in SERVED_TEXTS]
+    if arm not in able:
+        raise InputError(f"arm {arm!r} has no adaptor of real texts to release: choose from {', '.join(able)}")
+    texts = ARMS[arm].texts
+    knowledge, control = (load_trained(work, backbone, name) for name in (arm, "control"))
     dataset = Dataset.load(work / "dataset")
-    vectors = load_text_vectors(work / "encoding", "knowledge", dataset)
+    vectors = load_text_vectors(work / "encoding", texts, dataset)
     if vectors.encoder_id != knowledge.encoder_id:
         raise IntegrityError(
             f"{backbone} was trained on vectors of {knowledge.encoder_id}, not {vectors.encoder_id}: train it again"
@@ -88,10 +98,10 @@ def export(
         raise IntegrityError(f"the two models of {backbone} read different features: train them again")
 
     releases = work / "releases"
-    draft = releases / f".{backbone}.draft"
+    draft = releases / f".{backbone}_{arm}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors)
-    manifest = _manifest(draft, knowledge, control, dataset, vectors)
+    manifest = _manifest(draft, knowledge, control, dataset, vectors, texts)
     manifest.release_id = manifest_id(manifest)
     folder = releases / manifest.release_id
     try:
@@ -111,6 +121,7 @@ def export(
     report = {
         "release_id": manifest.release_id,
         "backbone": backbone,
+        "arm": arm,
         "active": read_active(releases) == manifest.release_id,
         "files": len(manifest.files),
         "bytes": sum(entry.bytes for entry in manifest.files),
@@ -119,7 +130,7 @@ def export(
 
 
 def _adaptor(knowledge: TrainedModel) -> HybridExpertAdaptor:
-    if knowledge.adaptor is None:
+    if not isinstance(knowledge.adaptor, HybridExpertAdaptor):
         raise IntegrityError(f"the knowledge model of {knowledge.name} has no adaptor: train it again")
     return knowledge.adaptor
 
@@ -135,8 +146,8 @@ def _write_files(
     """Write every file that the manifest lists."""
     for name in ("backbones", "vectors", "knowledge"):
         (draft / name).mkdir(parents=True)
-    for trained in (knowledge, control):
-        export_onnx(trained.backbone, draft / "backbones" / f"{trained.arm}.onnx")
+    for name, trained in (("knowledge", knowledge), ("control", control)):
+        export_onnx(trained.backbone, draft / "backbones" / f"{name}.onnx")
     adaptor = _adaptor(knowledge)
     adaptor.save(draft / "adaptor.safetensors")
     _write_ids(draft / "item_ids.txt", knowledge.item_ids)
@@ -144,17 +155,24 @@ def _write_files(
     for kind in KINDS:
         present = vectors.user_present if kind == "user" else vectors.item_present
         encoded = (vectors.user if kind == "user" else vectors.item)[present]
-        with torch.inference_mode():
-            adapted = torch.cat([adaptor.tower(rows, kind) for rows in encoded.split(CHUNK_ROWS)])
         _write_ids(draft / "vectors" / f"{kind}_ids.txt", [entity.id for entity in compress(entities[kind], present)])
         np.save(draft / "vectors" / f"{kind}_encoded.npy", encoded.numpy())
-        np.save(draft / "vectors" / f"{kind}_adapted.npy", adapted.numpy())
+        if kind in adaptor.towers:
+            with torch.inference_mode():
+                adapted = torch.cat([adaptor.tower(rows, kind) for rows in encoded.split(CHUNK_ROWS)])
+            np.save(draft / "vectors" / f"{kind}_adapted.npy", adapted.numpy())
         source = texts / f"{kind}.jsonl"
         if not source.is_file():
             raise PreconditionError(f"{source} does not exist: run `kar generate` first")
         shutil.copyfile(source, draft / "knowledge" / source.name)
-    neutral = torch.stack([adaptor.neutral(kind) for kind in KINDS])
+    nothing = torch.zeros(adaptor.out)
+    neutral = torch.stack([adaptor.neutral(kind) if kind in adaptor.towers else nothing for kind in KINDS])
     np.save(draft / "vectors" / "neutral.npy", neutral.detach().numpy())
+    if knowledge.affinity is not None and knowledge.affinity.segments:
+        table = knowledge.affinity.vectors
+        known = table.any(1)
+        _write_ids(draft / "vectors" / "affinity_ids.txt", [item.id for item in compress(dataset.items, known)])
+        np.save(draft / "vectors" / "affinity.npy", table[known].numpy())
 
 
 def _write_ids(path: Path, ids: Sequence[str]) -> None:
@@ -169,7 +187,12 @@ def _space(*content: str, dim: int) -> records_pb2.VectorSpace:
 
 
 def _manifest(
-    draft: Path, knowledge: TrainedModel, control: TrainedModel, dataset: Dataset, vectors: TextVectors
+    draft: Path,
+    knowledge: TrainedModel,
+    control: TrainedModel,
+    dataset: Dataset,
+    vectors: TextVectors,
+    texts: str,
 ) -> records_pb2.Manifest:
     """The manifest of the files in `draft`, without id and creation time."""
     weights = file_sha256(draft / "adaptor.safetensors")
@@ -178,23 +201,49 @@ def _manifest(
         encoder_id=vectors.encoder_id,
         prompt_versions=_prompt_versions(draft / "knowledge"),
         adapted_space=_space(vectors.encoder_id, weights, dim=_adaptor(knowledge).out),
-        encoded_space=_space(vectors.encoder_id, dim=vectors.dim),
+        encoded_space=_space(vectors.encoder_id, *(() if texts == "knowledge" else (texts,)), dim=vectors.dim),
         feature_schema=dataset.schema,
         feature_schema_hash=schema_hash(dataset.schema),
         feature_encodings=knowledge.encodings,
-        models=[_entry(knowledge, ensemble=f"{knowledge.name}_encoded_{{release}}"), _entry(control)],
+        models=[
+            _entry(knowledge, "knowledge", ensemble=f"{knowledge.name}_encoded_{{release}}"),
+            _entry(control, "control"),
+        ],
         triton_adaptor=ADAPTOR,
+        towers=[ENTITY[tower] for tower in _adaptor(knowledge).towers],
+        affinity=_affinity(draft, knowledge, vectors.encoder_id),
         files=list_files(draft, (path for path in draft.rglob("*") if path.is_file())),
     )
 
 
-def _entry(trained: TrainedModel, ensemble: str = "") -> records_pb2.ModelEntry:
+def _affinity(draft: Path, knowledge: TrainedModel, encoder_id: str) -> records_pb2.Affinity | None:
+    """What the knowledge model reads as affinity; its space depends on the vectors alone, not on the model."""
+    known, spec = knowledge.affinity, knowledge.backbone.spec
+    if known is None:
+        return None
+    space = None
+    if known.segments:
+        names = ",".join(name for name, _ in known.segments)
+        content = file_sha256(draft / "vectors" / "affinity.npy")
+        space = _space("affinity", encoder_id, names, content, dim=sum(known.widths))
+    return records_pb2.Affinity(
+        space=space,
+        segments=[records_pb2.AffinitySegment(name=name, dim=width) for name, width in known.segments],
+        events=AFFINITY_EVENTS,
+        mean=known.mean.tolist(),
+        scale=known.scale.tolist(),
+        learned=bool(spec.vector),
+    )
+
+
+def _entry(trained: TrainedModel, arm: str, ensemble: str = "") -> records_pb2.ModelEntry:
     return records_pb2.ModelEntry(
         backbone=trained.name,
-        arm=trained.arm,
-        triton_model=f"{trained.name}_{trained.arm}_{{release}}",
+        arm=arm,
+        triton_model=f"{trained.name}_{arm}_{{release}}",
         triton_ensemble=ensemble,
-        metrics={"validation_logloss": float(trained.metrics["validation_logloss"])},
+        metrics={"validation_loss": float(trained.metrics["validation_loss"])},
+        recipe=trained.arm,
     )
 
 
@@ -219,8 +268,12 @@ def _render(
         user_numeric=max(spec.user_numbers, 1),
         item_categorical=spec.item_columns,
         item_numeric=max(spec.item_numbers, 1),
-        knowledge=spec.knowledge,
         encoding=dim,
+        user_knowledge=spec.user_knowledge,
+        item_knowledge=spec.item_knowledge,
+        affinity=spec.affinity,
+        vector=spec.vector,
+        vector_events=AFFINITY_EVENTS if spec.vector else 0,
     )
     backbones = [
         Backbone(

@@ -17,6 +17,7 @@ def export(
     backbone: Annotated[
         list[str], typer.Option(help="Backbone to export; repeat for several.", show_default="dcnv2, din")
     ] = ["dcnv2", "din"],  # noqa: B006 - typer reads it and does not change it
+    arm: Annotated[str, typer.Option(help="Training arm whose model serves; the control comes along.")] = "knowledge",
     activate: Annotated[
         bool, typer.Option("--activate", help="Serve the first of them from now on; the first ever is served anyway.")
     ] = False,
@@ -31,7 +32,7 @@ def export(
     reports = []
     for number, name in enumerate(backbone):
         with console.status(f"exporting {name}"):
-            result = export_release(work, name, activate=activate and number == 0, cores=cores)
+            result = export_release(work, name, arm, activate=activate and number == 0, cores=cores)
         report = result.report
         reports.append(report)
         table.add_row(

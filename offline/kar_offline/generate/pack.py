@@ -1,10 +1,13 @@
 """Owns packs: folders of released knowledge, which take the place of a language model.
 
-<pack>/pack.toml                 llm, created_at and the template of each kind
+<pack>/pack.toml                 llm, created_at and the template of each kind; a folder without one may be a pack, too
 <pack>/{item,user}.jsonl         one {"id", "text"} a line; users with the "cutoff" that the text was written from
+
+A pack may be about one kind alone. `item_knowledge.jsonl` is read like `item.jsonl`, and each may end in `.xz`.
 """
 
 import hashlib
+import lzma
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from google.protobuf import timestamp_pb2
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from kar.records.v1 import records_pb2
 from kar_offline.generate.records import ENTITY, KINDS
@@ -32,9 +35,9 @@ class _Header(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    llm: str
-    created_at: datetime
-    templates: Mapping[str, str]
+    llm: str = UNKNOWN
+    created_at: datetime | None = None
+    templates: Mapping[str, str] = Field(default_factory=dict)
 
 
 class _Line(BaseModel):
@@ -71,17 +74,21 @@ class Pack:
         folder: Traversable = own / name if name in known else Path(name)
         if not folder.is_dir():
             raise NotFoundError(f"no pack {name!r} (known: {', '.join(known)}): name one of them, or a pack's folder")
-        files = {file: _text(folder / file) for file in ("pack.toml", *(f"{kind}.jsonl" for kind in KINDS))}
+        described = _text(folder / "pack.toml") if (folder / "pack.toml").is_file() else ""
         try:
-            header = _Header.model_validate(tomllib.loads(files["pack.toml"]))
+            header = _Header.model_validate(tomllib.loads(described))
         except ValueError as error:
             raise IntegrityError(f"{folder / 'pack.toml'} does not describe a pack: {error}") from error
+        paths = {kind: path for kind in KINDS if (path := _file(folder, kind, header))}
+        if not paths:
+            raise NotFoundError(f"{folder} holds no pack: name a folder with item.jsonl, user.jsonl or both")
+        texts = {kind: _text(path) for kind, path in paths.items()}
         lines: dict[tuple[str, str], _Line] = {}
-        for kind in KINDS:
-            for number, text in enumerate(files[f"{kind}.jsonl"].split("\n"), 1):  # `splitlines` also cuts at U+2028
+        for kind, content in texts.items():
+            for number, text in enumerate(content.split("\n"), 1):  # `splitlines` also cuts at U+2028
                 if not text.strip():
                     continue
-                place = f"{folder / f'{kind}.jsonl'}:{number}"
+                place = f"{paths[kind]}:{number}"
                 try:
                     line = _Line.model_validate_json(text)
                 except ValueError as error:
@@ -89,7 +96,8 @@ class Pack:
                 if (kind, line.id) in lines:
                     raise IntegrityError(f"{place} is about {kind} {line.id!r} for the second time: keep one")
                 lines[kind, line.id] = line
-        return Pack(folder.name, header, lines, hashlib.sha256("\0".join(files.values()).encode()).hexdigest())
+        digest = hashlib.sha256("\0".join((described, *(texts.get(kind, "") for kind in KINDS))).encode())
+        return Pack(folder.name, header, lines, digest.hexdigest())
 
     def records(self, prompts: Iterable[Prompt]) -> list[records_pb2.KnowledgeRecord]:
         """The records that answer the prompts, in their order; entities that the pack does not know are left out.
@@ -99,8 +107,10 @@ class Pack:
                 describe samples (leakage), or know less than it could.
         """
         found = []
-        created_at = timestamp_pb2.Timestamp()
-        created_at.FromDatetime(self.header.created_at)
+        created_at = None
+        if self.header.created_at:
+            created_at = timestamp_pb2.Timestamp()
+            created_at.FromDatetime(self.header.created_at)
         for prompt in prompts:
             line = self.lines.get((prompt.entity, prompt.id))
             if line is None or not line.text.strip():
@@ -125,8 +135,16 @@ class Pack:
         return found
 
 
+def _file(folder: Traversable, kind: str, header: _Header) -> Traversable | None:
+    """The file about a kind; None where there is none and the pack does not claim to have it."""
+    names = (f"{stem}.jsonl{suffix}" for stem in (kind, f"{kind}_knowledge") for suffix in ("", ".xz"))
+    found = next((path for name in names if (path := folder / name).is_file()), None)
+    return folder / f"{kind}.jsonl" if found is None and kind in header.templates else found
+
+
 def _text(path: Traversable) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        return (lzma.decompress(content) if path.name.endswith(".xz") else content).decode()
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise IntegrityError(f"{path} cannot be read ({error}): restore the pack") from error

@@ -1,45 +1,68 @@
-"""Owns joint training's model: a backbone with or without the adaptor that feeds it."""
+"""Owns joint training's model: a backbone and, where its arm has one, the adaptor that feeds it."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from kar_kernels import HybridExpertAdaptor
+from kar_kernels import HybridExpertAdaptor, Tower
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import Inputs
 
-__all__ = ["CTRModel", "Knowledge"]
+__all__ = ["Adaptor", "CTRModel", "Encodings", "Identity"]
+
+KNOWLEDGE_OF: Final[Mapping[Tower, str]] = {"user": "user_knowledge", "item": "item_knowledge"}
 
 
-class Knowledge(NamedTuple):
-    """Encodings of the distinct users and items of a batch, and which of them each request and candidate has.
+class Encodings(NamedTuple):
+    """Text encodings of the distinct entities of a batch, and which of them each request or candidate has."""
 
-    `*_encoding` [u, D] float32, `*_present` [u] bool (False: the neutral vector), `*_row` [R] or [N] int64.
-    """
+    encoding: Tensor
+    """[u, D] float32."""
+    present: Tensor
+    """[u] bool; False: the neutral vector."""
+    row: Tensor
+    """[R] of users or [N] of items, int64 rows of the other two."""
 
-    user_encoding: Tensor
-    user_present: Tensor
-    user_row: Tensor
-    item_encoding: Tensor
-    item_present: Tensor
-    item_row: Tensor
+
+class Identity(nn.Module):
+    """No adaptor: encodings reach the backbone as they are; an entity without one gets a learned neutral vector."""
+
+    def __init__(self, dim: int, towers: tuple[Tower, ...]) -> None:
+        super().__init__()
+        self.towers, self.out = towers, dim
+        self.missing = nn.ParameterDict({tower: nn.Parameter(torch.zeros(dim)) for tower in towers})
+
+    def adapt(self, encoding: Tensor, present: Tensor, tower: Tower) -> Tensor:
+        """`encoding` [B, D] where `present` [B] bool is True, else the neutral vector."""
+        return torch.where(present.unsqueeze(1), encoding, self.missing[tower])
+
+
+Adaptor = HybridExpertAdaptor | Identity
 
 
 class CTRModel(nn.Module):
-    """A backbone and, unless it is a control, its adaptor; both are trained end to end."""
+    """A backbone and, unless its arm takes no encodings, its adaptor; both are trained end to end."""
 
-    def __init__(self, backbone: Backbone, adaptor: HybridExpertAdaptor | None) -> None:
+    def __init__(self, backbone: Backbone, adaptor: Adaptor | None) -> None:
         super().__init__()
-        if backbone.spec.knowledge != (adaptor.out if adaptor else 0):
-            raise ValueError("the backbone's knowledge width must be the adaptor's output")
+        widths = {"user": backbone.spec.user_knowledge, "item": backbone.spec.item_knowledge}
+        towers = adaptor.towers if adaptor else ()
+        if any(width != (adaptor.out if adaptor and tower in towers else 0) for tower, width in widths.items()):
+            raise ValueError("the backbone's knowledge widths must be the adaptor's output for each of its towers")
         self.backbone = backbone
         self.adaptor = adaptor
 
-    def forward(self, inputs: Inputs, knowledge: Knowledge | None = None) -> Tensor:
-        """Log-odds [N]. Each distinct user and item passes through the adaptor once, then is gathered."""
-        if self.adaptor is None or knowledge is None:
-            return self.backbone.logits(inputs)
-        user = self.adaptor.adapt(knowledge.user_encoding, knowledge.user_present, "user")
-        item = self.adaptor.adapt(knowledge.item_encoding, knowledge.item_present, "item")
-        vectors = {"user_knowledge": user[knowledge.user_row], "item_knowledge": item[knowledge.item_row]}
-        return self.backbone.logits({**inputs, **vectors})
+    def adapt(self, encodings: Mapping[Tower, Encodings]) -> dict[str, Tensor]:
+        """Knowledge inputs of the backbone. Each distinct entity passes through the adaptor once, then is gathered."""
+        if self.adaptor is None:
+            return {}
+        return {
+            KNOWLEDGE_OF[tower]: self.adaptor.adapt(part.encoding, part.present, tower)[part.row]
+            for tower, part in encodings.items()
+        }
+
+    def forward(self, inputs: Inputs, encodings: Mapping[Tower, Encodings] | None = None) -> Tensor:
+        """Log-odds [N] of the backbone's `inputs`, those from knowledge computed from `encodings` where given."""
+        return self.backbone.logits({**inputs, **self.adapt(encodings or {})})

@@ -4,18 +4,16 @@
     logit   = w^T [x_3, MLP(x_0)] + b
 
 x_0 holds user fields and numbers, the masked mean of history events, the candidate's id, fields and numbers and,
-where knowledge is used, both knowledge vectors. Source: Wang et al., "DCN V2: Improved Deep & Cross Network and
+where they are used, knowledge vectors and affinities. Source: Wang et al., "DCN V2: Improved Deep & Cross Network and
 Practical Lessons for Web-scale Learning to Rank Systems" (WWW 2021, arXiv 2008.13535).
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import Inputs, InputSpec
 from kar_offline.models.layers import MLP
-from kar_sidecar.features import PADDING
 
 __all__ = ["DCNv2"]
 
@@ -34,19 +32,14 @@ class DCNv2(Backbone):
         dropout: float = 0.2,
     ) -> None:
         super().__init__(spec, item_categories, embedding=embedding)
-        width = self.user_width + self.event_width + self.candidate_width + 2 * spec.knowledge
+        width = self.flat_width
         self.crosses = nn.ModuleList(nn.Linear(width, width) for _ in range(crosses))
         self.deep = MLP(width, hidden, lambda _: nn.ReLU(), dropout)
         self.output = nn.Linear(width + hidden[-1], 1)
 
-    def logits(self, inputs: Inputs) -> Tensor:
+    def network(self, inputs: Inputs) -> Tensor:
         """Log-odds [N]."""
-        item, rating = inputs["history_item"], inputs["history_rating"]
-        events = (item != PADDING).sum(1, keepdim=True).clamp(min=1)
-        mean_item = F.embedding(item, self.items.table()).sum(1) / events  # [R, item width]
-        mean_rating = F.embedding(rating, self.ratings.table()).sum(1) / events  # [R, d]
-        request = self.spread(inputs, torch.cat([self.embed_user(inputs), mean_item, mean_rating], 1))  # [N, ...]
-        flat = torch.cat([request, self.embed_candidate(inputs), *self.knowledge(inputs)], 1)
+        flat = self.flat(inputs)
         crossed = flat
         for layer in self.crosses:
             crossed = flat * layer(crossed) + crossed

@@ -2,12 +2,12 @@
 
     a_j    = v^T Dice(W [c, e_j, c * e_j] + b)     c, e_j: candidate and history event, projected to one width
     pooled = sum over real events of a_j e_j       weights are not normalised, as in the paper
-    logit  = w^T MLP_Dice([user, candidate, pooled, knowledge]) + b
+    logit  = w^T MLP_Dice([user, candidate, pooled, knowledge, affinity]) + b
 
 (The paper's c - e_j adds nothing to a linear layer that reads c and e_j.) The parts of W that read c and e_j alone are
-computed once a candidate and once an event; only c * e_j is computed for every pair. Knowledge joins before the final
-MLP, not in the attention. Source: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction" (KDD 2018,
-arXiv 1706.06978).
+computed once a candidate and once an event; only c * e_j is computed for every pair. Knowledge and affinity join
+before the final MLP, not in the attention. Source: Zhou et al., "Deep Interest Network for Click-Through Rate
+Prediction" (KDD 2018, arXiv 1706.06978).
 """
 
 import torch
@@ -44,8 +44,7 @@ class DIN(Backbone):
         self.of_product = nn.Linear(embedding, attention, bias=False)
         self.dice = Dice(attention)
         self.attend = nn.Linear(attention, 1)
-        width = self.user_width + self.candidate_width + self.event_width + 2 * spec.knowledge
-        self.deep = MLP(width, hidden, Dice, dropout)
+        self.deep = MLP(self.flat_width, hidden, Dice, dropout)
         self.output = nn.Linear(hidden[-1], 1)
 
     def pool(self, inputs: Inputs, candidates: Tensor) -> Tensor:
@@ -64,9 +63,10 @@ class DIN(Backbone):
         events = (F.embedding(item, items), F.embedding(rating, ratings))
         return torch.cat([(weights @ self.spread(inputs, x)).squeeze(1) for x in events], 1)
 
-    def logits(self, inputs: Inputs) -> Tensor:
+    def network(self, inputs: Inputs) -> Tensor:
         """Log-odds [N]."""
         candidates = self.embed_candidate(inputs)
         pooled = self.pool(inputs, candidates[:, : self.items.width])
         user = self.spread(inputs, self.embed_user(inputs))
-        return self.output(self.deep(torch.cat([user, candidates, pooled, *self.knowledge(inputs)], 1))).squeeze(1)
+        parts = [user, candidates, pooled, self.knowledge(inputs), self.affinity(inputs)]
+        return self.output(self.deep(torch.cat(parts, 1))).squeeze(1)

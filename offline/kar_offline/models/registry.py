@@ -1,27 +1,51 @@
-"""Owns the names of the backbones."""
+"""Owns the names of the models."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from torch import Tensor
 
+from kar_offline.models.autoint import AutoInt
 from kar_offline.models.backbone import Backbone, MakeBackbone
+from kar_offline.models.dcn import DCN
 from kar_offline.models.dcnv2 import DCNv2
+from kar_offline.models.deepfm import DeepFM
+from kar_offline.models.dien import DIEN
 from kar_offline.models.din import DIN
+from kar_offline.models.fibinet import FiBiNET
+from kar_offline.models.fignn import FiGNN
 from kar_offline.models.inputs import InputSpec
+from kar_offline.models.xdeepfm import XDeepFM
 from kar_sidecar.errors import InputError
 
-__all__ = ["BACKBONES", "build_backbone"]
+__all__ = ["BACKBONES", "RERANKERS", "build_backbone"]
 
-BACKBONES: Final[Mapping[str, MakeBackbone]] = {"dcnv2": DCNv2, "din": DIN}
+BACKBONES: Final[Mapping[str, MakeBackbone]] = MappingProxyType(
+    {
+        "dcn": DCN,
+        "dcnv2": DCNv2,
+        "deepfm": DeepFM,
+        "xdeepfm": XDeepFM,
+        "autoint": AutoInt,
+        "fibinet": FiBiNET,
+        "fignn": FiGNN,
+        "din": DIN,
+        "dien": DIEN,
+    }
+)
+"""Models that score each candidate by itself."""
+RERANKERS: Final[Mapping[str, MakeBackbone]] = MappingProxyType({})
+"""Models that score a candidate among those of its list."""
 
 
 def build_backbone(name: str, spec: InputSpec, item_categories: Tensor) -> Backbone:
-    """A freshly initialised backbone (global random state) by its name in lower case.
+    """A freshly initialised model (global random state) by its name in lower case.
 
     Raises:
-        InputError: no such backbone.
+        InputError: no such model.
     """
-    if name not in BACKBONES:
-        raise InputError(f"backbone {name!r} is not known: choose from {', '.join(BACKBONES)}")
-    return BACKBONES[name](spec, item_categories)
+    models = {**BACKBONES, **RERANKERS}
+    if name not in models:
+        raise InputError(f"model {name!r} is not known: choose from {', '.join(models)}")
+    return models[name](spec, item_categories)

@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -94,7 +94,6 @@ def publish_release(
         return {}
     _claim_features(store, schema, force)
     users, items = (_Knowledge.load(release, kind) for kind in NAMES)
-    vectors = len(users.ids) + len(items.ids)
     shown = progress or Progress(disable=True)
 
     def write(part: str, what: str, records: Iterable[tuple[EntityKey, bytes]], total: int, *, newer_only: bool) -> int:
@@ -116,12 +115,25 @@ def publish_release(
             newer_only=False,
         ),
     }
-    for name, space in (("adapted", manifest.adapted_space), ("encoded", manifest.encoded_space)):
+    sources = (users, items)
+    adapted = [source for source in sources if source.kind in release.towers]
+    spaces = [("adapted", manifest.adapted_space, adapted), ("encoded", manifest.encoded_space, sources)]
+    for name, space, of in spaces:
         written[name] = write(
             vector_part(space.space_id),
             f"{name} vectors",
-            chain(users.vectors(name, space), items.vectors(name, space)),
-            vectors,
+            chain.from_iterable(source.vectors(name, space) for source in of),
+            sum(len(source.ids) for source in of),
+            newer_only=not force,
+        )
+    if manifest.affinity.HasField("space"):
+        space = manifest.affinity.space
+        known = items.with_affinity()
+        written["affinity"] = write(
+            vector_part(space.space_id),
+            "affinity vectors",
+            known.vectors("affinity", space),
+            len(known.ids),
             newer_only=not force,
         )
     for source in (users, items):
@@ -140,12 +152,14 @@ def _seal(release: Release, store: Store, counts: Mapping[str, int], published_a
     value = {"release_id": release.release_id, **counts, "published_at_ms": published_at_ms}
     manifest = release.manifest
     # The adapted space comes last: it alone is the release's own, so it says that all of the release is there.
-    for name in (
-        schema_meta(manifest.feature_schema_hash),
-        space_meta(manifest.encoded_space.space_id),
-        space_meta(manifest.adapted_space.space_id),
-    ):
+    for name in (*_shared(manifest), space_meta(manifest.adapted_space.space_id)):
         store.write_meta(name, json.dumps(value).encode())
+
+
+def _shared(manifest: records_pb2.Manifest) -> list[str]:
+    """Names of the seals that releases of one schema and encoder have in common."""
+    spaces = [manifest.encoded_space, *([manifest.affinity.space] if manifest.affinity.HasField("space") else [])]
+    return [schema_meta(manifest.feature_schema_hash), *(space_meta(space.space_id) for space in spaces)]
 
 
 def _is_published(release: Release, store: Store, index: Path) -> bool:
@@ -153,8 +167,7 @@ def _is_published(release: Release, store: Store, index: Path) -> bool:
     manifest = release.manifest
     return (
         read_seal(store, space_meta(manifest.adapted_space.space_id)).get("release_id") == release.release_id
-        and store.read_meta(space_meta(manifest.encoded_space.space_id)) is not None
-        and store.read_meta(schema_meta(manifest.feature_schema_hash)) is not None
+        and all(store.read_meta(name) is not None for name in _shared(manifest))
         and all((index / name).is_dir() for name in NAMES.values())
     )
 
@@ -209,8 +222,14 @@ class _Knowledge:
         ids = (release.folder / "vectors" / f"{name}_ids.txt").read_text().splitlines()
         return _Knowledge(release, kind, {record.id: record for record in records}, ids)
 
+    def with_affinity(self) -> "_Knowledge":
+        """The items that have an affinity vector."""
+        ids = (self.release.folder / "vectors" / "affinity_ids.txt").read_text().splitlines()
+        return replace(self, ids=ids)
+
     def array(self, name: str) -> NDArray[np.float32]:
-        path = self.release.folder / "vectors" / f"{NAMES[self.kind]}_{name}.npy"
+        file = "affinity.npy" if name == "affinity" else f"{NAMES[self.kind]}_{name}.npy"
+        path = self.release.folder / "vectors" / file
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def texts(self) -> Records:

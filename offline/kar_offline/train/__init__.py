@@ -1,7 +1,8 @@
 """Owns joint training of backbones and adaptor, and the trained models on disk."""
 
-from kar_offline.train.checkpoint import ARMS, TrainedModel, load_trained
+from kar_offline.train.arms import ARMS, DEFAULT_ARMS
+from kar_offline.train.checkpoint import TrainedModel, load_trained
 from kar_offline.train.fit import TrainSettings
-from kar_offline.train.runs import train
+from kar_offline.train.runs import DEFAULT_BACKBONES, train
 
-__all__ = ["ARMS", "TrainSettings", "TrainedModel", "load_trained", "train"]
+__all__ = ["ARMS", "DEFAULT_ARMS", "DEFAULT_BACKBONES", "TrainSettings", "TrainedModel", "load_trained", "train"]

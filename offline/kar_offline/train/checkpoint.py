@@ -1,4 +1,7 @@
-"""Owns a trained model on disk: `model.safetensors`, `config.json` and `metrics.json` of one run."""
+"""Owns a trained model on disk: `model.safetensors`, `config.json` and `metrics.json` of one run.
+
+A model with affinity has `affinity.safetensors` too: item vectors and the standardisation of the columns.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,26 +16,15 @@ from torch import Tensor
 
 from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
-from kar_offline.models import Backbone, CTRModel, InputSpec, build_backbone
+from kar_offline.models import Adaptor, Backbone, CTRModel, Identity, InputSpec, build_backbone
 from kar_offline.train.features import FeatureEncodings
+from kar_offline.train.given import AffinityInput
 from kar_sidecar.errors import IntegrityError, PreconditionError
 
-__all__ = [
-    "ARMS",
-    "CONTROL",
-    "TEXT_SOURCES",
-    "TrainedModel",
-    "build_model",
-    "load_trained",
-    "run_folder",
-    "save_trained",
-]
+__all__ = ["TrainedModel", "build_model", "load_trained", "run_folder", "save_trained"]
 
-CONTROL: Final = "control"
-TEXT_SOURCES: Final = {"raw_text": "raw", "knowledge": "knowledge"}
-"""The text source that each arm with an adaptor reads."""
-ARMS: Final = (CONTROL, *TEXT_SOURCES)
 MODEL: Final = "model.safetensors"
+AFFINITY: Final = "affinity.safetensors"
 CONFIG: Final = "config.json"
 METRICS: Final = "metrics.json"
 
@@ -41,17 +33,19 @@ METRICS: Final = "metrics.json"
 class TrainedModel:
     """One trained run, in evaluation mode.
 
-    `adaptor` is None and `encoder_id` empty for the control arm; `item_ids[i]` has index i + RESERVED; `metrics` are
-    of the validation split.
+    `encoder_id` is empty for an arm without texts; `item_ids[i]` has index i + RESERVED; `metrics` are of the
+    validation split.
     """
 
     arm: str
     name: str
     backbone: Backbone
-    adaptor: HybridExpertAdaptor | None
+    adaptor: Adaptor | None
+    affinity: AffinityInput | None
     encodings: Sequence[records_pb2.FeatureEncoding]
     item_ids: Sequence[str]
     encoder_id: str
+    seed: int
     metrics: Mapping[str, Any]
 
     @property
@@ -65,9 +59,15 @@ def run_folder(work: Path, backbone: str, arm: str) -> Path:
     return work / "training" / f"{backbone}_{arm}"
 
 
-def build_model(name: str, spec: InputSpec, categories: Tensor, adaptor: Mapping[str, int] | None) -> CTRModel:
-    """A freshly initialised model; `adaptor` holds the arguments of `HybridExpertAdaptor`, None for a control."""
-    made = HybridExpertAdaptor(**adaptor) if adaptor else None
+def build_model(name: str, spec: InputSpec, categories: Tensor, adaptor: Mapping[str, Any] | None) -> CTRModel:
+    """A freshly initialised model.
+
+    `adaptor` holds the arguments of `HybridExpertAdaptor`, or of `Identity` if there is no `hidden`; None for an arm
+    without encodings.
+    """
+    made: Adaptor | None = None
+    if adaptor:
+        made = HybridExpertAdaptor(**adaptor) if "hidden" in adaptor else Identity(adaptor["dim"], adaptor["towers"])
     return CTRModel(build_backbone(name, spec, categories), made)
 
 
@@ -75,20 +75,29 @@ def save_trained(
     folder: Path,
     weights: Mapping[str, Tensor],
     features: FeatureEncodings,
+    affinity: AffinityInput | None,
     *,
     identity: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> None:
-    """Write a run: `identity` holds `backbone`, `arm`, `spec`, `adaptor` and `encoder_id` for `load_trained`."""
+    """Write a run; `identity` holds `backbone`, `arm`, `spec`, `adaptor`, `encoder_id` and `settings`."""
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / MODEL)
+    if affinity:
+        tensors = {"vectors": affinity.vectors, "mean": affinity.mean, "scale": affinity.scale}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / AFFINITY)
     encodings = [json_format.MessageToDict(e, preserving_proto_field_name=True) for e in features.encodings]
-    config = {**identity, "encodings": encodings, "item_ids": list(features.item_ids)}
+    config = {
+        **identity,
+        "affinity": affinity.segments if affinity else None,
+        "encodings": encodings,
+        "item_ids": list(features.item_ids),
+    }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 def load_trained(work: Path, backbone: str, arm: str) -> TrainedModel:
-    """Read the model that `train` made for a backbone ("dcnv2", "din") and an arm ("control", "raw_text", "knowledge").
+    """Read the model that `train` made for a backbone and an arm, such as "dcnv2" and "knowledge".
 
     Raises:
         PreconditionError: this run was not trained yet.
@@ -103,11 +112,16 @@ def load_trained(work: Path, backbone: str, arm: str) -> TrainedModel:
         spec = InputSpec.from_json(config["spec"])
         model = build_model(backbone, spec, weights["backbone.items.categories"], config["adaptor"])
         model.load_state_dict(weights)
+        affinity = None
+        if config["affinity"] is not None:
+            segments = tuple((str(name), int(width)) for name, width in config["affinity"])
+            affinity = AffinityInput(segments, **load_file(folder / AFFINITY))
         metrics = json.loads((folder / METRICS).read_text())
         encodings = [json_format.ParseDict(e, records_pb2.FeatureEncoding()) for e in config["encodings"]]
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json_format.ParseError) as error:
+        item_ids, encoder_id, seed = config["item_ids"], config["encoder_id"], int(config["settings"]["seed"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, json_format.ParseError) as error:
         raise IntegrityError(f"{folder} does not hold a readable model ({error}): train it again") from error
     model.eval()
     return TrainedModel(
-        arm, backbone, model.backbone, model.adaptor, encodings, config["item_ids"], config["encoder_id"], metrics
+        arm, backbone, model.backbone, model.adaptor, affinity, encodings, item_ids, encoder_id, seed, metrics
     )

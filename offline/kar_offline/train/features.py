@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kar.records.v1 import records_pb2
+from kar_offline.dataset.lists import rerank_lists
 from kar_offline.dataset.samples import TRAIN, Dataset
-from kar_offline.models import Field, InputSpec
+from kar_offline.models.inputs import REQUEST_OF_ROW, Field, InputSpec
 from kar_sidecar.features import NUMERIC, PADDING, RESERVED, FeatureEncoder, FeatureLayout, rating_bucket
 from kar_sidecar.store import ITEM, USER
 
@@ -30,17 +31,27 @@ class FeatureEncodings:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Samples of one split: dataset rows [S] int64 of users and items, histories [S, L] int64, labels [S] float32."""
+    """Rows to score: dataset rows [S] int64 of users and items, histories [S, L] int64, labels [S] float32."""
 
     user: Tensor
     item: Tensor
+    event: Tensor
+    """[S] int64; a row's history is what its user did before this event."""
     history_item: Tensor
     history_rating: Tensor
     label: Tensor
+    list_length: int = 1
+    """Rows that are one list, side by side and of one history; 1 where every row stands alone."""
 
     def __len__(self) -> int:
-        """Number of samples S."""
+        """Number of rows S."""
         return len(self.label)
+
+    def rows(self, at: Tensor) -> "Samples":
+        """The rows numbered `at` [B], whole lists side by side."""
+        columns = (self.user, self.item, self.event, self.history_item, self.history_rating, self.label)
+        user, item, event, history_item, history_rating, label = (column[at] for column in columns)
+        return Samples(user, item, event, history_item, history_rating, label, self.list_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +68,45 @@ class EncodedDataset:
     """`user_*` by user row, `item_*` by item row; names as in `kar_offline.models.inputs`."""
 
     def samples(self, split: int) -> Samples:
-        """The samples of one split, histories as `FeatureEncoder.history` gives them."""
+        """The samples of one split, each event a row."""
         events = self.dataset.samples(split)
-        history_item, history_rating = self.histories(events)
+        return self.at(events, self.dataset.event_item[events], self.dataset.labels[events])
+
+    def lists(self, split: int, *, seed: int) -> Samples:
+        """The lists of one split that rerankers order (`kar_offline.dataset.lists`)."""
+        lists = rerank_lists(self.dataset, split, seed=seed)
+        flat = (lists.event.ravel(), lists.item.ravel(), lists.label.ravel())
+        return self.at(*flat, list_length=lists.label.shape[1])
+
+    def at(
+        self, events: NDArray[np.integer], items: NDArray[np.integer], labels: NDArray[np.float32], list_length: int = 1
+    ) -> Samples:
+        """Rows [S] of any items just before events of their users, histories as `FeatureEncoder.history` gives them."""
+        before, rating = self.dataset.history_windows(events, int(self.dataset.schema.history_length))
+        seen = before >= 0
+        index = self.columns["item_index"].numpy()[before]
         return Samples(
             user=torch.from_numpy(self.dataset.event_user[events].astype(np.int64)),
-            item=torch.from_numpy(self.dataset.event_item[events].astype(np.int64)),
-            history_item=history_item,
-            history_rating=history_rating,
-            label=torch.from_numpy(self.dataset.labels[events]),
+            item=torch.from_numpy(items.astype(np.int64)),
+            event=torch.from_numpy(events.astype(np.int64)),
+            history_item=torch.from_numpy(np.where(seen, index, PADDING)),
+            history_rating=torch.from_numpy(np.where(seen, rating_bucket(rating), PADDING)),
+            label=torch.from_numpy(labels),
+            list_length=list_length,
         )
 
-    def histories(self, events: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
-        """`history_item` and `history_rating` [S, L] int64 of what came before each event."""
-        items, ratings = self.dataset.history_windows(events, int(self.dataset.schema.history_length))
-        seen = items >= 0
-        index = self.columns["item_index"].numpy()[items]
-        padded = np.where(seen, index, PADDING), np.where(seen, rating_bucket(ratings), PADDING)
-        return torch.from_numpy(padded[0]), torch.from_numpy(padded[1])
-
     def inputs(self, samples: Samples, at: Tensor) -> dict[str, Tensor]:
-        """Model inputs of the samples numbered `at` [B], one request a candidate, without `request_of_row`."""
-        rows = {"user": samples.user[at], "item": samples.item[at]}
-        columns = {name: column[rows[name.split("_")[0]]] for name, column in self.columns.items()}
-        return {"history_item": samples.history_item[at], "history_rating": samples.history_rating[at], **columns}
+        """Model inputs of the rows numbered `at` [B], whole lists side by side.
+
+        Every list is one request; where rows stand alone, each is its own and `request_of_row` is left out.
+        """
+        lists = at[:: samples.list_length]
+        rows = {"user": samples.user[lists], "item": samples.item[at]}
+        inputs = {name: column[rows[name.split("_")[0]]] for name, column in self.columns.items()}
+        inputs |= {"history_item": samples.history_item[lists], "history_rating": samples.history_rating[lists]}
+        if samples.list_length > 1:
+            inputs[REQUEST_OF_ROW] = torch.arange(len(lists)).repeat_interleave(samples.list_length)
+        return inputs
 
 
 def _learn(
@@ -100,10 +126,13 @@ def _learn(
 
 
 def learn_features(dataset: Dataset) -> FeatureEncodings:
-    """Learn from training users and the items of their samples; the vocabulary has all items of their events."""
-    events = np.flatnonzero(dataset.user_split[dataset.event_user] == TRAIN)
+    """Learn from the users of training events and the items of training samples.
+
+    The item vocabulary has all items of training events.
+    """
+    events = np.flatnonzero(dataset.event_split == TRAIN)
     rows: dict[int, NDArray[np.integer]] = {
-        USER: np.flatnonzero(dataset.user_split == TRAIN),
+        USER: np.unique(dataset.event_user[events]),
         ITEM: np.unique(dataset.event_item[dataset.samples(TRAIN)]),
     }
     raw = {USER: [u.features for u in dataset.users], ITEM: [i.features for i in dataset.items]}
@@ -135,5 +164,5 @@ def encode_dataset(dataset: Dataset, features: FeatureEncodings | None = None) -
     def numbers_of(kind: int) -> int:
         return sum(f.entity == kind and f.type == NUMERIC for f in dataset.schema.features)
 
-    spec = InputSpec(items, fields(USER), fields(ITEM), numbers_of(USER), numbers_of(ITEM), knowledge=0)
+    spec = InputSpec(items, fields(USER), fields(ITEM), numbers_of(USER), numbers_of(ITEM))
     return EncodedDataset(dataset, features, spec, by_index, {**columns, "item_index": index})

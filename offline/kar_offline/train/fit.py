@@ -1,9 +1,10 @@
-"""Owns the optimisation of one model: batches, clipping, early stopping, resuming after the last finished epoch."""
+"""Owns the optimisation of one model: batches, schedule, clipping, early stopping, resuming where it was stopped."""
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,16 +12,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
-from kar_offline.models import CTRModel, Knowledge
-from kar_offline.train.features import EncodedDataset, Samples
-from kar_offline.train.vectors import TextVectors
+from kar_offline.models import CTRModel
+from kar_offline.train.feed import Feed
+from kar_offline.train.ranks import Ranks
 
 __all__ = ["STATE", "Epoch", "Fitted", "TrainSettings", "fit", "predict_logits"]
 
 STATE: Final = "state.safetensors"
 EVALUATION_BATCH: Final = 2048
+SAVE_EVERY_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +29,25 @@ class TrainSettings:
     """How models are trained; the same for every backbone and arm."""
 
     seed: int = 0
-    """Of initial weights, batches and dropout."""
+    """Of initial weights, batches, dropout, permuted texts and cross-fitting."""
     epochs: int = 20
     """At most."""
     patience: int = 2
-    """Epochs without a better validation LogLoss before training stops."""
-    batch: int = 256
-    """Samples a step."""
-    learning_rate: float = 5e-4
+    """Epochs without a better validation loss before training stops."""
+    batch: int = 512
+    """Rows a step."""
+    learning_rate: float = 1e-3
+    """At the end of the warm-up."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: float = 1.0
+    """What each finished epoch multiplies the learning rate by."""
     weight_decay: float = 1e-2
     """Decoupled (AdamW); a step shrinks weights by this times the learning rate."""
     clip_norm: float = 0.5
     """Largest norm of all gradients together; `metrics.json` tells what share of the steps it touched."""
     knowledge_dropout: float = 0.1
-    """Probability that an entity of a batch gets its neutral vector; likewise that a sample's user and item both do."""
+    """Probability that nothing is known of an entity of a batch, and of everybody in a request."""
     shared_experts: int = 2
     dedicated_experts: int = 5
     """A tower."""
@@ -57,11 +63,11 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What one epoch (counted from 1) gave; losses are mean LogLoss in nats, `clipped_ratio` the share of steps."""
+    """What one epoch (counted from 1) gave; losses are the model's mean loss, `clipped_ratio` the share of steps."""
 
     number: int
-    train_logloss: float
-    validation_logloss: float
+    train_loss: float
+    validation_loss: float
     clipped_ratio: float
 
     def to_json(self) -> dict[str, Any]:
@@ -71,156 +77,177 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The weights of the epoch with the lowest validation LogLoss, and all epochs."""
+    """A model with the weights of the epoch of lowest validation loss, in evaluation mode, and all epochs."""
 
-    weights: Mapping[str, Tensor]
+    model: CTRModel
     epochs: tuple[Epoch, ...]
 
     @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The kept weights by name, on the CPU."""
+        return self.model.state_dict()
+
+    @property
     def best(self) -> Epoch:
-        """The epoch that `weights` come from."""
-        return min(self.epochs, key=lambda epoch: epoch.validation_logloss)
-
-
-def _knowledge(vectors: TextVectors, user: Tensor, item: Tensor, dropout: float) -> Knowledge:
-    """Knowledge of a batch after dropout of whole entities, and of both entities of single samples."""
-    neither = torch.rand(len(user)) < dropout
-    parts: list[Tensor] = []
-    towers = (user, vectors.user, vectors.user_present), (item, vectors.item, vectors.item_present)
-    for rows, encoding, present in towers:
-        distinct, row = torch.unique(rows, return_inverse=True)
-        kept = present[distinct] & (torch.rand(len(distinct)) >= dropout)
-        # One more entity, of which nothing is known, stands in where neither side is.
-        nobody = encoding.new_zeros(1, encoding.shape[1]), kept.new_zeros(1)
-        encoded, known = torch.cat([encoding[distinct], nobody[0]]), torch.cat([kept, nobody[1]])
-        parts += [encoded, known, row.masked_fill(neither, len(distinct))]
-    return Knowledge(*parts)
+        """The epoch that the weights come from."""
+        return min(self.epochs, key=lambda epoch: epoch.validation_loss)
 
 
 @torch.no_grad()
-def predict_logits(model: CTRModel, data: EncodedDataset, samples: Samples, vectors: TextVectors | None) -> Tensor:
-    """Log-odds [S] of all samples, in evaluation mode; every user and item passes through the adaptor once."""
+def predict_logits(model: CTRModel, feed: Feed) -> Tensor:
+    """Log-odds [S] of all rows, in evaluation mode; every user and item passes through the adaptor once."""
     model.eval()
-    adapted: dict[str, tuple[Tensor, Tensor]] = {}
-    if model.adaptor is not None and vectors is not None:
-        adapted = {
-            "user_knowledge": (model.adaptor.adapt(vectors.user, vectors.user_present, "user"), samples.user),
-            "item_knowledge": (model.adaptor.adapt(vectors.item, vectors.item_present, "item"), samples.item),
-        }
+    device = next(model.parameters()).device
+    step = feed.samples.list_length
+    rows = {"user": feed.samples.user, "item": feed.samples.item}
+    tables: dict[str, Tensor] = {}
+    if model.adaptor is not None:
+        for tower in model.adaptor.towers:
+            vectors, present = feed.given.known(tower)
+            tables[tower] = model.adaptor.adapt(vectors.to(device), present.to(device), tower)
     logits = []
-    for at in torch.arange(len(samples)).split(EVALUATION_BATCH):
-        knowledge = {name: table[rows[at]] for name, (table, rows) in adapted.items()}
-        logits.append(model({**data.inputs(samples, at), **knowledge}))
-    return torch.cat(logits)
+    for at in feed.in_order(EVALUATION_BATCH):
+        own = {tower: rows[tower][at[::step] if tower == "user" else at].to(device) for tower in tables}
+        knowledge = {f"{tower}_knowledge": table[own[tower]] for tower, table in tables.items()}
+        inputs = {name: tensor.to(device) for name, tensor in feed.inputs(at).items()}
+        logits.append(model({**inputs, **knowledge}).cpu())
+    return torch.cat(logits) if logits else torch.zeros(0)
 
 
-def _epoch(
-    model: CTRModel,
-    optimiser: torch.optim.Optimizer,
-    data: EncodedDataset,
-    samples: Samples,
-    vectors: TextVectors | None,
-    settings: TrainSettings,
-) -> tuple[float, float]:
-    """One pass over the samples in random order; returns its mean loss and the share of clipped steps."""
-    model.train()
-    parameters = list(model.parameters())
-    total, clipped, steps = 0.0, 0, 0
-    for at in torch.randperm(len(samples)).split(settings.batch):
-        knowledge = None
-        if vectors is not None:
-            knowledge = _knowledge(vectors, samples.user[at], samples.item[at], settings.knowledge_dropout)
-        logits = model(data.inputs(samples, at), knowledge)
-        loss = F.binary_cross_entropy_with_logits(logits, samples.label[at])
-        optimiser.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=True)
-        optimiser.step()
-        total += loss.item() * len(at)
-        clipped += int(norm > settings.clip_norm)
-        steps += 1
-    return total / len(samples), clipped / steps
+@dataclass(slots=True)
+class _Course:
+    """A training under way: everything that it needs to go on from here."""
 
+    model: CTRModel
+    optimiser: torch.optim.Optimizer
+    best: dict[str, Tensor] = field(default_factory=dict)
+    epochs: list[Epoch] = field(default_factory=list)
+    step: int = 0
+    """Steps done in the current epoch; the sums below are over these."""
+    loss: float = 0.0
+    rows: int = 0
+    clipped: int = 0
 
-def _save_state(
-    path: Path, model: CTRModel, optimiser: torch.optim.Optimizer, best: Mapping[str, Tensor], epochs: list[Epoch]
-) -> None:
-    moments = optimiser.state_dict()["state"]
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"best/{name}": value for name, value in best.items()}
-    tensors |= {f"optimiser/{i}/{key}": value for i, state in moments.items() for key, value in state.items()}
-    draft = path.with_suffix(".draft")
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()},
-        draft,
-        {"epochs": json.dumps([epoch.to_json() for epoch in epochs])},
-    )
-    draft.replace(path)
+    def goes_on(self, settings: TrainSettings) -> bool:
+        """Whether one more epoch may help."""
+        if not self.epochs:
+            return True
+        best = min(self.epochs, key=lambda epoch: epoch.validation_loss)
+        return len(self.epochs) < settings.epochs and len(self.epochs) - best.number < settings.patience
 
+    def end_epoch(self, validation_loss: float) -> Epoch:
+        """Note what the epoch gave; its weights are kept if they are the best so far."""
+        if not math.isfinite(validation_loss):
+            raise FloatingPointError("training diverged: lower the learning rate")
+        if validation_loss < min((epoch.validation_loss for epoch in self.epochs), default=math.inf):
+            self.best = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
+        ratio = self.clipped / self.step
+        epoch = Epoch(len(self.epochs) + 1, self.loss / self.rows, validation_loss, ratio)
+        self.epochs.append(epoch)
+        self.step, self.loss, self.rows, self.clipped = 0, 0.0, 0, 0
+        return epoch
 
-def _load_state(path: Path, model: CTRModel, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[Epoch]]:
-    """Put model and optimiser back to the end of the last finished epoch; returns best weights and epochs."""
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimiser": {}}
-    with safe_open(path, framework="pt") as file:
-        epochs = [Epoch(**values) for values in json.loads(file.metadata()["epochs"])]
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            group, name = key.split("/", 1)
-            groups[group][name] = file.get_tensor(key)
-    model.load_state_dict(groups["model"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in groups["optimiser"].items():
-        number, name = key.split("/")
-        state.setdefault(int(number), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return groups["best"], epochs
+    def save(self, path: Path) -> None:
+        """Write all of it, the state of the random numbers included; atomic."""
+        moments = self.optimiser.state_dict()["state"]
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in self.best.items()}
+        tensors |= {f"optimiser/{i}/{key}": value for i, state in moments.items() for key, value in state.items()}
+        tensors["random/state"] = torch.get_rng_state()
+        progress = {"step": self.step, "loss": self.loss, "rows": self.rows, "clipped": self.clipped}
+        said = {"epochs": [epoch.to_json() for epoch in self.epochs], "progress": progress}
+        draft = path.with_suffix(".draft")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, draft, {"said": json.dumps(said)})
+        draft.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Put everything back to where `save` was called."""
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimiser": {}, "random": {}}
+        with safe_open(path, framework="pt") as file:
+            said = json.loads(file.metadata()["said"])
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                group, name = key.split("/", 1)
+                groups[group][name] = file.get_tensor(key)
+        self.model.load_state_dict(groups["model"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in groups["optimiser"].items():
+            number, name = key.split("/")
+            state.setdefault(int(number), {})[name] = value
+        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.best, self.epochs = groups["best"], [Epoch(**values) for values in said["epochs"]]
+        for name, value in said["progress"].items():
+            setattr(self, name, value)
+        torch.set_rng_state(groups["random"]["state"])
 
 
 def fit(
     make: Callable[[], CTRModel],
-    data: EncodedDataset,
-    train: Samples,
-    validation: Samples,
-    vectors: TextVectors | None,
+    train: Feed,
+    validation: Feed,
     settings: TrainSettings,
     *,
     folder: Path,
     on_epoch: Callable[[Epoch], None],
 ) -> Fitted:
-    """Train a model made by `make` until validation LogLoss stops falling.
+    """Train a model made by `make` until validation loss stops falling.
 
-    After each epoch the state goes to `folder`, where a later call with the same arguments goes on from it. Random
-    numbers depend on seed and epoch only, so on one thread a resumed run ends bit for bit like an unbroken one; the
-    caller's random state is left alone.
+    The state goes to `folder` after each epoch and every half minute, so an interrupt costs no more; a later call
+    with the same arguments goes on from there and, on one thread, ends bit for bit like an unbroken one. The caller's
+    random state is left alone. Under torchrun, ranks share each batch and average gradients; the first one writes.
     """
+    ranks = Ranks.current()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = make()
+        model = make().to(ranks.device)
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        best: dict[str, Tensor] = {}
-        epochs: list[Epoch] = []
+        course = _Course(model, optimiser)
         if (folder / STATE).is_file():
-            best, epochs = _load_state(folder / STATE, model, optimiser)
-            for epoch in epochs:
+            course.load(folder / STATE)
+            for epoch in course.epochs:
                 on_epoch(epoch)
-        while _goes_on(epochs, settings):
-            torch.manual_seed(settings.seed * 1_000 + len(epochs) + 1)
-            loss, clipped = _epoch(model, optimiser, data, train, vectors, settings)
-            logits = predict_logits(model, data, validation, vectors)
-            held_out = F.binary_cross_entropy_with_logits(logits, validation.label).item()
-            if not math.isfinite(held_out):
-                raise FloatingPointError("training diverged: lower the learning rate")
-            if held_out < min((epoch.validation_logloss for epoch in epochs), default=math.inf):
-                best = {name: value.clone() for name, value in model.state_dict().items()}
-            epochs.append(Epoch(len(epochs) + 1, loss, held_out, clipped))
-            _save_state(folder / STATE, model, optimiser, best, epochs)
-            on_epoch(epochs[-1])
-    return Fitted(best, tuple(epochs))
+        while course.goes_on(settings):
+            _epoch(course, train, settings, ranks, folder / STATE)
+            ranks.level(model)
+            logits = predict_logits(model, validation)
+            epoch = course.end_epoch(model.backbone.loss(logits, validation.samples.label).item())
+            if ranks.first:
+                course.save(folder / STATE)
+                on_epoch(epoch)
+    model.load_state_dict(course.best)
+    return Fitted(model.eval().cpu(), tuple(course.epochs))
 
 
-def _goes_on(epochs: list[Epoch], settings: TrainSettings) -> bool:
-    if not epochs:
-        return True
-    best = min(epochs, key=lambda epoch: epoch.validation_logloss)
-    return len(epochs) < settings.epochs and len(epochs) - best.number < settings.patience
+def _epoch(course: _Course, feed: Feed, settings: TrainSettings, ranks: Ranks, state: Path) -> None:
+    """The rest of one pass over the rows, in an order that depends on seed and epoch only."""
+    model, optimiser = course.model.train(), course.optimiser
+    number = len(course.epochs)
+    seed = settings.seed * 1_000 + number + 1
+    order = feed.shuffled(settings.batch, torch.Generator().manual_seed(seed))
+    if not course.step:
+        torch.manual_seed(seed * ranks.count + ranks.rank)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    saved_s = time.monotonic()
+    for at in order[course.step :]:
+        share = ranks.share(at, feed.samples.list_length)
+        optimiser.zero_grad()
+        loss_sum = 0.0
+        if len(share):
+            batch = feed.batch(share, settings.knowledge_dropout).to(ranks.device)
+            loss = model.backbone.loss(model(batch.inputs, batch.encodings), batch.labels)
+            loss.backward()
+            loss_sum = loss.item() * len(share)
+        loss_sum = ranks.average(parameters, loss_sum, len(share) / len(at))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=True)
+        warm = min(1.0, (number * len(order) + course.step + 1) / max(settings.warmup_steps, 1))
+        for group in optimiser.param_groups:
+            group["lr"] = settings.learning_rate * warm * settings.decay**number
+        optimiser.step()
+        course.loss += loss_sum
+        course.rows += len(at)
+        course.clipped += int(norm > settings.clip_norm)
+        course.step += 1
+        if ranks.first and time.monotonic() - saved_s > SAVE_EVERY_S:
+            course.save(state)
+            saved_s = time.monotonic()

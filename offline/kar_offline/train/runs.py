@@ -1,32 +1,31 @@
 """Owns the training runs: each backbone with each arm is a stage of its own, some of them side by side."""
 
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from signal import SIG_BLOCK, SIG_IGN, SIGINT, pthread_sigmask, signal
-from threading import Thread
 from typing import Any, Final
 
-import torch
-
 from kar_offline.dataset.samples import TRAIN, VALIDATION, Dataset
-from kar_offline.models import BACKBONES, CTRModel
-from kar_offline.stage import StageResult, folder_hash, run_stage
-from kar_offline.train.checkpoint import ARMS, CONTROL, TEXT_SOURCES, build_model, run_folder, save_trained
+from kar_offline.models import BACKBONES, RERANKERS, CTRModel
+from kar_offline.stage import StageResult, draft_of, folder_hash, run_stage
+from kar_offline.train.arms import ARMS, DEFAULT_ARMS, Arm
+from kar_offline.train.checkpoint import build_model, run_folder, save_trained
+from kar_offline.train.curves import write_curves
 from kar_offline.train.features import EncodedDataset, Samples, encode_dataset
-from kar_offline.train.fit import STATE, Epoch, TrainSettings, fit
-from kar_offline.train.vectors import load_text_vectors
-from kar_sidecar.errors import InputError, UnavailableError
+from kar_offline.train.feed import Feed
+from kar_offline.train.fit import STATE, Epoch, Fitted, TrainSettings, fit
+from kar_offline.train.given import Given
+from kar_offline.train.processes import in_processes
+from kar_offline.train.ranks import Ranks
+from kar_sidecar.errors import InputError, PreconditionError
 
-__all__ = ["Run", "train"]
+__all__ = ["DEFAULT_BACKBONES", "Run", "Trained", "rows", "train", "train_run"]
 
-VERSION: Final = 1
+DEFAULT_BACKBONES: Final = ("dcnv2", "din")
+"""What `kar train` makes unless told otherwise."""
+VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,114 +44,145 @@ class Run:
 OnEpoch = Callable[[Run, Epoch], None]
 
 
-@lru_cache(maxsize=1)
-def _encoded(folder: Path, content: str) -> tuple[EncodedDataset, Samples, Samples]:
-    """Arrays of one dataset, kept for this process' next run; `content` is the folder's hash."""
-    data = encode_dataset(Dataset.load(folder))
-    return data, data.samples(TRAIN), data.samples(VALIDATION)
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A fitted model and what it was made from."""
+
+    fitted: Fitted
+    given: Given
+    adaptor: Mapping[str, Any] | None
+    """Arguments of `build_model`."""
+    sizes: Mapping[str, int]
+    """Rows of each split."""
+
+    @property
+    def model(self) -> CTRModel:
+        """The model with its best weights, in evaluation mode."""
+        return self.fitted.model
 
 
-def _train_one(work: Path, run: Run, settings: TrainSettings, on_epoch: OnEpoch, draft: Path) -> dict[str, Any]:
-    """Train one run into `draft` and report on its validation split."""
-    data, train, validation = _encoded(work / "dataset", folder_hash(work / "dataset"))
-    vectors, adaptor = None, None
-    if run.arm != CONTROL:
-        vectors = load_text_vectors(work / "encoding", TEXT_SOURCES[run.arm], data.dataset)
-        experts = {"shared": settings.shared_experts, "dedicated": settings.dedicated_experts}
-        adaptor = {"dim": vectors.dim, "hidden": settings.expert_hidden, "out": settings.knowledge_width, **experts}
-    spec = replace(data.spec, knowledge=adaptor["out"] if adaptor else 0)
+def _adaptor(arm: Arm, given: Given, settings: TrainSettings) -> dict[str, Any] | None:
+    """Arguments of the arm's adaptor (see `build_model`); None for an arm without towers."""
+    if not arm.towers or given.texts is None:
+        return None
+    shape: dict[str, Any] = {"dim": given.texts.dim, "towers": arm.towers}
+    if arm.adaptor == "none":
+        return shape
+    shared, dedicated = settings.shared_experts, settings.dedicated_experts
+    experts = {
+        "hybrid": {"shared": shared, "dedicated": dedicated},
+        "moe": {"shared": shared + dedicated, "dedicated": 0, "one_gate": True},
+        "mlp": {"shared": 1, "dedicated": 0, "one_gate": True},
+    }[arm.adaptor]
+    return {**shape, "hidden": settings.expert_hidden, "out": settings.knowledge_width, **experts}
+
+
+def train_run(
+    data: EncodedDataset,
+    encodings: Path,
+    run: Run,
+    settings: TrainSettings,
+    *,
+    folder: Path,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> Trained:
+    """Train one run on the training split, choosing its epoch on the validation split.
+
+    Args:
+        data: The dataset and its splits.
+        encodings: Folder of the encoding stage, for arms with texts.
+        run: Backbone and arm. Rerankers learn from lists.
+        settings: Seed and hyperparameters.
+        folder: Where the state to resume from lies; see `fit`.
+        on_epoch: Called after each epoch.
+
+    Raises:
+        PreconditionError: the arm's texts are not encoded, or a split is empty.
+    """
+    arm = ARMS[run.arm]
+    samples, held_out = (rows(data, run.backbone, split, settings.seed) for split in (TRAIN, VALIDATION))
+    if not len(samples) or not len(held_out):
+        raise PreconditionError("the dataset has no training or no validation samples: build it with more users")
+    given = Given.of(arm, data, samples, encodings, seed=settings.seed)
+    adaptor = _adaptor(arm, given, settings)
+    width = (adaptor.get("out") or adaptor["dim"]) if adaptor else 0
+    spec = given.spec(data.spec, width)
 
     def make() -> CTRModel:
         return build_model(run.backbone, spec, data.categories, adaptor)
 
-    fitted = fit(
-        make, data, train, validation, vectors, settings, folder=draft, on_epoch=lambda epoch: on_epoch(run, epoch)
-    )
+    train_feed, validation_feed = (Feed.of(data, part, given) for part in (samples, held_out))
+    fitted = fit(make, train_feed, validation_feed, settings, folder=folder, on_epoch=on_epoch)
+    return Trained(fitted, given, adaptor, {"train": len(samples), "validation": len(held_out)})
+
+
+def rows(data: EncodedDataset, backbone: str, split: int, seed: int) -> Samples:
+    """What a backbone scores of one split: single samples, or lists for a reranker."""
+    return data.lists(split, seed=seed) if backbone in RERANKERS else data.samples(split)
+
+
+@lru_cache(maxsize=1)
+def _encoded(folder: Path, content: str) -> EncodedDataset:
+    """Arrays of one dataset, kept for this process' next run; `content` is the folder's hash."""
+    return encode_dataset(Dataset.load(folder))
+
+
+def _data(work: Path) -> EncodedDataset:
+    return _encoded(work / "dataset", folder_hash(work / "dataset"))
+
+
+def _train_one(
+    work: Path, run: Run, settings: TrainSettings, on_epoch: Callable[[Epoch], None], draft: Path
+) -> dict[str, Any]:
+    """Train one run into `draft` and report on its validation split."""
+    data = _data(work)
+    trained = train_run(data, work / "encoding", run, settings, folder=draft, on_epoch=on_epoch)
+    fitted, given = trained.fitted, trained.given
     metrics = {
-        "validation_logloss": fitted.best.validation_logloss,
+        "validation_loss": fitted.best.validation_loss,
         "best_epoch": fitted.best.number,
         "epochs": [epoch.to_json() for epoch in fitted.epochs],
-        "samples": {"train": len(train), "validation": len(validation)},
+        "samples": trained.sizes,
     }
     identity = {
         "backbone": run.backbone,
         "arm": run.arm,
-        "spec": spec.to_json(),
-        "adaptor": adaptor,
-        "encoder_id": vectors.encoder_id if vectors else "",
+        "spec": trained.model.backbone.spec.to_json(),
+        "adaptor": trained.adaptor,
+        "encoder_id": given.texts.encoder_id if given.texts else "",
         "settings": settings.to_json(),
     }
-    save_trained(draft, fitted.weights, data.features, identity=identity, metrics=metrics)
+    save_trained(draft, fitted.weights, data.features, given.affinity, identity=identity, metrics=metrics)
+    write_curves(draft, fitted.epochs)
     (draft / STATE).unlink()
     return {**metrics, "epochs": len(fitted.epochs)}
 
 
-_epochs: Any = None
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent was killed: an orphan would write beside the next run."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _start_worker(epochs: Any) -> None:
-    """Prepare a worker process: one thread, interrupts left to the parent, no life without it."""
-    global _epochs
-    _epochs = epochs
-    Thread(target=_end_with_parent, daemon=True).start()
-    signal(SIGINT, SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _train_in_worker(work: Path, run: Run, settings: TrainSettings, draft: Path) -> dict[str, Any]:
-    return _train_one(work, run, settings, lambda run, epoch: _epochs.put((run, epoch)), draft)
-
-
-def _stage(work: Path, run: Run, settings: TrainSettings, build: Callable[[Path], dict[str, Any]]) -> StageResult:
-    inputs = {"dataset": work / "dataset"} | ({} if run.arm == CONTROL else {"encoding": work / "encoding"})
+def _stage(task: tuple[Path, Run, TrainSettings], notify: Callable[[tuple[Run, Epoch]], None]) -> StageResult | None:
+    """One run as a stage; its epochs go to `notify`. None in the processes that only help the first one."""
+    work, run, settings = task
+    folder, ranks = run_folder(work, run.backbone, run.arm), Ranks.current()
+    inputs = {"dataset": work / "dataset"} | ({"encoding": work / "encoding"} if ARMS[run.arm].texts else {})
     params = {"backbone": run.backbone, "arm": run.arm, **settings.to_json()}
-    folder = run_folder(work, run.backbone, run.arm)
-    return run_stage(f"train {run.name}", folder, build, inputs=inputs, params=params, version=VERSION)
+    if not ranks.first:
+        if ranks.agree():
+            train_run(_data(work), work / "encoding", run, settings, folder=draft_of(folder))
+        return None
 
+    def build(draft: Path) -> dict[str, Any]:
+        ranks.agree(True)
+        return _train_one(work, run, settings, lambda epoch: notify((run, epoch)), draft)
 
-def _in_processes(
-    work: Path, runs: Sequence[Run], settings: TrainSettings, workers: int, on_epoch: OnEpoch
-) -> list[StageResult]:
-    """Stages run in threads here; what they have to build, in `workers` spawned processes."""
-    context = multiprocessing.get_context("spawn")
-    epochs = context.SimpleQueue()
-    others = set(multiprocessing.active_children())
-    with (
-        ProcessPoolExecutor(workers, context, _start_worker, (epochs,)) as processes,
-        ThreadPoolExecutor(workers, initializer=pthread_sigmask, initargs=(SIG_BLOCK, {SIGINT})) as threads,
-    ):
-
-        def build(run: Run) -> Callable[[Path], dict[str, Any]]:
-            return lambda draft: processes.submit(_train_in_worker, work, run, settings, draft).result()
-
-        futures = [threads.submit(_stage, work, run, settings, build(run)) for run in runs]
-        try:
-            running = set(futures)
-            while running:
-                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not epochs.empty():
-                    on_epoch(*epochs.get())
-                for future in done:
-                    future.result()
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()
-            raise
-        return [future.result() for future in futures]
+    result = run_stage(f"train {run.name}", folder, build, inputs=inputs, params=params, version=VERSION)
+    if not result.ran:
+        ranks.agree(False)
+    return result
 
 
 def train(
     work: Path,
-    backbones: Sequence[str] = tuple(BACKBONES),
-    arms: Sequence[str] = ARMS,
+    backbones: Sequence[str] = DEFAULT_BACKBONES,
+    arms: Sequence[str] = DEFAULT_ARMS,
     settings: TrainSettings | None = None,
     *,
     workers: int = 2,
@@ -163,9 +193,10 @@ def train(
     Args:
         work: Holds `dataset` and, for arms with text, `encoding`.
         backbones: Names of the registry.
-        arms: "control" (no knowledge), "raw_text" and "knowledge" (the adaptor over that text source).
+        arms: Names of `ARMS`.
         settings: Seed and hyperparameters; None for the defaults.
-        workers: Processes side by side, one thread each; 0 trains in this process with its thread count.
+        workers: Processes side by side, one thread each; 0 trains in this process with its thread count, together with
+            those that torchrun started.
         on_epoch: Called in this thread after each epoch of a run.
 
     Raises:
@@ -173,23 +204,16 @@ def train(
         PreconditionError: an earlier stage is missing.
         UnavailableError: a worker process was killed.
     """
-    for kind, names, known in (("backbone", backbones, tuple(BACKBONES)), ("arm", arms, ARMS)):
+    for kind, names, known in (("backbone", backbones, (*BACKBONES, *RERANKERS)), ("arm", arms, tuple(ARMS))):
         if unknown := [name for name in names if name not in known]:
             raise InputError(f"{kind} {unknown[0]!r} is not known: choose from {', '.join(known)}")
     settings = settings or TrainSettings()
     # The longest first, so that the processes end together.
-    runs = [Run(backbone, arm) for arm in reversed(ARMS) if arm in arms for backbone in reversed(backbones)]
+    runs = [Run(backbone, arm) for arm in reversed(arms) for backbone in reversed(backbones)]
     began = time.perf_counter()
-    if workers:
-        try:
-            results = _in_processes(work, runs, settings, workers, on_epoch)
-        except BrokenProcessPool as error:
-            raise UnavailableError(
-                "a training process was killed (out of memory?): run the same command to go on"
-            ) from error
-    else:
-        results = [_stage(work, run, settings, partial(_train_one, work, run, settings, on_epoch)) for run in runs]
-    report = {run.name: result.report for run, result in zip(runs, results, strict=True)}
+    tasks = [(work, run, settings) for run in runs]
+    results = [r for r in in_processes(_stage, tasks, workers, lambda notice: on_epoch(*notice)) if r is not None]
+    report = {run.name: result.report for run, result in zip(runs, results, strict=False)}
     ran = any(result.ran for result in results)
     seconds = time.perf_counter() - began if ran else max((r.seconds for r in results), default=0.0)
     return StageResult("train", work / "training", ran, seconds, {"runs": report})

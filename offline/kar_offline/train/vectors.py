@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from kar_kernels import Tower
 from kar_offline.dataset.samples import Dataset, Entity
+from kar_offline.train.arms import Texts
 from kar_sidecar.errors import IntegrityError, PreconditionError
 
 __all__ = ["TextVectors", "load_text_vectors"]
@@ -30,10 +33,28 @@ class TextVectors:
         """Components D."""
         return self.user.shape[1]
 
-    def neutral(self) -> "TextVectors":
-        """The same entities without any text."""
-        absent = (torch.zeros_like(self.user_present), torch.zeros_like(self.item_present))
-        return TextVectors(self.encoder_id, self.user, absent[0], self.item, absent[1])
+    def tower(self, tower: Tower) -> tuple[Tensor, Tensor]:
+        """Vectors and presence of one kind."""
+        return (self.user, self.user_present) if tower == "user" else (self.item, self.item_present)
+
+    def shuffled(self, seed: int) -> "TextVectors":
+        """The same vectors dealt anew among the entities of each kind that have one."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def deal(vectors: Tensor, present: Tensor) -> Tensor:
+            rows = present.nonzero().squeeze(1)
+            dealt = vectors.clone()
+            dealt[rows] = vectors[rows[torch.randperm(len(rows), generator=generator)]]
+            return dealt
+
+        user, item = deal(self.user, self.user_present), deal(self.item, self.item_present)
+        return replace(self, user=user, item=item)
+
+    def random(self, seed: int) -> "TextVectors":
+        """Gaussian noise of unit length in place of every vector."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = [F.normalize(torch.randn(x.shape, generator=generator)) for x in (self.user, self.item)]
+        return replace(self, user=noise[0], item=noise[1])
 
 
 def _load(folder: Path, name: str, entities: Sequence[Entity]) -> tuple[str, Tensor, Tensor]:
@@ -52,15 +73,19 @@ def _load(folder: Path, name: str, entities: Sequence[Entity]) -> tuple[str, Ten
     return encoder_id, torch.from_numpy(vectors.astype(np.float32, copy=False)), present
 
 
-def load_text_vectors(folder: Path, source: str, dataset: Dataset) -> TextVectors:
-    """Read the vectors of one text source ("knowledge" or "raw") below the encoding stage's folder.
+def load_text_vectors(folder: Path, texts: Texts, dataset: Dataset, *, seed: int = 0) -> TextVectors:
+    """Read the vectors of one text source from the encoding stage's folder; `seed` is of shuffled and random ones.
 
     Raises:
         PreconditionError: not encoded yet.
         IntegrityError: corrupt, or of another dataset or of two encoders; the text names the file.
     """
+    source = "raw" if texts == "raw" else "knowledge"
     encoder_id, user, user_present = _load(folder, f"{source}_user", dataset.users)
     other_id, item, item_present = _load(folder, f"{source}_item", dataset.items)
     if encoder_id != other_id or user.shape[1] != item.shape[1]:
         raise IntegrityError(f"{folder} holds {source} vectors of two encoders: encode again")
-    return TextVectors(encoder_id, user, user_present, item, item_present)
+    vectors = TextVectors(encoder_id, user, user_present, item, item_present)
+    if texts == "shuffled":
+        return vectors.shuffled(seed)
+    return vectors.random(seed) if texts == "random" else vectors

@@ -1,6 +1,7 @@
 """Owns the seam to the scoring models: tensor names, the Scorer Protocol and its implementations.
 
-One request's tensors, named as in the Triton repository (C candidates, L history events, K or D vector components):
+One request's tensors, named as in the Triton repository (C candidates, L or H history events, K, D or V
+vector components):
 
     history_item      [L]      int64    item index, 0 where padded
     history_rating    [L]      int64    half-star bucket, 0 where padded
@@ -9,8 +10,12 @@ One request's tensors, named as in the Triton repository (C candidates, L histor
     item_index        [C]      int64
     item_categorical  [C, Ic]  int64
     item_numeric      [C, In]  float32
-    user_knowledge    [K]      float32  prestored mode, knowledge arm only
-    item_knowledge    [C, K]   float32
+    user_knowledge    [K]      float32  prestored mode, models with a user tower only
+    item_knowledge    [C, K]   float32  prestored mode, models with an item tower only
+    affinity          [C, F]   float32  standardised, models with knowledge affinity only (`kar_sidecar.affinity`)
+    item_vector       [C, V]   float32  models that learn their affinity only: the candidates' affinity vectors,
+    history_vector    [H, V]   float32  those of the rated items, right-padded with 0,
+    history_weight    [H]      float32  and their ratings less the user's mean, right-padded with 0
     user_encoding     [D]      float32  encoded mode: through the ensemble
     user_present      [1]      bool     False: the adaptor answers with the neutral vector
     item_encoding     [C, D]   float32
@@ -24,7 +29,16 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ADAPTOR_INPUTS", "BASE_INPUTS", "KNOWLEDGE_INPUTS", "SCORE", "Scorer", "Tensors"]
+__all__ = [
+    "ADAPTOR_INPUTS",
+    "AFFINITY",
+    "BASE_INPUTS",
+    "KNOWLEDGE_INPUTS",
+    "SCORE",
+    "VECTOR_INPUTS",
+    "Scorer",
+    "Tensors",
+]
 
 Tensors = Mapping[str, NDArray]
 
@@ -39,6 +53,8 @@ BASE_INPUTS: Final = (
 )
 KNOWLEDGE_INPUTS: Final = ("user_knowledge", "item_knowledge")
 ADAPTOR_INPUTS: Final = ("user_encoding", "user_present", "item_encoding", "item_present")
+AFFINITY: Final = "affinity"
+VECTOR_INPUTS: Final = ("item_vector", "history_vector", "history_weight")
 SCORE: Final = "score"
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckar/records/v1/records.proto\x12\x0ekar.records.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"}\n\x07\x46\x65\x61ture\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06\x65ntity\x18\x02 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12)\n\x04type\x18\x03 \x01(\x0e\x32\x1b.kar.records.v1.FeatureType\x12\r\n\x05width\x18\x04 \x01(\r\"R\n\rFeatureSchema\x12)\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x17.kar.records.v1.Feature\x12\x16\n\x0ehistory_length\x18\x02 \x01(\r\"|\n\x0f\x46\x65\x61tureEncoding\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06\x65ntity\x18\x02 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12\x12\n\nvocabulary\x18\x03 \x03(\t\x12\x0c\n\x04mean\x18\x04 \x01(\x02\x12\r\n\x05scale\x18\x05 \x01(\x02\"8\n\tFileEntry\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\xc4\x01\n\nModelEntry\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x61rm\x18\x02 \x01(\t\x12\x14\n\x0ctriton_model\x18\x03 \x01(\t\x12\x17\n\x0ftriton_ensemble\x18\x04 \x01(\t\x12\x38\n\x07metrics\x18\x05 \x03(\x0b\x32\'.kar.records.v1.ModelEntry.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\";\n\x0bVectorSpace\x12\x10\n\x08space_id\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\"\xd7\x04\n\x08Manifest\x12\x12\n\nrelease_id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\x12\n\nencoder_id\x18\x04 \x01(\t\x12\x45\n\x0fprompt_versions\x18\x05 \x03(\x0b\x32,.kar.records.v1.Manifest.PromptVersionsEntry\x12\x32\n\radapted_space\x18\x06 \x01(\x0b\x32\x1b.kar.records.v1.VectorSpace\x12\x32\n\rencoded_space\x18\x07 \x01(\x0b\x32\x1b.kar.records.v1.VectorSpace\x12\x35\n\x0e\x66\x65\x61ture_schema\x18\x08 \x01(\x0b\x32\x1d.kar.records.v1.FeatureSchema\x12\x1b\n\x13\x66\x65\x61ture_schema_hash\x18\t \x01(\t\x12:\n\x11\x66\x65\x61ture_encodings\x18\n \x03(\x0b\x32\x1f.kar.records.v1.FeatureEncoding\x12*\n\x06models\x18\x0b \x03(\x0b\x32\x1a.kar.records.v1.ModelEntry\x12\x16\n\x0etriton_adaptor\x18\x0c \x01(\t\x12(\n\x05\x66iles\x18\r \x03(\x0b\x32\x19.kar.records.v1.FileEntry\x1a\x35\n\x13PromptVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf4\x02\n\x0fKnowledgeRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x06\x65ntity\x18\x02 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\x12\x15\n\rprompt_sha256\x18\x05 \x01(\t\x12\x0b\n\x03llm\x18\x06 \x01(\t\x12\x16\n\x0ehistory_cutoff\x18\x07 \x01(\r\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12=\n\x07\x63ontext\x18\n \x03(\x0b\x32,.kar.records.v1.KnowledgeRecord.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa5\x01\n\x08\x45xposure\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x12\n\nexperiment\x18\x03 \x01(\t\x12\x0b\n\x03\x61rm\x18\x04 \x01(\t\x12\x12\n\nrelease_id\x18\x05 \x01(\t\x12\x10\n\x08item_ids\x18\x06 \x03(\t\x12-\n\tserved_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*U\n\nEntityKind\x12\x1b\n\x17\x45NTITY_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NTITY_KIND_USER\x10\x01\x12\x14\n\x10\x45NTITY_KIND_ITEM\x10\x02*\xa2\x01\n\x0eKnowledgeLevel\x12\x1f\n\x1bKNOWLEDGE_LEVEL_UNSPECIFIED\x10\x00\x12\x18\n\x14KNOWLEDGE_LEVEL_FULL\x10\x01\x12\x19\n\x15KNOWLEDGE_LEVEL_STALE\x10\x02\x12\x1d\n\x19KNOWLEDGE_LEVEL_NEIGHBOUR\x10\x03\x12\x1b\n\x17KNOWLEDGE_LEVEL_NEUTRAL\x10\x04*c\n\x0b\x46\x65\x61tureType\x12\x1c\n\x18\x46\x45\x41TURE_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x45\x41TURE_TYPE_NUMERIC\x10\x01\x12\x1c\n\x18\x46\x45\x41TURE_TYPE_CATEGORICAL\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckar/records/v1/records.proto\x12\x0ekar.records.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"}\n\x07\x46\x65\x61ture\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06\x65ntity\x18\x02 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12)\n\x04type\x18\x03 \x01(\x0e\x32\x1b.kar.records.v1.FeatureType\x12\r\n\x05width\x18\x04 \x01(\r\"R\n\rFeatureSchema\x12)\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x17.kar.records.v1.Feature\x12\x16\n\x0ehistory_length\x18\x02 \x01(\r\"|\n\x0f\x46\x65\x61tureEncoding\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06\x65ntity\x18\x02 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12\x12\n\nvocabulary\x18\x03 \x03(\t\x12\x0c\n\x04mean\x18\x04 \x01(\x02\x12\r\n\x05scale\x18\x05 \x01(\x02\"8\n\tFileEntry\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\xd4\x01\n\nModelEntry\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x61rm\x18\x02 \x01(\t\x12\x14\n\x0ctriton_model\x18\x03 \x01(\t\x12\x17\n\x0ftriton_ensemble\x18\x04 \x01(\t\x12\x38\n\x07metrics\x18\x05 \x03(\x0b\x32\'.kar.records.v1.ModelEntry.MetricsEntry\x12\x0e\n\x06recipe\x18\x06 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\";\n\x0bVectorSpace\x12\x10\n\x08space_id\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\",\n\x0f\x41\x66\x66initySegment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03\x64im\x18\x02 \x01(\r\"\xa7\x01\n\x08\x41\x66\x66inity\x12*\n\x05space\x18\x01 \x01(\x0b\x32\x1b.kar.records.v1.VectorSpace\x12\x31\n\x08segments\x18\x02 \x03(\x0b\x32\x1f.kar.records.v1.AffinitySegment\x12\x0e\n\x06\x65vents\x18\x03 \x01(\r\x12\x0c\n\x04mean\x18\x04 \x03(\x02\x12\r\n\x05scale\x18\x05 \x03(\x02\x12\x0f\n\x07learned\x18\x06 \x01(\x08\"\xaf\x05\n\x08Manifest\x12\x12\n\nrelease_id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\x12\n\nencoder_id\x18\x04 \x01(\t\x12\x45\n\x0fprompt_versions\x18\x05 \x03(\x0b\x32,.kar.records.v1.Manifest.PromptVersionsEntry\x12\x32\n\radapted_space\x18\x06 \x01(\x0b\x32\x1b.kar.records.v1.VectorSpace\x12\x32\n\rencoded_space\x18\x07 \x01(\x0b\x32\x1b.kar.records.v1.VectorSpace\x12\x35\n\x0e\x66\x65\x61ture_schema\x18\x08 \x01(\x0b\x32\x1d.kar.records.v1.FeatureSchema\x12\x1b\n\x13\x66\x65\x61ture_schema_hash\x18\t \x01(\t\x12:\n\x11\x66\x65\x61ture_encodings\x18\n \x03(\x0b\x32\x1f.kar.records.v1.FeatureEncoding\x12*\n\x06models\x18\x0b \x03(\x0b\x32\x1a.kar.records.v1.ModelEntry\x12\x16\n\x0etriton_adaptor\x18\x0c \x01(\t\x12(\n\x05\x66iles\x18\r \x03(\x0b\x32\x19.kar.records.v1.FileEntry\x12*\n\x08\x61\x66\x66inity\x18\x0e \x01(\x0b\x32\x18.kar.records.v1.Affinity\x12*\n\x06towers\x18\x0f \x03(\x0e\x32\x1a.kar.records.v1.EntityKind\x1a\x35\n\x13PromptVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf4\x02\n\x0fKnowledgeRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x06\x65ntity\x18\x02 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\x12\x15\n\rprompt_sha256\x18\x05 \x01(\t\x12\x0b\n\x03llm\x18\x06 \x01(\t\x12\x16\n\x0ehistory_cutoff\x18\x07 \x01(\r\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12=\n\x07\x63ontext\x18\n \x03(\x0b\x32,.kar.records.v1.KnowledgeRecord.ContextEntry\x1a.\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa5\x01\n\x08\x45xposure\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x12\n\nexperiment\x18\x03 \x01(\t\x12\x0b\n\x03\x61rm\x18\x04 \x01(\t\x12\x12\n\nrelease_id\x18\x05 \x01(\t\x12\x10\n\x08item_ids\x18\x06 \x03(\t\x12-\n\tserved_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*U\n\nEntityKind\x12\x1b\n\x17\x45NTITY_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NTITY_KIND_USER\x10\x01\x12\x14\n\x10\x45NTITY_KIND_ITEM\x10\x02*\xa2\x01\n\x0eKnowledgeLevel\x12\x1f\n\x1bKNOWLEDGE_LEVEL_UNSPECIFIED\x10\x00\x12\x18\n\x14KNOWLEDGE_LEVEL_FULL\x10\x01\x12\x19\n\x15KNOWLEDGE_LEVEL_STALE\x10\x02\x12\x1d\n\x19KNOWLEDGE_LEVEL_NEIGHBOUR\x10\x03\x12\x1b\n\x17KNOWLEDGE_LEVEL_NEUTRAL\x10\x04*c\n\x0b\x46\x65\x61tureType\x12\x1c\n\x18\x46\x45\x41TURE_TYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x45\x41TURE_TYPE_NUMERIC\x10\x01\x12\x1c\n\x18\x46\x45\x41TURE_TYPE_CATEGORICAL\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MANIFEST_PROMPTVERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_KNOWLEDGERECORD_CONTEXTENTRY']._loaded_options = None
   _globals['_KNOWLEDGERECORD_CONTEXTENTRY']._serialized_options = b'8\001'
-  _globals['_ENTITYKIND']._serialized_start=1881
-  _globals['_ENTITYKIND']._serialized_end=1966
-  _globals['_KNOWLEDGELEVEL']._serialized_start=1969
-  _globals['_KNOWLEDGELEVEL']._serialized_end=2131
-  _globals['_FEATURETYPE']._serialized_start=2133
-  _globals['_FEATURETYPE']._serialized_end=2232
+  _globals['_ENTITYKIND']._serialized_start=2201
+  _globals['_ENTITYKIND']._serialized_end=2286
+  _globals['_KNOWLEDGELEVEL']._serialized_start=2289
+  _globals['_KNOWLEDGELEVEL']._serialized_end=2451
+  _globals['_FEATURETYPE']._serialized_start=2453
+  _globals['_FEATURETYPE']._serialized_end=2552
   _globals['_FEATURE']._serialized_start=81
   _globals['_FEATURE']._serialized_end=206
   _globals['_FEATURESCHEMA']._serialized_start=208
@@ -53,19 +53,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILEENTRY']._serialized_start=418
   _globals['_FILEENTRY']._serialized_end=474
   _globals['_MODELENTRY']._serialized_start=477
-  _globals['_MODELENTRY']._serialized_end=673
-  _globals['_MODELENTRY_METRICSENTRY']._serialized_start=627
-  _globals['_MODELENTRY_METRICSENTRY']._serialized_end=673
-  _globals['_VECTORSPACE']._serialized_start=675
-  _globals['_VECTORSPACE']._serialized_end=734
-  _globals['_MANIFEST']._serialized_start=737
-  _globals['_MANIFEST']._serialized_end=1336
-  _globals['_MANIFEST_PROMPTVERSIONSENTRY']._serialized_start=1283
-  _globals['_MANIFEST_PROMPTVERSIONSENTRY']._serialized_end=1336
-  _globals['_KNOWLEDGERECORD']._serialized_start=1339
-  _globals['_KNOWLEDGERECORD']._serialized_end=1711
-  _globals['_KNOWLEDGERECORD_CONTEXTENTRY']._serialized_start=1665
-  _globals['_KNOWLEDGERECORD_CONTEXTENTRY']._serialized_end=1711
-  _globals['_EXPOSURE']._serialized_start=1714
-  _globals['_EXPOSURE']._serialized_end=1879
+  _globals['_MODELENTRY']._serialized_end=689
+  _globals['_MODELENTRY_METRICSENTRY']._serialized_start=643
+  _globals['_MODELENTRY_METRICSENTRY']._serialized_end=689
+  _globals['_VECTORSPACE']._serialized_start=691
+  _globals['_VECTORSPACE']._serialized_end=750
+  _globals['_AFFINITYSEGMENT']._serialized_start=752
+  _globals['_AFFINITYSEGMENT']._serialized_end=796
+  _globals['_AFFINITY']._serialized_start=799
+  _globals['_AFFINITY']._serialized_end=966
+  _globals['_MANIFEST']._serialized_start=969
+  _globals['_MANIFEST']._serialized_end=1656
+  _globals['_MANIFEST_PROMPTVERSIONSENTRY']._serialized_start=1603
+  _globals['_MANIFEST_PROMPTVERSIONSENTRY']._serialized_end=1656
+  _globals['_KNOWLEDGERECORD']._serialized_start=1659
+  _globals['_KNOWLEDGERECORD']._serialized_end=2031
+  _globals['_KNOWLEDGERECORD_CONTEXTENTRY']._serialized_start=1985
+  _globals['_KNOWLEDGERECORD_CONTEXTENTRY']._serialized_end=2031
+  _globals['_EXPOSURE']._serialized_start=2034
+  _globals['_EXPOSURE']._serialized_end=2199
 # @@protoc_insertion_point(module_scope)

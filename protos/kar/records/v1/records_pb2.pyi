@@ -86,7 +86,7 @@ class FileEntry(_message.Message):
     def __init__(self, path: _Optional[str] = ..., sha256: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class ModelEntry(_message.Message):
-    __slots__ = ("backbone", "arm", "triton_model", "triton_ensemble", "metrics")
+    __slots__ = ("backbone", "arm", "triton_model", "triton_ensemble", "metrics", "recipe")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -99,12 +99,14 @@ class ModelEntry(_message.Message):
     TRITON_MODEL_FIELD_NUMBER: _ClassVar[int]
     TRITON_ENSEMBLE_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
     backbone: str
     arm: str
     triton_model: str
     triton_ensemble: str
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, backbone: _Optional[str] = ..., arm: _Optional[str] = ..., triton_model: _Optional[str] = ..., triton_ensemble: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    recipe: str
+    def __init__(self, backbone: _Optional[str] = ..., arm: _Optional[str] = ..., triton_model: _Optional[str] = ..., triton_ensemble: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., recipe: _Optional[str] = ...) -> None: ...
 
 class VectorSpace(_message.Message):
     __slots__ = ("space_id", "dim", "dtype")
@@ -116,8 +118,32 @@ class VectorSpace(_message.Message):
     dtype: str
     def __init__(self, space_id: _Optional[str] = ..., dim: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
+class AffinitySegment(_message.Message):
+    __slots__ = ("name", "dim")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dim: int
+    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ...) -> None: ...
+
+class Affinity(_message.Message):
+    __slots__ = ("space", "segments", "events", "mean", "scale", "learned")
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
+    space: VectorSpace
+    segments: _containers.RepeatedCompositeFieldContainer[AffinitySegment]
+    events: int
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    scale: _containers.RepeatedScalarFieldContainer[float]
+    learned: bool
+    def __init__(self, space: _Optional[_Union[VectorSpace, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[AffinitySegment, _Mapping]]] = ..., events: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., scale: _Optional[_Iterable[float]] = ..., learned: _Optional[bool] = ...) -> None: ...
+
 class Manifest(_message.Message):
-    __slots__ = ("release_id", "created_at", "dataset", "encoder_id", "prompt_versions", "adapted_space", "encoded_space", "feature_schema", "feature_schema_hash", "feature_encodings", "models", "triton_adaptor", "files")
+    __slots__ = ("release_id", "created_at", "dataset", "encoder_id", "prompt_versions", "adapted_space", "encoded_space", "feature_schema", "feature_schema_hash", "feature_encodings", "models", "triton_adaptor", "files", "affinity", "towers")
     class PromptVersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +164,8 @@ class Manifest(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     TRITON_ADAPTOR_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
+    AFFINITY_FIELD_NUMBER: _ClassVar[int]
+    TOWERS_FIELD_NUMBER: _ClassVar[int]
     release_id: str
     created_at: _timestamp_pb2.Timestamp
     dataset: str
@@ -151,7 +179,9 @@ class Manifest(_message.Message):
     models: _containers.RepeatedCompositeFieldContainer[ModelEntry]
     triton_adaptor: str
     files: _containers.RepeatedCompositeFieldContainer[FileEntry]
-    def __init__(self, release_id: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dataset: _Optional[str] = ..., encoder_id: _Optional[str] = ..., prompt_versions: _Optional[_Mapping[str, str]] = ..., adapted_space: _Optional[_Union[VectorSpace, _Mapping]] = ..., encoded_space: _Optional[_Union[VectorSpace, _Mapping]] = ..., feature_schema: _Optional[_Union[FeatureSchema, _Mapping]] = ..., feature_schema_hash: _Optional[str] = ..., feature_encodings: _Optional[_Iterable[_Union[FeatureEncoding, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelEntry, _Mapping]]] = ..., triton_adaptor: _Optional[str] = ..., files: _Optional[_Iterable[_Union[FileEntry, _Mapping]]] = ...) -> None: ...
+    affinity: Affinity
+    towers: _containers.RepeatedScalarFieldContainer[EntityKind]
+    def __init__(self, release_id: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dataset: _Optional[str] = ..., encoder_id: _Optional[str] = ..., prompt_versions: _Optional[_Mapping[str, str]] = ..., adapted_space: _Optional[_Union[VectorSpace, _Mapping]] = ..., encoded_space: _Optional[_Union[VectorSpace, _Mapping]] = ..., feature_schema: _Optional[_Union[FeatureSchema, _Mapping]] = ..., feature_schema_hash: _Optional[str] = ..., feature_encodings: _Optional[_Iterable[_Union[FeatureEncoding, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelEntry, _Mapping]]] = ..., triton_adaptor: _Optional[str] = ..., files: _Optional[_Iterable[_Union[FileEntry, _Mapping]]] = ..., affinity: _Optional[_Union[Affinity, _Mapping]] = ..., towers: _Optional[_Iterable[_Union[EntityKind, str]]] = ...) -> None: ...
 
 class KnowledgeRecord(_message.Message):
     __slots__ = ("id", "entity", "text", "template", "prompt_sha256", "llm", "history_cutoff", "created_at", "expires_at", "context")
