@@ -39,13 +39,18 @@ class _Commands(TyperGroup):
         found = next(iter(entry_points(group=COMMANDS, name=cmd_name)), None)
         if found is None:
             return None
+        loaded = _load(found)
+        if isinstance(loaded, typer.Typer):
+            group = get_command(loaded)
+            group.name = cmd_name
+            return group
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(cmd_name)(_load(found))
+        single.command(cmd_name)(loaded)
         return get_command(single)
 
 
 def _load(entry: EntryPoint) -> Callable[..., Any]:
-    """The subcommand's function; where its packages are missing, one that says so."""
+    """The subcommand's function or group; where its packages are missing, a function that says so."""
     try:
         return entry.load()
     except ModuleNotFoundError as error:

@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
+from kar_offline.evaluate.metrics import (
+    Pairs,
+    auc,
+    bootstrap_weights,
+    ece,
+    gauc,
+    holm,
+    interval,
+    logloss,
+    paired_bootstrap,
+    reliability,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -77,7 +88,8 @@ def test_bootstrap_agrees_with_resampling_rows_of_users():
     fast = paired_bootstrap(labels, scores, baseline, users, seed=0, resamples=4000)
     slow = slow_bootstrap(labels, scores, baseline, users, 1, 400)
     error = slow.std() / 20  # of the slow mean
-    assert fast["mean"] == pytest.approx(slow.mean(), abs=4 * error)
+    one = np.ones(len(labels))
+    assert fast["mean"] == pytest.approx(slow_auc(labels, scores, one) - slow_auc(labels, baseline, one))
     assert fast["low"] == pytest.approx(np.percentile(slow, 2.5), abs=12 * error)
     assert fast["high"] == pytest.approx(np.percentile(slow, 97.5), abs=12 * error)
     assert fast["low"] < fast["mean"] < fast["high"]
@@ -102,3 +114,50 @@ def test_bootstrap_resamples_users_not_rows():
 
 def test_bootstrap_without_negatives_is_nan():
     assert math.isnan(paired_bootstrap(np.ones(4), np.arange(4), np.arange(4), np.arange(4), seed=0)["mean"])
+
+
+@given(samples)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_pairs_give_the_auc_under_user_weights(rows):
+    labels, scores, users = np.array(rows).T
+    pairs = Pairs.of(labels, scores, users)
+    distinct, row = np.unique(users, return_inverse=True)
+    weights = np.random.default_rng(0).integers(0, 3, (4, len(distinct))).astype(float)
+    expected = [slow_auc(labels, scores, weight[row]) for weight in weights]
+    np.testing.assert_allclose(pairs.auc(weights), expected)
+
+
+def test_pairs_of_more_users_than_a_block_holds():
+    rng = np.random.default_rng(0)
+    labels, scores, users = rng.integers(0, 2, 900), rng.normal(size=900), np.repeat(np.arange(300), 3)
+    pairs = Pairs.of(labels, scores, users)
+    assert pairs.auc(np.ones((1, 300)))[0] == pytest.approx(auc(labels, scores))
+
+
+def test_weights_draw_as_many_users_as_there_are():
+    weights = bootstrap_weights(7, seed=1, resamples=50)
+    assert weights.shape == (50, 7)
+    assert (weights.sum(1) == 7).all()
+    assert np.array_equal(weights, bootstrap_weights(7, seed=1, resamples=50))
+
+
+def test_interval_leaves_out_what_cannot_be_measured():
+    found = interval(0.5, np.array([0.0, np.nan, 1.0]))
+    assert (found["mean"], found["low"], found["high"]) == (0.5, pytest.approx(0.025), pytest.approx(0.975))
+
+
+def test_calibration_by_hand():
+    # Two bins: scores .1, .3 with one positive of two; scores .7, .9 with two of two.
+    labels, scores = np.array([0, 1, 1, 1]), np.array([0.3, 0.1, 0.9, 0.7])
+    found = reliability(labels, scores, bins=2)
+    np.testing.assert_allclose(found.score, [0.2, 0.8])
+    np.testing.assert_allclose(found.rate, [0.5, 1.0])
+    assert found.count.tolist() == [2, 2]
+    assert ece(labels, scores, bins=2) == pytest.approx((0.3 + 0.2) / 2)
+
+
+def test_holm_by_hand():
+    # Sorted .01, .02, .04 times 3, 2, 1: .03, .04, .04.
+    assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.jit import TracerWarning
+from torch.jit._trace import TracerWarning
 
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import REQUEST_OF_ROW

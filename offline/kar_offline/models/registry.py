@@ -13,9 +13,13 @@ from kar_offline.models.dcnv2 import DCNv2
 from kar_offline.models.deepfm import DeepFM
 from kar_offline.models.dien import DIEN
 from kar_offline.models.din import DIN
+from kar_offline.models.dlcm import DLCM
 from kar_offline.models.fibinet import FiBiNET
 from kar_offline.models.fignn import FiGNN
 from kar_offline.models.inputs import InputSpec
+from kar_offline.models.mir import MIR
+from kar_offline.models.prm import PRM
+from kar_offline.models.setrank import SetRank
 from kar_offline.models.xdeepfm import XDeepFM
 from kar_sidecar.errors import InputError
 
@@ -35,7 +39,9 @@ BACKBONES: Final[Mapping[str, MakeBackbone]] = MappingProxyType(
     }
 )
 """Models that score each candidate by itself."""
-RERANKERS: Final[Mapping[str, MakeBackbone]] = MappingProxyType({})
+RERANKERS: Final[Mapping[str, MakeBackbone]] = MappingProxyType(
+    {"dlcm": DLCM, "prm": PRM, "setrank": SetRank, "mir": MIR}
+)
 """Models that score a candidate among those of its list."""
 
 

@@ -1,0 +1,1 @@
+"""Owns the benchmarks: quality of models, speed of training."""

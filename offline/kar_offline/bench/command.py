@@ -1,0 +1,109 @@
+"""Owns `kar bench`."""
+
+import shlex
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kar_offline.bench.jobs import Job, Protocol, default_jobs
+from kar_offline.bench.prepare import DATASETS, prepare
+from kar_offline.bench.quality import measure, train_jobs
+from kar_offline.bench.report import quality_table, write_quality_report
+from kar_offline.dataset.samples import FOLDS
+from kar_offline.models import BACKBONES, RERANKERS
+from kar_offline.options import JsonFile, Work, write_json
+from kar_offline.train.arms import ARMS
+from kar_offline.train.fit import TrainSettings
+from kar_sidecar.errors import InputError
+
+__all__ = ["bench"]
+
+bench = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+PREPARED: Final = "prepared"
+
+
+class By(StrEnum):
+    """What splits events."""
+
+    USER = "user"
+    TIME = "time"
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure the quality of models."""
+
+
+@bench.command()
+def quality(
+    dataset: Annotated[
+        str, typer.Option(help=f"Of {', '.join(DATASETS)}; or 'prepared': WORK already holds dataset and vectors.")
+    ] = "ml-100k",
+    folder: Annotated[Path | None, typer.Option("--from", help="ml-1m: the folder that holds it and texts.")] = None,
+    encoder: Annotated[str, typer.Option(help="Of minilm, mpnet.")] = "minilm",
+    work: Work = Path("var/quality"),
+    model: Annotated[list[str] | None, typer.Option(help="Models to train; default: all.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Arms to train; default: all for dcnv2 and din, three for the others.")
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Folds that users are dealt into.")] = FOLDS,
+    fold: Annotated[list[int] | None, typer.Option(help="Only these folds, from 0; default: all.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of training; default: 0.")] = None,
+    split: Annotated[By, typer.Option(help="Test on other users, or on the latest events.")] = By.USER,
+    encodings: Annotated[str, typer.Option(help="prepared: folder in WORK with the vectors.")] = "encoding",
+    epochs: Annotated[int, typer.Option(min=1, help="At most; early stopping ends sooner.")] = TrainSettings().epochs,
+    workers: Annotated[int, typer.Option(min=0, help="Processes, one thread each; 0: train in this one.")] = 2,
+    json_file: JsonFile = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
+) -> None:
+    """Train models with every arm on every fold, and tell what each arm gives and how sure that is.
+
+    Killed and started again, it goes on where it was.
+    """
+    known = {"model": (*BACKBONES, *RERANKERS), "arm": tuple(ARMS)}
+    for kind, names in (("model", model), ("arm", arm)):
+        if unknown := [name for name in names or () if name not in known[kind]]:
+            raise InputError(f"{kind} {unknown[0]!r} is not known: choose from {', '.join(known[kind])}")
+    if outside := [number for number in fold or () if not 0 <= number < folds]:
+        raise InputError(f"fold {outside[0]} is not one of {folds}: choose from 0 to {folds - 1}")
+    protocol = Protocol(split.value, folds)
+    chosen = [0] if split is By.TIME else fold or list(range(folds))
+    jobs = default_jobs(model or (), arm or (), chosen, seed or [0])
+    console = Console()
+    began = time.perf_counter()
+    if dataset != PREPARED:
+        encodings = prepare(work, dataset, folder, encoder, console=console)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("train", total=len(jobs))
+
+        def on_epoch(job: Job, epoch: int) -> None:
+            if epoch:
+                progress.update(task, description=f"{job.model} {job.arm}, fold {job.fold}, epoch {epoch}")
+            else:
+                progress.advance(task)
+
+        settings = TrainSettings(epochs=epochs)
+        trained = train_jobs(work, protocol, encodings, jobs, settings, workers=workers, on_epoch=on_epoch)
+        task = progress.add_task("measure", total=len(jobs))
+        report = measure(work, protocol, encodings, jobs, on_job=lambda job: progress.advance(task))
+    report |= {
+        "settings": settings.to_json(),
+        "trained": trained,
+        "seconds": time.perf_counter() - began,
+        "command": shlex.join(["kar", *sys.argv[1:]]),
+    }
+    console.print(quality_table(report))
+    write_json(json_file, report)
+    if html is not None:
+        write_quality_report(report, html)
+        console.print(f"{html}: plots and all differences")

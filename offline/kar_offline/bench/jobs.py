@@ -1,0 +1,137 @@
+"""Owns the trainings behind the quality benchmark: one model, arm, fold and seed a stage, its predictions on disk.
+
+<work>/quality/<encodings>/<split>/fold<f>_seed<s>/<model>_<arm>/
+  predictions.npy           [S] float32 probabilities of the fold's test rows, in their order
+  predictions_<rung>.npy    the same when less is known, for the arm "knowledge"
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+
+from kar_kernels import Tower
+from kar_offline.dataset.samples import TEST, Dataset
+from kar_offline.models import BACKBONES, RERANKERS
+from kar_offline.stage import StageResult, folder_hash, run_stage
+from kar_offline.train.arms import ARMS, DEFAULT_ARMS
+from kar_offline.train.features import EncodedDataset, encode_dataset
+from kar_offline.train.feed import Feed
+from kar_offline.train.fit import STATE, TrainSettings, predict_logits
+from kar_offline.train.runs import Run, rows, train_run
+
+__all__ = ["RUNGS", "Job", "Protocol", "default_jobs", "fold_data", "run_job"]
+
+VERSION: Final = 1
+RUNGS: Final[Mapping[str, tuple[Tower, ...]]] = {"no_items": ("item",), "neutral": ("user", "item")}
+"""What is forgotten on the lower rungs of the knowledge model."""
+WIDE: Final = ("dcnv2", "din")
+"""Models that are measured with every arm; the others with `DEFAULT_ARMS`."""
+COSTS: Final = {"xdeepfm": 9, "dien": 8, "autoint": 4, "fibinet": 3, "din": 2.5, "fignn": 2}
+"""Seconds of a training, roughly and in relation to the others' 1: long ones start first."""
+
+Split = Literal["user", "time"]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How a dataset is split: by user into folds, each of which tests once, or by time, with one fold."""
+
+    split: Split = "user"
+    folds: int = 5
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"user{self.folds}" if self.split == "user" else "time"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training."""
+
+    model: str
+    arm: str
+    fold: int
+    seed: int
+
+    @property
+    def cost(self) -> float:
+        """How long it takes, in relation to others."""
+        arm = ARMS[self.arm]
+        return COSTS.get(self.model, 1) * (1 + 0.5 * bool(arm.towers) + 2 * arm.learned_affinity)
+
+    def folder(self, work: Path, protocol: Protocol, encodings: str) -> Path:
+        """Where its stage writes."""
+        run = f"{self.model}_{self.arm}"
+        return work / "quality" / encodings / protocol.name / f"fold{self.fold}_seed{self.seed}" / run
+
+
+def default_jobs(models: Sequence[str], arms: Sequence[str], folds: Sequence[int], seeds: Sequence[int]) -> list[Job]:
+    """The grid, fold by fold, long trainings first; without `models` or `arms` what each model is measured with."""
+    chosen = models or (*BACKBONES, *RERANKERS)
+
+    def arms_of(model: str) -> Sequence[str]:
+        return arms or (tuple(ARMS) if model in WIDE else DEFAULT_ARMS)
+
+    jobs = [
+        Job(model, arm, fold, seed) for model in chosen for arm in arms_of(model) for fold in folds for seed in seeds
+    ]
+    return sorted(jobs, key=lambda job: (job.seed, job.fold, -job.cost, job.model))
+
+
+def split_dataset(dataset: Dataset, protocol: Protocol, fold: int) -> Dataset:
+    """The dataset as one fold sees it."""
+    if protocol.split == "time":
+        return dataset.split_by_time()
+    return dataset.split_by_user(fold=fold, folds=protocol.folds)
+
+
+@lru_cache(maxsize=1)
+def fold_data(folder: Path, content: str, protocol: Protocol, fold: int) -> EncodedDataset:
+    """One fold's arrays, kept for this process' next job; `content` is the dataset folder's hash."""
+    return encode_dataset(split_dataset(Dataset.load(folder), protocol, fold))
+
+
+def run_job(
+    task: tuple[Path, Protocol, str, Job, TrainSettings], notify: Callable[[tuple[Job, int]], None]
+) -> StageResult:
+    """Train and predict one job as a stage; `notify` hears of each epoch, and 0 at the end."""
+    work, protocol, encodings, job, settings = task
+    settings = replace(settings, seed=job.seed)
+    arm = ARMS[job.arm]
+
+    def build(draft: Path) -> dict[str, Any]:
+        data = fold_data(work / "dataset", folder_hash(work / "dataset"), protocol, job.fold)
+        run = Run(job.model, job.arm)
+        trained = train_run(
+            data,
+            work / encodings,
+            run,
+            settings,
+            folder=draft,
+            on_epoch=lambda epoch: notify((job, epoch.number)),
+        )
+        samples = rows(data, job.model, TEST, settings.seed)
+        given = {"": trained.given} | (
+            {f"_{rung}": trained.given.without(kinds) for rung, kinds in RUNGS.items()}
+            if job.arm == "knowledge"
+            else {}
+        )
+        for rung, known in given.items():
+            scores = torch.sigmoid(predict_logits(trained.model, Feed.of(data, samples, known)))
+            np.save(draft / f"predictions{rung}.npy", scores.numpy())
+        (draft / STATE).unlink()
+        fitted = trained.fitted
+        return {"validation_loss": fitted.best.validation_loss, "best_epoch": fitted.best.number, **trained.sizes}
+
+    inputs = {"dataset": work / "dataset"} | ({"encoding": work / encodings} if arm.texts else {})
+    params = {"protocol": protocol.name, "model": job.model, "arm": job.arm, "fold": job.fold, **settings.to_json()}
+    folder = job.folder(work, protocol, encodings)
+    result = run_stage(f"{job.model} {job.arm}", folder, build, inputs=inputs, params=params, version=VERSION)
+    notify((job, 0))
+    return result

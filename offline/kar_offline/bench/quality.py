@@ -1,0 +1,355 @@
+"""Owns the quality benchmark: what each arm gives each model, how sure that is, where it sits.
+
+Every comparison is paired: the same test rows, the same resamples of users. Differences are means over folds and
+seeds; each fold's users are resampled by themselves, so intervals cover the choice of users, each of whom is in the
+test split of exactly one fold.
+"""
+
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kar_offline.bench.jobs import RUNGS, Job, Protocol, run_job, split_dataset
+from kar_offline.dataset.lists import rerank_lists
+from kar_offline.dataset.samples import TEST, TRAIN, Dataset
+from kar_offline.evaluate.metrics import (
+    Pairs,
+    auc,
+    bootstrap_weights,
+    ece,
+    gauc,
+    holm,
+    interval,
+    logloss,
+    reliability,
+)
+from kar_offline.evaluate.ranking import average_precision, hit, ndcg
+from kar_offline.models import RERANKERS
+from kar_offline.train.fit import TrainSettings
+from kar_offline.train.processes import in_processes
+from kar_sidecar.hashing import file_sha256
+
+__all__ = ["CAVEATS", "COMPARISONS", "measure", "train_jobs"]
+
+CAVEATS: Final = (
+    "The writer of the knowledge pack knew the films' later reputation and may have seen MovieLens.",
+    "Hyperparameters and the affinity's form were chosen on validation users of one fold, for DCNv2.",
+)
+BY_USER: Final = "Users are split, time is not: training ratings may be later than test ratings."
+BY_TIME: Final = "One split by global time: users of the test period may also be in training."
+COMPARISONS: Final = {
+    "knowledge": ("raw_text", "statistics", "shuffled", "random", "affinity", "paper"),
+    "raw_text": ("statistics",),
+    "paper": ("items_only", "users_only", "one_moe", "one_mlp", "no_adaptor"),
+    "cf_knowledge": ("cf", "knowledge"),
+}
+"""What an arm is compared with beside the control."""
+ACTIVITY: Final = (0, 1, 6, 21, 101)
+"""Lower bounds of the buckets of training ratings an item has."""
+LENGTHS: Final = (0, 11, 31, 101)
+"""Lower bounds of the buckets of events before a sample."""
+CUTS: Final = (1, 3, 5, 7)
+"""Ranks at which lists are cut."""
+METRICS: Final = ("auc", "logloss", "gauc", "ece")
+LIST_METRICS: Final = ("map", "ndcg")
+BROKEN_DOWN: Final = ("control", "raw_text", "knowledge", "cf", "cf_knowledge")
+
+
+def train_jobs(
+    work: Path,
+    protocol: Protocol,
+    encodings: str,
+    jobs: Sequence[Job],
+    settings: TrainSettings,
+    *,
+    workers: int,
+    on_epoch: Callable[[Job, int], None],
+) -> int:
+    """Train what is missing of `jobs` and return how many that were; `on_epoch` hears of epochs, 0 when a job is done.
+
+    Raises:
+        PreconditionError: the dataset or the encodings are missing.
+        UnavailableError: a worker process was killed; the next call goes on.
+    """
+    tasks = [(work, protocol, encodings, job, settings) for job in jobs]
+    results = in_processes(run_job, tasks, workers, lambda notice: on_epoch(*notice))
+    return sum(result.ran for result in results)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """The test rows of one fold, and what they are broken down by; all arrays are [S]."""
+
+    labels: NDArray[np.float32]
+    users: NDArray[np.int32]
+    item_ratings: NDArray[np.int64]
+    """Training ratings of the row's item."""
+    before: NDArray[np.int64]
+    """Events of the user before the row."""
+    weights: NDArray[np.float64]
+    """[resamples, users] of the bootstrap."""
+
+    @staticmethod
+    def of(dataset: Dataset, *, seed: int, resamples: int) -> "_Fold":
+        events = dataset.samples(TEST)
+        ratings = np.bincount(dataset.event_item[dataset.event_split == TRAIN], minlength=len(dataset.items))
+        users = dataset.event_user[events]
+        return _Fold(
+            dataset.labels[events],
+            users,
+            ratings[dataset.event_item[events]],
+            events - dataset.offsets[users],
+            bootstrap_weights(len(np.unique(users)), seed=seed, resamples=resamples),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """The test lists [n, C] of one fold and seed, their users [n], and the bootstrap's weights of users."""
+
+    labels: NDArray[np.float32]
+    users: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+    @staticmethod
+    def of(dataset: Dataset, test: _Fold, seed: int) -> "_Lists":
+        lists = rerank_lists(dataset, TEST, seed=seed)
+        # A user with too few samples for a list has weights, but nothing to weigh.
+        _, user = np.unique(np.concatenate([test.users, dataset.event_user[lists.event[:, 0]]]), return_inverse=True)
+        return _Lists(lists.label, user[len(test.users) :], test.weights)
+
+    def resampled(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Means [resamples] of values [n] of lists; NaN ones are left out."""
+        known = np.isfinite(values)
+        users = self.weights.shape[1]
+        total = np.bincount(self.users[known], values[known], users)
+        return (self.weights @ total) / (self.weights @ np.bincount(self.users[known], minlength=users))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """One job's predictions [S] and what resampling makes of its AUC, or of its MAP, [resamples]."""
+
+    job: Job
+    scores: NDArray[np.float32]
+    resampled: NDArray[np.float64]
+    row: dict[str, Any]
+
+    @property
+    def value(self) -> float:
+        """What is compared: AUC, or the MAP of a reranker."""
+        return float(self.row["map" if "map" in self.row else "auc"])
+
+
+def measure(
+    work: Path,
+    protocol: Protocol,
+    encodings: str,
+    jobs: Sequence[Job],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    on_job: Callable[[Job], None] = lambda job: None,
+) -> dict[str, Any]:
+    """The report over trained `jobs`: `rows`, `summary`, `breakdowns`, `rungs`, `calibration`, `caveats`, `machine`.
+
+    `seed` and `resamples` are of the bootstrap. Rerankers have MAP and NDCG of whole lists, and `at` the ranks `CUTS`,
+    where others have AUC, LogLoss, GAUC and ECE. Differences (in AUC, for rerankers in MAP) carry `mean`, `low`,
+    `high`, the two-sided bootstrap `p` and `p_holm`, corrected for all comparisons of the report.
+    """
+    dataset = Dataset.load(work / "dataset")
+    folds: dict[int, _Fold] = {}
+    scored: dict[tuple[str, str], list[_Scored]] = {}
+    rungs: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for fold, in_fold in groupby(sorted(jobs, key=lambda job: job.fold), key=lambda job: job.fold):
+        split = split_dataset(dataset, protocol, fold)
+        test = folds[fold] = _Fold.of(split, seed=seed + fold, resamples=resamples)
+        lists: dict[int, _Lists] = {}
+        controls: dict[tuple[str, int], _Scored] = {}
+        for job in sorted(in_fold, key=lambda job: (job.arm != "control", job.model, job.arm, job.seed)):
+            if job.model in RERANKERS and job.seed not in lists:
+                lists[job.seed] = _Lists.of(split, test, job.seed)
+            on = lists[job.seed] if job.model in RERANKERS else test
+            found = _score(job, job.folder(work, protocol, encodings), on, dataset.name)
+            control = (
+                controls.setdefault((job.model, job.seed), found)
+                if job.arm == "control"
+                else controls.get((job.model, job.seed))
+            )
+            if control is not None and control is not found:
+                difference = interval(found.value - control.value, found.resampled - control.resampled)
+                found.row["interval"] = dict(difference)
+            scored.setdefault((job.model, job.arm), []).append(found)
+            if job.arm == "knowledge":
+                for rung in RUNGS:
+                    scores = np.load(job.folder(work, protocol, encodings) / f"predictions_{rung}.npy")
+                    rungs.setdefault(job.model, {}).setdefault(rung, []).append(_metrics(on, scores))
+            on_job(job)
+    caveats = [*CAVEATS, BY_USER if protocol.split == "user" else BY_TIME]
+    return {
+        "dataset": dataset.name,
+        "split": protocol.name,
+        "encodings": encodings,
+        "test": {"users": sum(len(np.unique(f.users)) for f in folds.values()), "samples": _total(folds)},
+        "rows": [one.row for group in scored.values() for one in group],
+        "summary": _summary(scored),
+        "rungs": {
+            model: {rung: _mean(values) for rung, values in {**{"full": _rows(scored, model)}, **found}.items()}
+            for model, found in rungs.items()
+        },
+        "breakdowns": _breakdowns(scored, folds),
+        "calibration": _calibration(scored, folds),
+        "caveats": caveats,
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def _total(folds: Mapping[int, _Fold]) -> int:
+    return sum(len(fold.labels) for fold in folds.values())
+
+
+def _metrics(test: _Fold | _Lists, scores: NDArray) -> dict[str, Any]:
+    if isinstance(test, _Lists):
+        scores = scores.reshape(test.labels.shape)
+        at = {
+            str(k): {
+                "map": float(np.nanmean(average_precision(test.labels, scores, k))),
+                "ndcg": float(np.nanmean(ndcg(test.labels, scores, k))),
+                "hits": float(np.nanmean(hit(test.labels, scores, k))),
+            }
+            for k in (*CUTS, test.labels.shape[1])
+        }
+        whole = at.pop(str(test.labels.shape[1]))
+        return {"map": whole["map"], "ndcg": whole["ndcg"], "at": at}
+    return {
+        "auc": auc(test.labels, scores),
+        "logloss": logloss(test.labels, scores),
+        "gauc": gauc(test.labels, scores, test.users),
+        "ece": ece(test.labels, scores),
+    }
+
+
+def _score(job: Job, folder: Path, test: _Fold | _Lists, dataset: str) -> _Scored:
+    file = folder / "predictions.npy"
+    scores = np.load(file, allow_pickle=False)
+    row = {
+        "dataset": dataset,
+        "model": job.model,
+        "arm": job.arm,
+        "fold": job.fold,
+        "seed": job.seed,
+        **_metrics(test, scores),
+        "interval": None,
+        "predictions_sha256": file_sha256(file),
+    }
+    if isinstance(test, _Lists):
+        shaped = scores.reshape(test.labels.shape)
+        resampled = test.resampled(average_precision(test.labels, shaped, test.labels.shape[1]))
+    else:
+        resampled = Pairs.of(test.labels, scores, test.users).auc(test.weights)
+    return _Scored(job, scores, resampled, row)
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = LIST_METRICS if "map" in rows[0] else METRICS
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
+
+
+def _rows(scored: Mapping[tuple[str, str], Sequence[_Scored]], model: str) -> list[dict[str, Any]]:
+    return [one.row for one in scored[model, "knowledge"]]
+
+
+def _pairs(scored: Mapping[tuple[str, str], Sequence[_Scored]]) -> Iterator[tuple[str, str, str]]:
+    """Model, arm and the arm that it is compared with, of all comparisons that the jobs allow."""
+    for model, arm in scored:
+        for other in ("control", *COMPARISONS.get(arm, ())):
+            if other != arm and (model, other) in scored:
+                yield model, arm, other
+
+
+def _summary(scored: Mapping[tuple[str, str], Sequence[_Scored]]) -> list[dict[str, Any]]:
+    """One entry a model and arm: mean metrics, and its differences."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {
+        key: {"model": key[0], "arm": key[1], "runs": len(group), **_mean([one.row for one in group]), "minus": {}}
+        for key, group in scored.items()
+    }
+    compared = [(key, _difference(scored[key[0], key[1]], scored[key[0], key[2]])) for key in _pairs(scored)]
+    corrected = holm([found["p"] for _, found in compared])
+    for ((model, arm, other), found), p in zip(compared, corrected, strict=True):
+        entries[model, arm]["minus"][other] = {**found, "p_holm": p}
+    return list(entries.values())
+
+
+def _difference(ours: Sequence[_Scored], theirs: Sequence[_Scored]) -> dict[str, float]:
+    """Mean difference over the folds and seeds that both have, its interval and two-sided p-value."""
+    other = {(one.job.fold, one.job.seed): one for one in theirs}
+    pairs = [(one, other[key]) for one in ours if (key := (one.job.fold, one.job.seed)) in other]
+    if not pairs:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "p": 1.0}
+    resampled = np.mean([a.resampled - b.resampled for a, b in pairs], 0)
+    mean = float(np.mean([a.value - b.value for a, b in pairs]))
+    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    found = interval(mean, resampled)
+    return {
+        "mean": mean,
+        "low": found["low"],
+        "high": found["high"],
+        "p": min(1.0, 2 * (1 + float(beyond)) / (1 + len(resampled))),
+    }
+
+
+def _pooled(group: Sequence[_Scored], folds: Mapping[int, _Fold], value: Callable[[_Fold], NDArray]) -> NDArray:
+    return np.concatenate([value(folds[one.job.fold]) for one in group])
+
+
+def _breakdowns(
+    scored: Mapping[tuple[str, str], Sequence[_Scored]], folds: Mapping[int, _Fold]
+) -> list[dict[str, Any]]:
+    """AUC by how often training saw the item and by how much of the user was known, over all folds together."""
+    out = []
+    by: tuple[tuple[str, Sequence[int], Callable[[_Fold], NDArray]], ...] = (
+        ("item_ratings", ACTIVITY, lambda fold: fold.item_ratings),
+        ("events_before", LENGTHS, lambda fold: fold.before),
+    )
+    for (model, arm), group in scored.items():
+        if arm not in BROKEN_DOWN or model in RERANKERS:
+            continue
+        scores = np.concatenate([one.scores for one in group])
+        labels = _pooled(group, folds, lambda fold: fold.labels)
+        for name, bounds, value in by:
+            bucket = np.searchsorted(bounds, _pooled(group, folds, value), side="right") - 1
+            for number, low in enumerate(bounds):
+                chosen = bucket == number
+                high = bounds[number + 1] - 1 if number + 1 < len(bounds) else None
+                out.append(
+                    {
+                        "model": model,
+                        "arm": arm,
+                        "by": name,
+                        "from": low,
+                        "to": high,
+                        "samples": int(chosen.sum()),
+                        "auc": auc(labels[chosen], scores[chosen]) if chosen.any() else math.nan,
+                    }
+                )
+    return out
+
+
+def _calibration(
+    scored: Mapping[tuple[str, str], Sequence[_Scored]], folds: Mapping[int, _Fold]
+) -> list[dict[str, Any]]:
+    out = []
+    for (model, arm), group in scored.items():
+        if arm in BROKEN_DOWN and model not in RERANKERS:
+            labels = _pooled(group, folds, lambda fold: fold.labels)
+            found = reliability(labels, np.concatenate([one.scores for one in group]))
+            out.append({"model": model, "arm": arm, "score": found.score.tolist(), "rate": found.rate.tolist()})
+    return out

@@ -1,0 +1,151 @@
+"""Owns how a quality report looks: the table in the terminal, and a page with plots in one HTML file."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+from matplotlib.figure import Figure
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from kar_offline.bench.quality import LIST_METRICS, METRICS
+
+__all__ = ["quality_table", "write_quality_report"]
+
+COLOURS: Final = {
+    "control": "#9aa5b1",
+    "raw_text": "#4c9be8",
+    "knowledge": "#e4572e",
+    "cf": "#2a9d8f",
+    "cf_knowledge": "#7b2d8b",
+}
+FOREST: Final = ("raw_text", "knowledge")
+
+
+def _signed(found: Mapping[str, float]) -> str:
+    return f"{found['mean'] * 1e4:+.0f} [{found['low'] * 1e4:+.0f}, {found['high'] * 1e4:+.0f}]"
+
+
+def quality_table(report: Mapping[str, Any]) -> Group:
+    """Mean metrics of every model and arm, and the difference to the control, ready to print."""
+    size = report["test"]
+    table = Table(title=f"{report['dataset']}: {size['samples']:,} samples of {size['users']:,} test users")
+    for column in ("model", "arm", "runs"):
+        table.add_column(column)
+    for column in ("AUC", "LogLoss", "GAUC", "ECE", "minus control in 1e-4 AUC", "p (Holm)"):
+        table.add_column(column, justify="right")
+    last = ""
+    for entry in report["summary"]:
+        if last not in ("", entry["model"]):
+            table.add_section()
+        last = entry["model"]
+        if "map" in entry:
+            continue
+        numbers = [f"{entry[name]:.4f}" for name in METRICS]
+        control = entry["minus"].get("control")
+        more = [_signed(control), f"{control['p_holm']:.3f}"] if control else ["", ""]
+        table.add_row(entry["model"], entry["arm"], str(entry["runs"]), *numbers, *more)
+    ranked = Table(title="lists")
+    for column in ("model", "arm", "runs"):
+        ranked.add_column(column)
+    for column in ("MAP", "NDCG", "minus control in 1e-4 MAP", "p (Holm)"):
+        ranked.add_column(column, justify="right")
+    for entry in report["summary"]:
+        if "map" in entry:
+            control = entry["minus"].get("control")
+            more = [_signed(control), f"{control['p_holm']:.3f}"] if control else ["", ""]
+            ranked.add_row(
+                entry["model"], entry["arm"], str(entry["runs"]), *(f"{entry[n]:.4f}" for n in LIST_METRICS), *more
+            )
+    tables = [one for one in (table, ranked) if one.row_count]
+    return Group(*tables, *(Text(f"- {caveat}", style="dim") for caveat in report["caveats"]))
+
+
+def plot_forest(summary: Sequence[Mapping[str, Any]]) -> Figure:
+    """Difference to the control of each model, with its 95 % interval."""
+    models = list(dict.fromkeys(entry["model"] for entry in summary))
+    figure = Figure(figsize=(6.4, 1.2 + 0.42 * len(models)), layout="constrained")
+    axes = figure.subplots()
+    for number, arm in enumerate(FOREST):
+        for entry in summary:
+            if entry["arm"] == arm and "control" in entry["minus"]:
+                found = {name: entry["minus"]["control"][name] * 1e4 for name in ("mean", "low", "high")}
+                at = models.index(entry["model"]) + (number - 0.5) * 0.3
+                error = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+                axes.errorbar(found["mean"], at, xerr=error, fmt="o", color=COLOURS[arm], capsize=3, label=arm)
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    axes.legend(named.values(), named.keys(), frameon=False, fontsize=8)
+    axes.axvline(0, color="#9aa5b1", linewidth=1)
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.set_xlabel("AUC (rerankers: MAP) minus the control's, in 1e-4")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_reliability(calibration: Sequence[Mapping[str, Any]], model: str) -> Figure:
+    """Share of positives against mean score, in bins of equally many samples."""
+    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#9aa5b1", linewidth=1, linestyle=":")
+    for entry in calibration:
+        if entry["model"] == model:
+            axes.plot(entry["score"], entry["rate"], ".-", color=COLOURS[entry["arm"]], label=entry["arm"])
+    axes.set(xlabel="mean score", ylabel="share of positives", title=model)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_breakdown(breakdowns: Sequence[Mapping[str, Any]], model: str, by: str) -> Figure:
+    """AUC of each arm minus the control's in each bucket."""
+    chosen = [entry for entry in breakdowns if entry["model"] == model and entry["by"] == by]
+    control = {entry["from"]: entry["auc"] for entry in chosen if entry["arm"] == "control"}
+    arms = [arm for arm in COLOURS if arm != "control" and any(entry["arm"] == arm for entry in chosen)]
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    labels: dict[int, str] = {}
+    for number, arm in enumerate(arms):
+        for place, entry in enumerate(entry for entry in chosen if entry["arm"] == arm):
+            to = "" if entry["to"] is None else f" to {entry['to']}" if entry["to"] > entry["from"] else ""
+            labels[place] = (
+                f"{entry['from']}{to or ('' if entry['to'] is not None else ' or more')}\n{entry['samples']:,}"
+            )
+            at = place + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
+            difference = (entry["auc"] - control.get(entry["from"], float("nan"))) * 1e4
+            axes.bar(at, difference, 0.72 / len(arms), color=COLOURS[arm], label=arm if place == 0 else None)
+    axes.axhline(0, color="#9aa5b1", linewidth=1)
+    axes.set_xticks(list(labels), list(labels.values()), fontsize=8)
+    axes.set(xlabel=f"{by.replace('_', ' ')} (and samples)", ylabel="AUC minus control, 1e-4", title=model)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _embedded(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_quality_report(report: Mapping[str, Any], path: Path) -> None:
+    """Write the page: one HTML file without outside references."""
+    template = resources.files(__package__).joinpath("quality.html.j2").read_text()
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    detailed = [model for model in ("dcnv2", "din") if any(one["model"] == model for one in report["calibration"])]
+    plots = [("Difference to the control", _embedded(plot_forest(report["summary"])))]
+    for model in detailed:
+        plots.append((f"Reliability of {model}", _embedded(plot_reliability(report["calibration"], model))))
+        for by in ("item_ratings", "events_before"):
+            title = f"{model} by {by.replace('_', ' ')}"
+            plots.append((title, _embedded(plot_breakdown(report["breakdowns"], model, by))))
+    page = environment.from_string(template).render(report=report, plots=plots, signed=_signed)
+    path.write_text(page)

@@ -1,0 +1,49 @@
+"""Owns the metrics of ranked lists, as pure functions: `labels` and `scores` are [n, C], one list a row.
+
+A list's items are ranked by falling score, ties as they lie. With rel_i the label of the item at rank i and P the
+list's positives:
+
+    AP@k   = sum_{i<=k} rel_i (rel_1 + ... + rel_i) / i  /  min(P, k)
+    NDCG@k = sum_{i<=k} rel_i / log2(i + 1)  /  the same of the best order
+    hit@k  = 1 if any of the first k is positive
+
+Lists without positives cannot be ranked well or badly: they are NaN here and left out of means.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["average_precision", "hit", "ndcg"]
+
+
+def _ranked(labels: NDArray, scores: NDArray) -> NDArray[np.float64]:
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(labels > 0, order, 1).astype(np.float64)
+
+
+def _of_lists_with_positives(values: NDArray[np.float64], labels: NDArray) -> NDArray[np.float64]:
+    return np.where((labels > 0).any(1), values, np.nan)
+
+
+def average_precision(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
+    """AP@k of each list [n]; their mean is MAP@k."""
+    relevant = _ranked(labels, scores)[:, :k]
+    precision = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)
+    best = np.clip((labels > 0).sum(1), 1, k)
+    return _of_lists_with_positives((relevant * precision).sum(1) / best, labels)
+
+
+def ndcg(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
+    """NDCG@k of each list [n].
+
+    Source: Järvelin and Kekäläinen, "Cumulated Gain-Based Evaluation of IR Techniques" (TOIS 2002).
+    """
+    relevant = _ranked(labels, scores)[:, :k]
+    discount = 1 / np.log2(np.arange(2, relevant.shape[1] + 2))
+    best = discount.cumsum()[np.clip((labels > 0).sum(1), 1, relevant.shape[1]) - 1]
+    return _of_lists_with_positives(relevant @ discount / best, labels)
+
+
+def hit(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
+    """Whether any of the first k is positive, of each list [n]."""
+    return _of_lists_with_positives(_ranked(labels, scores)[:, :k].any(1).astype(np.float64), labels)

@@ -1,0 +1,221 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kar.records.v1 import records_pb2
+from kar_offline.bench.command import bench
+from kar_offline.bench.jobs import Job, Protocol, default_jobs
+from kar_offline.bench.quality import measure, train_jobs
+from kar_offline.bench.report import quality_table, write_quality_report
+from kar_offline.dataset.lists import rerank_lists
+from kar_offline.dataset.samples import TEST, Dataset, Entity
+from kar_offline.evaluate.metrics import auc
+from kar_offline.evaluate.ranking import average_precision
+from kar_offline.models import BACKBONES, RERANKERS
+from kar_offline.train.arms import ARMS, DEFAULT_ARMS
+from kar_offline.train.fit import TrainSettings
+from kar_sidecar.hashing import file_sha256
+from kar_sidecar.store import USER
+
+pytestmark = pytest.mark.unit
+
+SETTINGS = TrainSettings(epochs=2, batch=64, dedicated_experts=1, shared_experts=1, expert_hidden=8)
+PROTOCOL = Protocol("user", 2)
+DIM = 5
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Forty users, ten ratings each of thirty items, all items with a text."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(40), 10)
+    dataset = Dataset.from_events(
+        "tiny",
+        records_pb2.FeatureSchema(
+            history_length=4,
+            features=[records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC)],
+        ),
+        [Entity(f"u{i}", {"age": i}, {}) for i in range(40)],
+        [Entity(f"i{i:02}", {}, {}) for i in range(30)],
+        user=user,
+        item=np.concatenate([rng.permutation(30)[:10] for _ in range(40)]),
+        rating=rng.integers(1, 6, len(user)).astype(np.float32),
+        time=np.tile(np.arange(10), 40),
+        positive_above=3,
+    )
+    (tmp_path / "dataset").mkdir()
+    dataset.save(tmp_path / "dataset")
+    (tmp_path / "encoding").mkdir()
+    for source in ("knowledge", "raw"):
+        for kind, entities in (("user", dataset.users), ("item", dataset.items)):
+            vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
+            np.save(tmp_path / "encoding" / f"{source}_{kind}.npy", vectors)
+            header = {
+                "encoder_id": "e",
+                "dim": DIM,
+                "ids": [e.id for e in entities],
+                "text_sha256": ["0"] * len(vectors),
+            }
+            (tmp_path / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
+    return tmp_path
+
+
+def trained(work, jobs, seen=None):
+    notices = [] if seen is None else seen
+    return train_jobs(
+        work, PROTOCOL, "encoding", jobs, SETTINGS, workers=0, on_epoch=lambda job, epoch: notices.append((job, epoch))
+    )
+
+
+def test_the_default_grid():
+    jobs = default_jobs([], [], range(5), [0])
+    by_model = {model: {job.arm for job in jobs if job.model == model} for model in (*BACKBONES, *RERANKERS)}
+    assert by_model["dcnv2"] == by_model["din"] == set(ARMS)
+    assert all(arms == set(DEFAULT_ARMS) for model, arms in by_model.items() if model not in ("dcnv2", "din"))
+    assert len(set(jobs)) == len(jobs) == 5 * sum(map(len, by_model.values()))
+    assert [job.fold for job in jobs] == sorted(job.fold for job in jobs)
+
+
+def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(work):
+    jobs = default_jobs(["dcn"], [], [0, 1], [0])
+    seen = []
+    assert trained(work, jobs, seen) == 6
+    assert {job for job, epoch in seen if epoch == 0} == set(jobs)
+    assert trained(work, jobs) == 0
+    report = measure(work, PROTOCOL, "encoding", jobs, resamples=50)
+    dataset = Dataset.load(work / "dataset")
+    users = set()
+    for row in report["rows"]:
+        fold = dataset.split_by_user(fold=row["fold"], folds=2)
+        events = fold.samples(TEST)
+        users |= set(fold.event_user[events].tolist())
+        file = Job("dcn", row["arm"], row["fold"], 0).folder(work, PROTOCOL, "encoding") / "predictions.npy"
+        assert row["auc"] == auc(fold.labels[events], np.load(file))
+        assert row["predictions_sha256"] == file_sha256(file)
+        assert (row["interval"] is None) == (row["arm"] == "control")
+    assert len(report["rows"]) == 6
+    assert users == set(range(40))  # each user is tested once
+    assert report["test"]["users"] == 40
+    by_arm = {entry["arm"]: entry for entry in report["summary"]}
+    mean = np.mean([row["auc"] for row in report["rows"] if row["arm"] == "knowledge"])
+    assert by_arm["knowledge"]["auc"] == pytest.approx(mean)
+    difference = by_arm["knowledge"]["minus"]["control"]
+    assert difference["mean"] == pytest.approx(mean - by_arm["control"]["auc"])
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert difference["p"] <= difference["p_holm"] <= 1
+    assert set(by_arm["knowledge"]["minus"]) == {"control", "raw_text"}
+    assert set(report["rungs"]["dcn"]) == {"full", "no_items", "neutral"}
+    json.dumps(report)
+
+
+def test_a_killed_run_goes_on(work):
+    jobs = default_jobs(["dcn", "deepfm"], ["control", "statistics"], [0], [0])
+
+    class Killed(Exception):
+        pass
+
+    def kill(job, epoch):
+        if job == jobs[2] and epoch == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_jobs(work, PROTOCOL, "encoding", jobs, SETTINGS, workers=0, on_epoch=kill)
+    assert trained(work, jobs) == 2
+    measure(work, PROTOCOL, "encoding", jobs, resamples=10)
+
+
+def test_a_comparison_of_equal_predictions_is_no_difference(work):
+    jobs = default_jobs(["dcn"], ["control", "statistics"], [0], [0])
+    trained(work, jobs)
+    folders = {job.arm: job.folder(work, PROTOCOL, "encoding") for job in jobs}
+    scores = np.load(folders["control"] / "predictions.npy")
+    np.save(folders["statistics"] / "predictions.npy", scores)
+    report = measure(work, PROTOCOL, "encoding", jobs, resamples=100)
+    [entry] = [entry for entry in report["summary"] if entry["arm"] == "statistics"]
+    assert entry["minus"]["control"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1}
+    labels = Dataset.load(work / "dataset").split_by_user(fold=0, folds=2)
+    events = labels.samples(TEST)
+    np.save(folders["statistics"] / "predictions.npy", labels.labels[events] * 0.5 + 0.25)  # knows the answer
+    [better] = [e for e in measure(work, PROTOCOL, "encoding", jobs)["summary"] if e["arm"] == "statistics"]
+    assert better["auc"] == 1
+    assert better["minus"]["control"]["p_holm"] < 0.01
+
+
+def test_rerankers_are_measured_on_lists(work):
+    jobs = default_jobs(["setrank"], [], [0, 1], [0])
+    trained(work, jobs)
+    report = measure(work, PROTOCOL, "encoding", jobs, resamples=50)
+    dataset = Dataset.load(work / "dataset")
+    for row in report["rows"]:
+        lists = rerank_lists(dataset.split_by_user(fold=row["fold"], folds=2), TEST, seed=0)
+        scores = np.load(
+            Job("setrank", row["arm"], row["fold"], 0).folder(work, PROTOCOL, "encoding") / "predictions.npy"
+        )
+        precision = average_precision(lists.label, scores.reshape(-1, 10), 10)
+        assert row["map"] == pytest.approx(np.nanmean(precision))
+        assert set(row["at"]) == {"1", "3", "5", "7"}
+    [entry] = [entry for entry in report["summary"] if entry["arm"] == "knowledge"]
+    assert entry["minus"]["control"]["low"] <= entry["minus"]["control"]["mean"] <= entry["minus"]["control"]["high"]
+    assert set(report["rungs"]["setrank"]["neutral"]) == {"map", "ndcg"}
+    assert report["breakdowns"] == []
+
+
+def test_breakdowns_cover_every_sample_once(work):
+    jobs = default_jobs(["dcn"], ["control"], [0, 1], [0])
+    trained(work, jobs)
+    report = measure(work, PROTOCOL, "encoding", jobs, resamples=10)
+    for by in ("item_ratings", "events_before"):
+        buckets = [entry for entry in report["breakdowns"] if entry["by"] == by]
+        assert sum(entry["samples"] for entry in buckets) == report["test"]["samples"]
+        assert all(math.isnan(entry["auc"]) or 0 <= entry["auc"] <= 1 for entry in buckets)
+
+
+def test_the_command_writes_json_and_page(work, tmp_path):
+    before = torch.get_num_threads()
+    options = [
+        "--dataset",
+        "prepared",
+        "--work",
+        str(work),
+        "--model",
+        "dcnv2",
+        "--arm",
+        "control",
+        "--arm",
+        "knowledge",
+    ]
+    more = ["--folds", "2", "--epochs", "1", "--workers", "0", "--json", str(tmp_path / "q.json")]
+    done = CliRunner().invoke(bench, ["quality", *options, *more, "--html", str(tmp_path / "q.html")])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "q.json").read_text())
+    assert {(row["model"], row["arm"], row["fold"]) for row in report["rows"]} == {
+        ("dcnv2", arm, fold) for arm in ("control", "knowledge") for fold in (0, 1)
+    }
+    assert report["trained"] == 4
+    page = (tmp_path / "q.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page.replace("http-equiv", "")
+    assert torch.get_num_threads() == before
+
+
+def test_the_page_and_the_table_stand_gaps(work, tmp_path):
+    jobs = default_jobs(["din"], ["statistics"], [0], [0])
+    trained(work, jobs)
+    report = measure(work, PROTOCOL, "encoding", jobs, resamples=10)
+    write_quality_report(report, tmp_path / "q.html")
+    assert "statistics" in (tmp_path / "q.html").read_text()
+    assert quality_table(report).renderables
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--model", "perceptron"], ["--arm", "magic"], ["--fold", "7"], ["--dataset", "ml-1m"], ["--dataset", "x"]],
+)
+def test_refusals(tmp_path, options):
+    done = CliRunner().invoke(bench, ["quality", "--work", str(tmp_path), *options])
+    assert done.exit_code != 0
+    assert type(done.exception).__name__ == "InputError"
