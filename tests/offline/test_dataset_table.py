@@ -248,7 +248,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: bytes, word
 
 
 def test_a_mapping_is_checked(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="other.toml does not exist"):
+    with pytest.raises(NotFoundError, match=r"other\.toml does not exist"):
         load_mapping(tmp_path / "other.toml")
     with pytest.raises(InputError, match="is not TOML"):
         load_mapping(mapping(tmp_path, "name ="))

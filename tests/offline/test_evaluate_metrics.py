@@ -152,7 +152,7 @@ def test_calibration_by_hand():
     found = reliability(labels, scores, bins=2)
     np.testing.assert_allclose(found.score, [0.2, 0.8])
     np.testing.assert_allclose(found.rate, [0.5, 1.0])
-    assert found.count.tolist() == [2, 2]
+    assert found.samples.tolist() == [2, 2]
     assert ece(labels, scores, bins=2) == pytest.approx((0.3 + 0.2) / 2)
 
 

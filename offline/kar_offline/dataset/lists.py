@@ -70,5 +70,5 @@ def rerank_lists(dataset: Dataset, split: int, *, seed: int) -> Lists:
 def order_by(lists: Lists, scores: NDArray[np.floating]) -> Lists:
     """The lists in the order of an initial ranker: by its `scores` [n, 10], best first, ties as they lie."""
     order = np.argsort(-scores, axis=1, kind="stable")
-    event, item, label = (np.take_along_axis(rows, order, 1) for rows in (lists.event, lists.item, lists.label))
-    return Lists(event, item, label)
+    rows = np.arange(len(order))[:, np.newaxis]
+    return Lists(lists.event[rows, order], lists.item[rows, order], lists.label[rows, order])

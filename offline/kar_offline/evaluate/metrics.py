@@ -76,8 +76,8 @@ class Reliability(NamedTuple):
     """Mean score of each bin."""
     rate: NDArray[np.float64]
     """Share of positives of each bin."""
-    count: NDArray[np.int64]
-    """Samples of each bin."""
+    samples: NDArray[np.int64]
+    """How many each bin holds."""
 
 
 def reliability(labels: NDArray, scores: NDArray, *, bins: int = BINS) -> Reliability:
@@ -91,7 +91,7 @@ def reliability(labels: NDArray, scores: NDArray, *, bins: int = BINS) -> Reliab
 def ece(labels: NDArray, scores: NDArray, *, bins: int = BINS) -> float:
     """Expected calibration error: mean |score - rate| over equally full bins, weighted by samples."""
     found = reliability(labels, scores, bins=bins)
-    return float(np.average(np.abs(found.score - found.rate), weights=found.count))
+    return float(np.average(np.abs(found.score - found.rate), weights=found.samples))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ def average_precision(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.fl
     """AP@k of each list [n]; their mean is MAP@k."""
     relevant = _ranked(labels, scores)[:, :k]
     precision = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)
-    best = np.clip((labels > 0).sum(1), 1, k)
-    return _of_lists_with_positives((relevant * precision).sum(1) / best, labels)
+    best = np.clip(np.count_nonzero(labels > 0, axis=1), 1, k)
+    return _of_lists_with_positives(np.einsum("nk,nk->n", relevant, precision) / best, labels)
 
 
 def ndcg(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
@@ -41,7 +41,7 @@ def ndcg(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
     relevant = _ranked(labels, scores)[:, :k]
     discount = 1 / np.log2(np.arange(2, relevant.shape[1] + 2))
     best = discount.cumsum()[np.clip((labels > 0).sum(1), 1, relevant.shape[1]) - 1]
-    return _of_lists_with_positives(relevant @ discount / best, labels)
+    return _of_lists_with_positives((relevant * discount).sum(1) / best, labels)
 
 
 def hit(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
