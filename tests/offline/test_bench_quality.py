@@ -6,62 +6,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kar.records.v1 import records_pb2
 from kar_offline.bench.command import bench
 from kar_offline.bench.jobs import Job, Protocol, default_jobs
 from kar_offline.bench.quality import measure, train_jobs
 from kar_offline.bench.report import quality_table, write_quality_report
 from kar_offline.dataset.lists import rerank_lists
-from kar_offline.dataset.samples import TEST, Dataset, Entity
+from kar_offline.dataset.samples import TEST, Dataset
 from kar_offline.evaluate.metrics import auc
 from kar_offline.evaluate.ranking import average_precision
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
 from kar_offline.train.fit import TrainSettings
 from kar_sidecar.hashing import file_sha256
-from kar_sidecar.store import USER
 
 pytestmark = pytest.mark.unit
 
 SETTINGS = TrainSettings(epochs=2, batch=64, dedicated_experts=1, shared_experts=1, expert_hidden=8)
 PROTOCOL = Protocol("user", 2)
-DIM = 5
-
-
-@pytest.fixture
-def work(tmp_path):
-    """Forty users, ten ratings each of thirty items, all items with a text."""
-    rng = np.random.default_rng(0)
-    user = np.repeat(np.arange(40), 10)
-    dataset = Dataset.from_events(
-        "tiny",
-        records_pb2.FeatureSchema(
-            history_length=4,
-            features=[records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC)],
-        ),
-        [Entity(f"u{i}", {"age": i}, {}) for i in range(40)],
-        [Entity(f"i{i:02}", {}, {}) for i in range(30)],
-        user=user,
-        item=np.concatenate([rng.permutation(30)[:10] for _ in range(40)]),
-        rating=rng.integers(1, 6, len(user)).astype(np.float32),
-        time=np.tile(np.arange(10), 40),
-        positive_above=3,
-    )
-    (tmp_path / "dataset").mkdir()
-    dataset.save(tmp_path / "dataset")
-    (tmp_path / "encoding").mkdir()
-    for source in ("knowledge", "raw"):
-        for kind, entities in (("user", dataset.users), ("item", dataset.items)):
-            vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
-            np.save(tmp_path / "encoding" / f"{source}_{kind}.npy", vectors)
-            header = {
-                "encoder_id": "e",
-                "dim": DIM,
-                "ids": [e.id for e in entities],
-                "text_sha256": ["0"] * len(vectors),
-            }
-            (tmp_path / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
-    return tmp_path
 
 
 def trained(work, jobs, seen=None):

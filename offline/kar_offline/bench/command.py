@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kar_offline.bench.jobs import Job, Protocol, default_jobs
 from kar_offline.bench.prepare import DATASETS, prepare
 from kar_offline.bench.quality import measure, train_jobs
-from kar_offline.bench.report import quality_table, write_quality_report
+from kar_offline.bench.report import quality_table, training_table, write_quality_report
+from kar_offline.bench.training import Options, measure_training
 from kar_offline.dataset.samples import FOLDS
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.options import JsonFile, Work, write_json
@@ -39,7 +41,7 @@ class By(StrEnum):
 
 @bench.callback()
 def _bench() -> None:
-    """Measure the quality of models."""
+    """Measure the quality of models and the speed of training."""
 
 
 @bench.command()
@@ -107,3 +109,46 @@ def quality(
     if html is not None:
         write_quality_report(report, html)
         console.print(f"{html}: plots and all differences")
+
+
+@bench.command()
+def train(
+    dataset: Annotated[
+        str, typer.Option(help=f"Of {', '.join(DATASETS)}; or 'prepared': WORK already holds dataset and vectors.")
+    ] = "ml-100k",
+    folder: Annotated[Path | None, typer.Option("--from", help="ml-1m: the folder that holds it and texts.")] = None,
+    work: Work = Path("var/quality"),
+    model: Annotated[list[str] | None, typer.Option(help="Models to train; default: dcnv2 and din.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Samples of a turn.")] = Options().rows,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each; one more warms up.")] = Options().rounds,
+    fuxictr: Annotated[
+        Path | None, typer.Option(help="Compare with FuxiCTR (dcnv2, din) in this environment, made if missing.")
+    ] = None,
+    fit: Annotated[bool, typer.Option(help="Also train to the end, for AUC.")] = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare samples a second: our trainer with and without knowledge, a loop over samples, FuxiCTR."""
+    models = model or list(Options().models)
+    if unknown := [name for name in models if name not in BACKBONES]:
+        raise InputError(f"model {unknown[0]!r} is not known: choose from {', '.join(BACKBONES)}")
+    if fuxictr is not None and (others := [name for name in models if name not in Options().models]):
+        raise InputError(f"FuxiCTR is compared on {' and '.join(Options().models)}: leave {others[0]} or --fuxictr out")
+    console = Console()
+    encodings = "encoding" if dataset == PREPARED else prepare(work, dataset, folder, "minilm", console=console)
+    options = Options(models, rows, rounds, fuxictr, fit)
+    torch.set_num_threads(1)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("train", total=None)
+        report = measure_training(
+            work,
+            work / encodings,
+            options,
+            on_turn=lambda name, turn, turns: progress.update(
+                task, description=name, completed=turn, total=turns or None
+            ),
+        )
+    report |= {"command": shlex.join(["kar", *sys.argv[1:]])}
+    console.print(training_table(report))
+    write_json(json_file, report)

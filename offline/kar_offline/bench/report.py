@@ -15,7 +15,7 @@ from rich.text import Text
 
 from kar_offline.bench.quality import LIST_METRICS, METRICS
 
-__all__ = ["quality_table", "write_quality_report"]
+__all__ = ["quality_table", "training_table", "write_quality_report"]
 
 COLOURS: Final = {
     "control": "#9aa5b1",
@@ -25,6 +25,7 @@ COLOURS: Final = {
     "cf_knowledge": "#7b2d8b",
 }
 FOREST: Final = ("raw_text", "knowledge")
+IDLE_CORES: Final = 0.2
 
 
 def _signed(found: Mapping[str, float]) -> str:
@@ -64,6 +65,34 @@ def quality_table(report: Mapping[str, Any]) -> Group:
             )
     tables = [one for one in (table, ranked) if one.row_count]
     return Group(*tables, *(Text(f"- {caveat}", style="dim") for caveat in report["caveats"]))
+
+
+def training_table(report: Mapping[str, Any]) -> Group:
+    """Samples a second of every implementation, and what follows from them, ready to print."""
+    table = Table(title=f"{report['dataset']}: samples a second, one thread")
+    for column in ("model", "knowledge", "implementation"):
+        table.add_column(column)
+    for column in ("train", "score"):
+        table.add_column(column, justify="right")
+    rates: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in report["rows"]:
+        of_phases = rates.setdefault((row["model"], row["arm"], row["implementation"]), {})
+        of_phases[row["phase"]] = f"{row['samples_per_s']:,.0f} [{row['low']:,.0f}, {row['high']:,.0f}]"
+    last = ""
+    for (model, arm, implementation), of_phases in rates.items():
+        if last not in ("", model):
+            table.add_section()
+        last = model
+        table.add_row(model, arm, implementation, of_phases["train"], of_phases["score"])
+    lines = []
+    for found in report["ratios"]:
+        faster = {name: value for name, value in found.items() if isinstance(value, float)}
+        lines.append(f"{found['model']} {found['phase']}: " + ", ".join(f"{k} {v:.2f}x" for k, v in faster.items()))
+    lines += [f"{one['model']} {one['implementation']}: test AUC {one['auc']:.4f}" for one in report["auc"]]
+    busy = max(report["others_busy_cores"].values())
+    if busy > IDLE_CORES:
+        lines.append(f"others kept {busy:.1f} cores busy: measure again on an idle machine")
+    return Group(table, *(Text(line) for line in lines))
 
 
 def plot_forest(summary: Sequence[Mapping[str, Any]]) -> Figure:

@@ -46,4 +46,5 @@ def ndcg(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
 
 def hit(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
     """Whether any of the first k is positive, of each list [n]."""
-    return _of_lists_with_positives(_ranked(labels, scores)[:, :k].any(1).astype(np.float64), labels)
+    positives = np.count_nonzero(_ranked(labels, scores)[:, :k], axis=1)
+    return _of_lists_with_positives((positives > 0).astype(np.float64), labels)

@@ -27,7 +27,7 @@ COLLABORATIVE: Final = "cf"
 WIDTH: Final = 64
 """Components of a segment. On validation users all 384 of MiniLM are worth no more."""
 CROSS_FITS: Final = 5
-CHUNK_ROWS: Final = 2048
+CHUNK_ROWS: Final = 128
 ENOUGH: Final = 8192
 
 
@@ -81,8 +81,8 @@ class Given:
     texts: TextVectors | None = None
     affinity: AffinityInput | None = None
     tables: NDArray[np.float32] | None = None
-    """[T, items, V]: collaborative segments are cross-fitted, so training users have vectors of their own; the last
-    table is `affinity.vectors`."""
+    """[T, items + 1, V]: collaborative segments are cross-fitted, so training users have vectors of their own; the last
+    table is `affinity.vectors`. The last row of each is zeros: that of no item, number -1."""
     table_of_user: NDArray[np.int64] | None = None
     """[users] rows of `tables`."""
 
@@ -119,9 +119,10 @@ class Given:
         count = max((len(part) for part in parts), default=1)
         shared = [np.broadcast_to(part, (count, *part.shape[1:])) for part in parts]
         tables = np.concatenate([np.zeros((count, len(dataset.items), 0), np.float32), *shared], 2)
+        tables = np.pad(tables, ((0, 0), (0, 1), (0, 0)))
         columns = affinity_columns(len(segments)) if arm.affinity else 0
         blank = AffinityInput(
-            tuple(segments), torch.from_numpy(tables[-1].copy()), torch.zeros(columns), torch.ones(columns)
+            tuple(segments), torch.from_numpy(tables[-1, :-1].copy()), torch.zeros(columns), torch.ones(columns)
         )
         given = Given(arm, dataset, texts, blank, tables, tables_of_user)
         if not columns:
@@ -141,7 +142,7 @@ class Given:
         if affinity is None:
             return Given(arm, dataset, texts)
         users = np.zeros(len(dataset.users), np.int64)
-        return Given(arm, dataset, texts, affinity, affinity.vectors.numpy()[None], users)
+        return Given(arm, dataset, texts, affinity, np.pad(affinity.vectors.numpy(), ((0, 1), (0, 0)))[None], users)
 
     def spec(self, base: InputSpec, knowledge: int) -> InputSpec:
         """Sizes of the model's inputs; `knowledge` components come out of the adaptor."""
@@ -180,7 +181,6 @@ class Given:
         table = self.table_of_user[samples.user[at][::step].numpy()][:, None]
         candidates = samples.item[at].numpy().reshape(-1, step)
         vectors, history = self.tables[table, candidates], self.tables[table, items]
-        history = np.where(seen[..., None], history, np.float32(0))
         found = affinity(vectors, history, ratings, seen, self.affinity.widths)
         return found.reshape(-1, found.shape[2])
 
@@ -204,11 +204,10 @@ class Given:
         lists = at[:: samples.list_length]
         items, ratings, seen = self._window(samples.event[lists].numpy())
         table = self.table_of_user[samples.user[lists].numpy()][:, None]
-        history = np.where(seen[..., None], self.tables[table, items], np.float32(0))
         own = np.repeat(table[:, 0], samples.list_length)
         return {
             "item_vector": torch.from_numpy(self.tables[own, samples.item[at].numpy()]),
-            "history_vector": torch.from_numpy(history),
+            "history_vector": torch.from_numpy(self.tables[table, items]),
             "history_weight": torch.from_numpy(centred(ratings, seen)),
         }
 

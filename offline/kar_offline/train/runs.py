@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from kar_offline.train.processes import in_processes
 from kar_offline.train.ranks import Ranks
 from kar_sidecar.errors import InputError, PreconditionError
 
-__all__ = ["DEFAULT_BACKBONES", "Run", "Trained", "rows", "train", "train_run"]
+__all__ = ["DEFAULT_BACKBONES", "Run", "Trained", "new_model", "rows", "train", "train_run"]
 
 DEFAULT_BACKBONES: Final = ("dcnv2", "din")
 """What `kar train` makes unless told otherwise."""
@@ -104,16 +104,18 @@ def train_run(
     if not len(samples) or not len(held_out):
         raise PreconditionError("the dataset has no training or no validation samples: build it with more users")
     given = Given.of(arm, data, samples, encodings, seed=settings.seed)
-    adaptor = _adaptor(arm, given, settings)
-    width = (adaptor.get("out") or adaptor["dim"]) if adaptor else 0
-    spec = given.spec(data.spec, width)
-
-    def make() -> CTRModel:
-        return build_model(run.backbone, spec, data.categories, adaptor)
-
     train_feed, validation_feed = (Feed.of(data, part, given) for part in (samples, held_out))
+    make = partial(new_model, run, data, given, settings)
     fitted = fit(make, train_feed, validation_feed, settings, folder=folder, on_epoch=on_epoch)
-    return Trained(fitted, given, adaptor, {"train": len(samples), "validation": len(held_out)})
+    sizes = {"train": len(samples), "validation": len(held_out)}
+    return Trained(fitted, given, _adaptor(arm, given, settings), sizes)
+
+
+def new_model(run: Run, data: EncodedDataset, given: Given, settings: TrainSettings) -> CTRModel:
+    """The model of a run with initial weights from torch's current random state."""
+    adaptor = _adaptor(ARMS[run.arm], given, settings)
+    width = (adaptor.get("out") or adaptor["dim"]) if adaptor else 0
+    return build_model(run.backbone, given.spec(data.spec, width), data.categories, adaptor)
 
 
 def rows(data: EncodedDataset, backbone: str, split: int, seed: int) -> Samples:
