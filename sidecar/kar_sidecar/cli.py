@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -82,6 +83,10 @@ app = typer.Typer(
 app.callback()(lambda: None)
 
 
+def _complain(console: Console, text: str) -> None:
+    console.print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
+
+
 def main() -> None:
     """Run `kar`."""
     # Spinning OpenMP threads on shared cores cost 20x; set before any library reads it.
@@ -90,16 +95,14 @@ def main() -> None:
     try:
         app()
     except KarError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        _complain(console, str(error))
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        console.print(f"[bold red]error:[/] {_needs(error)}", highlight=False, soft_wrap=True)
+        _complain(console, _needs(error))
         sys.exit(1)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        console.print(
-            f"[bold red]error:[/] {what}: name another path or make it usable", highlight=False, soft_wrap=True
-        )
+        _complain(console, f"{what}: name another path or make it usable")
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,3 +45,12 @@ def work(tmp_path):
             }
             (tmp_path / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
     return tmp_path
+
+
+@pytest.fixture
+def titled(work):
+    """The same with titles: item 3 is Film 3."""
+    dataset = Dataset.load(work / "dataset")
+    named = [Entity(item.id, item.features, {"title": f"Film {at}"}) for at, item in enumerate(dataset.items)]
+    replace(dataset, items=named).save(work / "dataset")
+    return work

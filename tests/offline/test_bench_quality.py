@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,17 @@ from kar_offline.bench.jobs import Job, Protocol, default_jobs
 from kar_offline.bench.quality import measure, train_jobs
 from kar_offline.bench.report import quality_table, write_quality_report
 from kar_offline.dataset.lists import rerank_lists
-from kar_offline.dataset.samples import TEST, Dataset
+from kar_offline.dataset.samples import TEST, TRAIN, Dataset
 from kar_offline.evaluate.metrics import auc
 from kar_offline.evaluate.ranking import average_precision
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.features import encode_dataset
+from kar_offline.train.feed import Feed
+from kar_offline.train.fit import TrainSettings, predict_logits
+from kar_offline.train.given import Given
+from kar_offline.train.runs import InitialRanker, Run, new_model
+from kar_sidecar.errors import InputError
 from kar_sidecar.hashing import file_sha256
 
 pytestmark = pytest.mark.unit
@@ -180,3 +186,44 @@ def test_refusals(tmp_path, options):
     done = CliRunner().invoke(bench, ["quality", "--work", str(tmp_path), *options])
     assert done.exit_code != 0
     assert type(done.exception).__name__ == "InputError"
+
+
+def test_an_initial_ranker_puts_lists_in_its_order_and_predictions_stay_in_theirs(work):
+    data = encode_dataset(Dataset.load(work / "dataset").split_by_user(fold=0, folds=2))
+    given = Given.of(ARMS["control"], data, data.samples(TRAIN), work, seed=0)
+    torch.manual_seed(0)
+    ranker = InitialRanker(new_model(Run("dcn", "control"), data, given, SETTINGS).eval(), given)
+    lists = data.lists(TEST, seed=0)
+    order = ranker.order(data, lists)
+    assert sorted(order.tolist()) == list(range(len(lists)))
+    one_by_one = torch.cat(
+        [
+            predict_logits(ranker.model, Feed.of(data, replace(lists.rows(row[None]), list_length=1), given))
+            for row in torch.arange(len(lists))
+        ]
+    ).view(-1, 10)
+    assert not torch.equal(order, torch.arange(len(lists)))
+    for number, scores in enumerate(one_by_one.tolist()):
+        expected = sorted(range(10), key=lambda at: -scores[at])
+        assert [at - 10 * number for at in order[10 * number : 10 * number + 10].tolist()] == expected
+
+    jobs = default_jobs(["dlcm"], ["control"], [0], [0], "dcn") + default_jobs(["dlcm"], ["control"], [0], [0])
+    assert trained(work, jobs) == 2
+    assert trained(work, jobs) == 0
+    behind, alone = (np.load(job.folder(work, PROTOCOL, "encoding") / "predictions.npy") for job in jobs)
+    assert behind.shape == alone.shape == (len(lists),)
+    assert not np.array_equal(behind, alone)
+    report = measure(work, PROTOCOL, "encoding", jobs[:1], resamples=20)
+    labels = lists.label.view(-1, 10).numpy()
+    assert report["rows"][0]["ranker"] == "dcn"
+    assert report["rows"][0]["map"] == np.nanmean(average_precision(labels, behind.reshape(-1, 10), 10))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--ranker", "prm"], "ranker 'prm' is not known"), (["--ranker", "dcn", "--model", "din"], "din takes no order")],
+)
+def test_a_ranker_is_checked(tmp_path, options, said):
+    told = CliRunner().invoke(bench, ["quality", "--dataset", "prepared", "--work", str(tmp_path), *options])
+    assert isinstance(told.exception, InputError)
+    assert said in str(told.exception)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.lists import LIST_LENGTH, order_by, rerank_lists
+from kar_offline.dataset.lists import LIST_LENGTH, rerank_lists
 from kar_offline.dataset.samples import TEST, TRAIN, Dataset, Entity
 from kar_sidecar.errors import InputError
 
@@ -62,16 +62,6 @@ def test_lists_depend_on_seed_and_user_alone():
     fewer = rerank_lists(replace(dataset, event_split=split), TEST, seed=3)
     np.testing.assert_array_equal(fewer.item, lists.item[2:])
     assert len(rerank_lists(dataset, TRAIN + 1, seed=3).item) == 0
-
-
-def test_an_initial_ranker_orders_lists():
-    lists = rerank_lists(make_dataset(), TEST, seed=0)
-    scores = np.random.default_rng(0).integers(0, 3, lists.item.shape)
-    ordered = order_by(lists, scores)
-    for row in range(len(scores)):
-        expected = sorted(range(LIST_LENGTH), key=lambda i: (-scores[row, i], i))
-        assert ordered.item[row].tolist() == lists.item[row][expected].tolist()
-        assert ordered.label[row].tolist() == lists.label[row][expected].tolist()
 
 
 def test_a_user_who_rated_everything_is_named():

@@ -270,3 +270,4 @@ def test_the_command_builds_once_and_leaves_nothing_behind_on_errors(tmp_path: P
     write(events, EVENTS)
     assert "up to date" in " ".join(CliRunner().invoke(app, args).output.split())
     assert isinstance(CliRunner().invoke(app, args[:2]).exception, InputError)
+    assert "leave them out with --events" in str(CliRunner().invoke(app, [*args, "--limit", "3"]).exception)

@@ -47,6 +47,7 @@ def test_help_names_every_stage():
         (["publish", "--work", "missing-folder"], "kar export", 1),
         (["serve", "--mode", "sideways"], "mode", 2),
         (["rank", "--ready-file", "missing-file"], "kar serve", 2),
+        (["rank", "--ready-file", "missing[events.values]"], "missing[events.values]", 2),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

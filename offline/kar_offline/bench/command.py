@@ -12,12 +12,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kar_offline.bench.direct import measure_direct
 from kar_offline.bench.jobs import Job, Protocol, default_jobs
 from kar_offline.bench.prepare import DATASETS, prepare
 from kar_offline.bench.quality import measure, train_jobs
-from kar_offline.bench.report import quality_table, training_table, write_quality_report
+from kar_offline.bench.report import direct_table, quality_table, training_table, write_quality_report
 from kar_offline.bench.training import Options, measure_training
 from kar_offline.dataset.samples import FOLDS
+from kar_offline.generate.local import MODEL, LocalChat
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.options import JsonFile, Work, write_json
 from kar_offline.train.arms import ARMS
@@ -41,7 +43,7 @@ class By(StrEnum):
 
 @bench.callback()
 def _bench() -> None:
-    """Measure the quality of models and the speed of training."""
+    """Measure the quality of models, the speed of training, and asking a language model instead."""
 
 
 @bench.command()
@@ -59,6 +61,9 @@ def quality(
     folds: Annotated[int, typer.Option(min=2, help="Folds that users are dealt into.")] = FOLDS,
     fold: Annotated[list[int] | None, typer.Option(help="Only these folds, from 0; default: all.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of training; default: 0.")] = None,
+    ranker: Annotated[
+        str, typer.Option(help="Rerankers alone, on lists in the order of this model, trained without knowledge.")
+    ] = "",
     split: Annotated[By, typer.Option(help="Test on other users, or on the latest events.")] = By.USER,
     encodings: Annotated[str, typer.Option(help="prepared: folder in WORK with the vectors.")] = "encoding",
     epochs: Annotated[int, typer.Option(min=1, help="At most; early stopping ends sooner.")] = TrainSettings().epochs,
@@ -76,9 +81,13 @@ def quality(
             raise InputError(f"{kind} {unknown[0]!r} is not known: choose from {', '.join(known[kind])}")
     if outside := [number for number in fold or () if not 0 <= number < folds]:
         raise InputError(f"fold {outside[0]} is not one of {folds}: choose from 0 to {folds - 1}")
+    if ranker and ranker not in BACKBONES:
+        raise InputError(f"ranker {ranker!r} is not known: choose from {', '.join(BACKBONES)}")
+    if ranker and (others := [name for name in model or () if name not in RERANKERS]):
+        raise InputError(f"{others[0]} takes no order of another model: leave it or --ranker out")
     protocol = Protocol(split.value, folds)
     chosen = [0] if split is By.TIME else fold or list(range(folds))
-    jobs = default_jobs(model or (), arm or (), chosen, seed or [0])
+    jobs = default_jobs(model or (), arm or (), chosen, seed or [0], ranker)
     console = Console()
     began = time.perf_counter()
     if dataset != PREPARED:
@@ -151,4 +160,36 @@ def train(
         )
     report |= {"command": shlex.join(["kar", *sys.argv[1:]])}
     console.print(training_table(report))
+    write_json(json_file, report)
+
+
+@bench.command()
+def direct(
+    work: Work = Path("var/quality"),
+    model: Annotated[str, typer.Option(help="The reranker to compare with.")] = "prm",
+    users: Annotated[int, typer.Option(min=1, help="Test users, one list of ten each.")] = 50,
+    json_file: JsonFile = None,
+) -> None:
+    """Ask a small local language model to rank, beside a reranker trained for it: a toy (extra local-llm)."""
+    if model not in RERANKERS:
+        raise InputError(f"model {model!r} is no reranker: choose from {', '.join(RERANKERS)}")
+    console = Console()
+    encodings = prepare(work, "ml-100k", None, "minilm", console=console)
+    llm = LocalChat(parameters={"temperature": 0.0, "max_tokens": 60, "seed": 1}, concurrency=1)
+    torch.set_num_threads(1)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        asked = progress.add_task(f"ask {MODEL}", total=users)
+        trained = progress.add_task("train", total=None)
+        report = measure_direct(
+            work,
+            work / encodings,
+            llm,
+            model=model,
+            users=users,
+            on_answer=lambda: progress.advance(asked),
+            on_epoch=lambda arm, epoch: progress.update(trained, description=f"{model} {arm}, epoch {epoch.number}"),
+        )
+    console.print(direct_table(report))
     write_json(json_file, report)

@@ -3,6 +3,7 @@
 <work>/quality/<encodings>/<split>/fold<f>_seed<s>/<model>_<arm>/
   predictions.npy           [S] float32 probabilities of the fold's test rows, in their order
   predictions_<rung>.npy    the same when less is known, for the arm "knowledge"
+Behind an initial ranker the folder is <model>_<arm>_after_<ranker>; lists are saved in their own order all the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,20 +14,23 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from kar_kernels import Tower
-from kar_offline.dataset.samples import TEST, Dataset
+from kar_offline.dataset.samples import TEST, TRAIN, Dataset
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.stage import StageResult, folder_hash, run_stage
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
 from kar_offline.train.features import EncodedDataset, encode_dataset
 from kar_offline.train.feed import Feed
 from kar_offline.train.fit import STATE, TrainSettings, predict_logits
-from kar_offline.train.runs import Run, rows, train_run
+from kar_offline.train.given import Given
+from kar_offline.train.runs import InitialRanker, Run, new_model, rows, train_run
 
 __all__ = ["RUNGS", "Job", "Protocol", "default_jobs", "fold_data", "run_job"]
 
 VERSION: Final = 1
+RANKER: Final = "ranker.safetensors"
 RUNGS: Final[Mapping[str, tuple[Tower, ...]]] = {"no_items": ("item",), "neutral": ("user", "item")}
 """What is forgotten on the lower rungs of the knowledge model."""
 WIDE: Final = ("dcnv2", "din")
@@ -58,6 +62,8 @@ class Job:
     arm: str
     fold: int
     seed: int
+    ranker: str = ""
+    """Of a reranker: the model, trained without knowledge, in whose order lists are; empty: their own order."""
 
     @property
     def cost(self) -> float:
@@ -67,19 +73,28 @@ class Job:
 
     def folder(self, work: Path, protocol: Protocol, encodings: str) -> Path:
         """Where its stage writes."""
-        run = f"{self.model}_{self.arm}"
+        run = f"{self.model}_{self.arm}" + (f"_after_{self.ranker}" if self.ranker else "")
         return work / "quality" / encodings / protocol.name / f"fold{self.fold}_seed{self.seed}" / run
 
 
-def default_jobs(models: Sequence[str], arms: Sequence[str], folds: Sequence[int], seeds: Sequence[int]) -> list[Job]:
-    """The grid, fold by fold, long trainings first; without `models` or `arms` what each model is measured with."""
-    chosen = models or (*BACKBONES, *RERANKERS)
+def default_jobs(
+    models: Sequence[str], arms: Sequence[str], folds: Sequence[int], seeds: Sequence[int], ranker: str = ""
+) -> list[Job]:
+    """The grid, fold by fold, long trainings first; without `models` or `arms` what each model is measured with.
+
+    With an initial `ranker` the models are rerankers.
+    """
+    chosen = models or (RERANKERS if ranker else (*BACKBONES, *RERANKERS))
 
     def arms_of(model: str) -> Sequence[str]:
         return arms or (tuple(ARMS) if model in WIDE else DEFAULT_ARMS)
 
     jobs = [
-        Job(model, arm, fold, seed) for model in chosen for arm in arms_of(model) for fold in folds for seed in seeds
+        Job(model, arm, fold, seed, ranker)
+        for model in chosen
+        for arm in arms_of(model)
+        for fold in folds
+        for seed in seeds
     ]
     return sorted(jobs, key=lambda job: (job.seed, job.fold, -job.cost, job.model))
 
@@ -97,6 +112,27 @@ def fold_data(folder: Path, content: str, protocol: Protocol, fold: int) -> Enco
     return encode_dataset(split_dataset(Dataset.load(folder), protocol, fold))
 
 
+def _ranker(work: Path, protocol: Protocol, job: Job, data: EncodedDataset, settings: TrainSettings) -> InitialRanker:
+    """The initial ranker of a job's fold and seed, trained as a stage that its jobs share."""
+    first = Run(job.ranker, "control")
+    folder = Job(job.ranker, "initial", job.fold, job.seed).folder(work, protocol, "")
+
+    def build(draft: Path) -> dict[str, Any]:
+        trained = train_run(data, work, first, settings, folder=draft)
+        save_file({name: value.contiguous() for name, value in trained.model.state_dict().items()}, draft / RANKER)
+        (draft / STATE).unlink()
+        return {"best_epoch": trained.fitted.best.number}
+
+    params = {"protocol": protocol.name, "model": job.ranker, "fold": job.fold, **settings.to_json()}
+    run_stage(
+        f"initial {job.ranker}", folder, build, inputs={"dataset": work / "dataset"}, params=params, version=VERSION
+    )
+    given = Given.of(ARMS[first.arm], data, data.samples(TRAIN), work, seed=settings.seed)
+    model = new_model(first, data, given, settings)
+    model.load_state_dict(load_file(folder / RANKER))
+    return InitialRanker(model.eval(), given)
+
+
 def run_job(
     task: tuple[Path, Protocol, str, Job, TrainSettings], notify: Callable[[tuple[Job, int]], None]
 ) -> StageResult:
@@ -108,22 +144,26 @@ def run_job(
     def build(draft: Path) -> dict[str, Any]:
         data = fold_data(work / "dataset", folder_hash(work / "dataset"), protocol, job.fold)
         run = Run(job.model, job.arm)
+        ranker = _ranker(work, protocol, job, data, settings) if job.ranker else None
         trained = train_run(
             data,
             work / encodings,
             run,
             settings,
             folder=draft,
+            ranker=ranker,
             on_epoch=lambda epoch: notify((job, epoch.number)),
         )
         samples = rows(data, job.model, TEST, settings.seed)
+        order = ranker.order(data, samples) if ranker else torch.arange(len(samples))
         given = {"": trained.given} | (
             {f"_{rung}": trained.given.without(kinds) for rung, kinds in RUNGS.items()}
             if job.arm == "knowledge"
             else {}
         )
         for rung, known in given.items():
-            scores = torch.sigmoid(predict_logits(trained.model, Feed.of(data, samples, known)))
+            scores = torch.empty(len(samples))
+            scores[order] = torch.sigmoid(predict_logits(trained.model, Feed.of(data, samples.rows(order), known)))
             np.save(draft / f"predictions{rung}.npy", scores.numpy())
         (draft / STATE).unlink()
         fitted = trained.fitted
@@ -131,6 +171,7 @@ def run_job(
 
     inputs = {"dataset": work / "dataset"} | ({"encoding": work / encodings} if arm.texts else {})
     params = {"protocol": protocol.name, "model": job.model, "arm": job.arm, "fold": job.fold, **settings.to_json()}
+    params |= {"ranker": job.ranker} if job.ranker else {}
     folder = job.folder(work, protocol, encodings)
     result = run_stage(f"{job.model} {job.arm}", folder, build, inputs=inputs, params=params, version=VERSION)
     notify((job, 0))

@@ -246,6 +246,7 @@ def _score(job: Job, folder: Path, test: _Fold | _Lists, dataset: str) -> _Score
         "arm": job.arm,
         "fold": job.fold,
         "seed": job.seed,
+        **({"ranker": job.ranker} if job.ranker else {}),
         **_metrics(test, scores),
         "interval": None,
         "predictions_sha256": file_sha256(file),

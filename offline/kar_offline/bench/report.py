@@ -15,7 +15,7 @@ from rich.text import Text
 
 from kar_offline.bench.quality import LIST_METRICS, METRICS
 
-__all__ = ["quality_table", "training_table", "write_quality_report"]
+__all__ = ["direct_table", "quality_table", "training_table", "write_quality_report"]
 
 COLOURS: Final = {
     "control": "#9aa5b1",
@@ -93,6 +93,20 @@ def training_table(report: Mapping[str, Any]) -> Group:
     if busy > IDLE_CORES:
         lines.append(f"others kept {busy:.1f} cores busy: measure again on an idle machine")
     return Group(table, *(Text(line) for line in lines))
+
+
+def direct_table(report: Mapping[str, Any]) -> Group:
+    """How a language model and ours rank the same lists, ready to print."""
+    table = Table(title=f"{report['dataset']}: {report['lists']} lists of 10, one request each")
+    table.add_column("ranker")
+    for column in ("MAP", "NDCG", "hits at 1", "p50, ms", "p99, ms", "named all"):
+        table.add_column(column, justify="right")
+    for row in report["rows"]:
+        times = [f"{row[name]:,.1f}" if name in row else "" for name in ("p50_ms", "p99_ms")]
+        complete = f"{row['complete']:.0%}" if "complete" in row else ""
+        quality = [f"{row[name]:.4f}" for name in ("map", "ndcg", "hits_at_1")]
+        table.add_row(row["ranker"], *quality, *times, complete)
+    return Group(table, Text("A toy: the model is one that runs anywhere.", style="dim"))
 
 
 def plot_forest(summary: Sequence[Mapping[str, Any]]) -> Figure:

@@ -85,6 +85,8 @@ def _build(
     split: Split,
 ) -> StageResult:
     events, users, items, mapping = own
+    if any(own) and (limit is not None or folder is not None):
+        raise InputError("--limit and --from are for MovieLens: leave them out with --events")
     if events and mapping:
         from kar_offline.dataset.table import build_tables  # pyarrow takes its time
 

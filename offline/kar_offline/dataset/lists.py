@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kar_offline.dataset.samples import TRAIN, Dataset
 from kar_sidecar.errors import InputError
 
-__all__ = ["LIST_LENGTH", "Lists", "order_by", "rerank_lists"]
+__all__ = ["LIST_LENGTH", "Lists", "rerank_lists"]
 
 WINDOW: Final = 4
 SAMPLED: Final = 6
@@ -65,10 +65,3 @@ def rerank_lists(dataset: Dataset, split: int, *, seed: int) -> Lists:
         empty = np.zeros((0, LIST_LENGTH), np.int64)
         return Lists(empty, empty, empty.astype(np.float32))
     return Lists(np.concatenate(events), np.concatenate(items), np.concatenate(labels))
-
-
-def order_by(lists: Lists, scores: NDArray[np.floating]) -> Lists:
-    """The lists in the order of an initial ranker: by its `scores` [n, 10], best first, ties as they lie."""
-    order = np.argsort(-scores, axis=1, kind="stable")
-    rows = np.arange(len(order))[:, np.newaxis]
-    return Lists(lists.event[rows, order], lists.item[rows, order], lists.label[rows, order])

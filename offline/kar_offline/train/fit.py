@@ -15,9 +15,10 @@ from torch import Tensor
 
 from kar_offline.models import CTRModel
 from kar_offline.train.feed import Feed
+from kar_offline.train.given import Given
 from kar_offline.train.ranks import Ranks
 
-__all__ = ["STATE", "Epoch", "Fitted", "TrainSettings", "fit", "predict_logits"]
+__all__ = ["STATE", "Epoch", "Fitted", "TrainSettings", "fit", "knowledge_vectors", "predict_logits"]
 
 STATE: Final = "state.safetensors"
 EVALUATION_BATCH: Final = 2048
@@ -94,17 +95,26 @@ class Fitted:
 
 
 @torch.no_grad()
-def predict_logits(model: CTRModel, feed: Feed) -> Tensor:
-    """Log-odds [S] of all rows, in evaluation mode; every user and item passes through the adaptor once."""
+def knowledge_vectors(model: CTRModel, given: Given) -> dict[str, Tensor]:
+    """What is prestored: the adaptor's output [entities, out] of every user and item, by tower."""
+    if model.adaptor is None:
+        return {}
+    device = next(model.parameters()).device
+    tables: dict[str, Tensor] = {}
+    for tower in model.adaptor.towers:
+        vectors, present = given.known(tower)
+        tables[tower] = model.adaptor.adapt(vectors.to(device), present.to(device), tower)
+    return tables
+
+
+@torch.no_grad()
+def predict_logits(model: CTRModel, feed: Feed, tables: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Log-odds [S] of all rows, in evaluation mode; `tables` are the `knowledge_vectors`, by default made here."""
     model.eval()
     device = next(model.parameters()).device
     step = feed.samples.list_length
     rows = {"user": feed.samples.user, "item": feed.samples.item}
-    tables: dict[str, Tensor] = {}
-    if model.adaptor is not None:
-        for tower in model.adaptor.towers:
-            vectors, present = feed.given.known(tower)
-            tables[tower] = model.adaptor.adapt(vectors.to(device), present.to(device), tower)
+    tables = knowledge_vectors(model, feed.given) if tables is None else tables
     logits = []
     for at in feed.in_order(EVALUATION_BATCH):
         own = {tower: rows[tower][at[::step] if tower == "user" else at].to(device) for tower in tables}

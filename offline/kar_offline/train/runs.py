@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
+
+import torch
+from torch import Tensor
 
 from kar_offline.dataset.samples import TRAIN, VALIDATION, Dataset
 from kar_offline.models import BACKBONES, RERANKERS, CTRModel
@@ -15,13 +18,13 @@ from kar_offline.train.checkpoint import build_model, run_folder, save_trained
 from kar_offline.train.curves import write_curves
 from kar_offline.train.features import EncodedDataset, Samples, encode_dataset
 from kar_offline.train.feed import Feed
-from kar_offline.train.fit import STATE, Epoch, Fitted, TrainSettings, fit
+from kar_offline.train.fit import STATE, Epoch, Fitted, TrainSettings, fit, predict_logits
 from kar_offline.train.given import Given
 from kar_offline.train.processes import in_processes
 from kar_offline.train.ranks import Ranks
 from kar_sidecar.errors import InputError, PreconditionError
 
-__all__ = ["DEFAULT_BACKBONES", "Run", "Trained", "new_model", "rows", "train", "train_run"]
+__all__ = ["DEFAULT_BACKBONES", "InitialRanker", "Run", "Trained", "new_model", "rows", "train", "train_run"]
 
 DEFAULT_BACKBONES: Final = ("dcnv2", "din")
 """What `kar train` makes unless told otherwise."""
@@ -61,6 +64,21 @@ class Trained:
         return self.fitted.model
 
 
+@dataclass(frozen=True, slots=True)
+class InitialRanker:
+    """A trained model of single rows, in whose order a reranker finds its lists."""
+
+    model: CTRModel
+    given: Given
+
+    def order(self, data: EncodedDataset, lists: Samples) -> Tensor:
+        """Row numbers [S] of `lists`, list by list, best first; ties as they lie."""
+        alone = replace(lists, list_length=1)
+        logits = predict_logits(self.model, Feed.of(data, alone, self.given)).view(-1, lists.list_length)
+        best_first = logits.sort(dim=1, descending=True, stable=True).indices
+        return (best_first + torch.arange(0, len(lists), lists.list_length).unsqueeze(1)).flatten()
+
+
 def _adaptor(arm: Arm, given: Given, settings: TrainSettings) -> dict[str, Any] | None:
     """Arguments of the arm's adaptor (see `build_model`); None for an arm without towers."""
     if not arm.towers or given.texts is None:
@@ -84,6 +102,7 @@ def train_run(
     settings: TrainSettings,
     *,
     folder: Path,
+    ranker: InitialRanker | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Trained:
     """Train one run on the training split, choosing its epoch on the validation split.
@@ -94,6 +113,7 @@ def train_run(
         run: Backbone and arm. Rerankers learn from lists.
         settings: Seed and hyperparameters.
         folder: Where the state to resume from lies; see `fit`.
+        ranker: Puts a reranker's lists in order.
         on_epoch: Called after each epoch.
 
     Raises:
@@ -103,6 +123,8 @@ def train_run(
     samples, held_out = (rows(data, run.backbone, split, settings.seed) for split in (TRAIN, VALIDATION))
     if not len(samples) or not len(held_out):
         raise PreconditionError("the dataset has no training or no validation samples: build it with more users")
+    if ranker:
+        samples, held_out = (part.rows(ranker.order(data, part)) for part in (samples, held_out))
     given = Given.of(arm, data, samples, encodings, seed=settings.seed)
     train_feed, validation_feed = (Feed.of(data, part, given) for part in (samples, held_out))
     make = partial(new_model, run, data, given, settings)
