@@ -7,14 +7,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kar.records.v1.records_pb2 import KnowledgeRecord
 from kar_offline.bench.command import bench
-from kar_offline.bench.jobs import Job, Protocol, default_jobs
-from kar_offline.bench.quality import measure, train_jobs
+from kar_offline.bench.jobs import RUNGS, Job, Protocol, default_jobs
+from kar_offline.bench.quality import BUCKETS, measure, train_jobs
 from kar_offline.bench.report import quality_table, write_quality_report
 from kar_offline.dataset.lists import rerank_lists
 from kar_offline.dataset.samples import TEST, TRAIN, Dataset
-from kar_offline.evaluate.metrics import auc
+from kar_offline.evaluate.metrics import auc, gauc
 from kar_offline.evaluate.ranking import average_precision
+from kar_offline.generate.records import write_knowledge
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
 from kar_offline.train.features import encode_dataset
@@ -24,6 +26,7 @@ from kar_offline.train.given import Given
 from kar_offline.train.runs import InitialRanker, Run, new_model
 from kar_sidecar.errors import InputError
 from kar_sidecar.hashing import file_sha256
+from kar_sidecar.store import ITEM
 
 pytestmark = pytest.mark.unit
 
@@ -60,11 +63,13 @@ def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(work
         fold = dataset.split_by_user(fold=row["fold"], folds=2)
         events = fold.samples(TEST)
         users |= set(fold.event_user[events].tolist())
-        file = Job("dcn", row["arm"], row["fold"], 0).folder(work, PROTOCOL, "encoding") / "predictions.npy"
+        rung = row["arm"] if row["arm"] in RUNGS else ""
+        folder = Job("dcn", "knowledge" if rung else row["arm"], row["fold"], 0).folder(work, PROTOCOL, "encoding")
+        file = folder / (f"predictions_{rung}.npy" if rung else "predictions.npy")
         assert row["auc"] == auc(fold.labels[events], np.load(file))
         assert row["predictions_sha256"] == file_sha256(file)
         assert (row["interval"] is None) == (row["arm"] == "control")
-    assert len(report["rows"]) == 6
+    assert len(report["rows"]) == 2 * (3 + len(RUNGS))
     assert users == set(range(40))  # each user is tested once
     assert report["test"]["users"] == 40
     by_arm = {entry["arm"]: entry for entry in report["summary"]}
@@ -75,7 +80,8 @@ def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(work
     assert difference["low"] <= difference["mean"] <= difference["high"]
     assert difference["p"] <= difference["p_holm"] <= 1
     assert set(by_arm["knowledge"]["minus"]) == {"control", "raw_text"}
-    assert set(report["rungs"]["dcn"]) == {"full", "no_items", "neutral"}
+    assert set(by_arm) == {*DEFAULT_ARMS, "no_items", "neutral"}
+    assert set(by_arm["neutral"]["minus"]) == {"control"}
     json.dumps(report)
 
 
@@ -117,7 +123,7 @@ def test_rerankers_are_measured_on_lists(work):
     trained(work, jobs)
     report = measure(work, PROTOCOL, "encoding", jobs, resamples=50)
     dataset = Dataset.load(work / "dataset")
-    for row in report["rows"]:
+    for row in (row for row in report["rows"] if row["arm"] not in RUNGS):
         lists = rerank_lists(dataset.split_by_user(fold=row["fold"], folds=2), TEST, seed=0)
         scores = np.load(
             Job("setrank", row["arm"], row["fold"], 0).folder(work, PROTOCOL, "encoding") / "predictions.npy"
@@ -127,18 +133,40 @@ def test_rerankers_are_measured_on_lists(work):
         assert set(row["at"]) == {"1", "3", "5", "7"}
     [entry] = [entry for entry in report["summary"] if entry["arm"] == "knowledge"]
     assert entry["minus"]["control"]["low"] <= entry["minus"]["control"]["mean"] <= entry["minus"]["control"]["high"]
-    assert set(report["rungs"]["setrank"]["neutral"]) == {"map", "ndcg"}
+    assert {entry["arm"] for entry in report["summary"]} == {*DEFAULT_ARMS, *RUNGS}
     assert report["breakdowns"] == []
 
 
 def test_breakdowns_cover_every_sample_once(work):
     jobs = default_jobs(["dcn"], ["control"], [0, 1], [0])
     trained(work, jobs)
+    (work / "knowledge").mkdir()
+    write_knowledge(work / "knowledge", [KnowledgeRecord(id="i03", entity=ITEM, text="A film.", confidence="low")])
     report = measure(work, PROTOCOL, "encoding", jobs, resamples=10)
-    for by in ("item_ratings", "events_before"):
-        buckets = [entry for entry in report["breakdowns"] if entry["by"] == by]
+    by = {name: [entry for entry in report["breakdowns"] if entry["by"] == name] for name in (*BUCKETS, "confidence")}
+    for buckets in by.values():
         assert sum(entry["samples"] for entry in buckets) == report["test"]["samples"]
         assert all(math.isnan(entry["auc"]) or 0 <= entry["auc"] <= 1 for entry in buckets)
+    dataset = Dataset.load(work / "dataset")
+    tested = [dataset.split_by_user(fold=fold, folds=2).samples(TEST) for fold in range(2)]
+    about = sum((dataset.event_item[events] == 3).sum() for events in tested)
+    assert {entry["bucket"]: entry["samples"] for entry in by["confidence"]}["low"] == about
+    assert [entry["bucket"] for entry in by["user_events"]] == ["0 to 50"]
+
+
+def test_a_bucket_of_one_fold_has_the_metrics_of_its_rows(work):
+    [job] = jobs = default_jobs(["dcn"], ["control"], [0], [0])
+    trained(work, jobs)
+    report = measure(work, PROTOCOL, "encoding", jobs, resamples=10)
+    fold = Dataset.load(work / "dataset").split_by_user(fold=0, folds=2)
+    events = fold.samples(TEST)
+    scores = np.load(job.folder(work, PROTOCOL, "encoding") / "predictions.npy")
+    seen = np.bincount(fold.event_item[fold.event_split == TRAIN], minlength=30)[fold.event_item[events]]
+    here = (seen >= 6) & (seen <= 20)
+    [entry] = [e for e in report["breakdowns"] if (e["by"], e["bucket"]) == ("item_ratings", "6 to 20")]
+    assert entry["samples"] == here.sum()
+    assert entry["auc"] == auc(fold.labels[events][here], scores[here])
+    assert entry["gauc"] == gauc(fold.labels[events][here], scores[here], fold.event_user[events][here])
 
 
 def test_the_command_writes_json_and_page(work, tmp_path):
@@ -160,7 +188,7 @@ def test_the_command_writes_json_and_page(work, tmp_path):
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "q.json").read_text())
     assert {(row["model"], row["arm"], row["fold"]) for row in report["rows"]} == {
-        ("dcnv2", arm, fold) for arm in ("control", "knowledge") for fold in (0, 1)
+        ("dcnv2", arm, fold) for arm in ("control", "knowledge", *RUNGS) for fold in (0, 1)
     }
     assert report["trained"] == 4
     page = (tmp_path / "q.html").read_text()

@@ -25,7 +25,7 @@ ANN = Prompt("7", "reasoning", "user", "reasoning/1", "Analyse her.", "cd34", 2,
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "pack.toml").write_text(HEADER)
-    (tmp_path / "item.jsonl").write_text('{"id": "1", "kind": "factual", "text": " A comedy. "}\n')
+    (tmp_path / "item.jsonl").write_text('{"id": "1", "confidence": "low", "text": " A comedy. "}\n')
     (tmp_path / "user.jsonl").write_text('{"id": "7", "cutoff": 2, "text": "Likes drama."}\n')
     return tmp_path
 
@@ -36,7 +36,8 @@ def test_records_answer_the_prompts_in_their_order_with_provenance(folder: Path)
     assert (ann.template, ann.prompt_sha256, ann.llm, ann.history_cutoff) == ("reasoning/1", "unknown", "A model", 2)
     assert ann.created_at.ToDatetime(UTC) == datetime(2026, 11, 1, tzinfo=UTC)
     assert (story.id, story.entity, story.text) == ("1", records_pb2.ENTITY_KIND_ITEM, "A comedy.")
-    assert (story.template, story.history_cutoff) == ("factual/1", 0)
+    assert (story.template, story.history_cutoff, story.confidence) == ("factual/1", 0, "low")
+    assert ann.confidence == ""
 
 
 def test_a_text_may_hold_any_character(folder: Path) -> None:

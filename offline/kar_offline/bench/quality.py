@@ -9,8 +9,8 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,12 +32,13 @@ from kar_offline.evaluate.metrics import (
     reliability,
 )
 from kar_offline.evaluate.ranking import average_precision, hit, ndcg
+from kar_offline.generate.records import read_knowledge
 from kar_offline.models import RERANKERS
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.processes import in_processes
 from kar_sidecar.hashing import file_sha256
 
-__all__ = ["CAVEATS", "COMPARISONS", "measure", "train_jobs"]
+__all__ = ["BUCKETS", "CAVEATS", "COMPARISONS", "measure", "train_jobs"]
 
 CAVEATS: Final = (
     "The writer of the knowledge pack knew the films' later reputation and may have seen MovieLens.",
@@ -52,15 +53,19 @@ COMPARISONS: Final = {
     "cf_knowledge": ("cf", "knowledge"),
 }
 """What an arm is compared with beside the control."""
-ACTIVITY: Final = (0, 1, 6, 21, 101)
-"""Lower bounds of the buckets of training ratings an item has."""
-LENGTHS: Final = (0, 11, 31, 101)
-"""Lower bounds of the buckets of events before a sample."""
+BUCKETS: Final[Mapping[str, tuple[int, ...]]] = {
+    "item_ratings": (0, 1, 6, 21, 101),
+    "user_events": (0, 51, 101, 201),
+    "events_before": (0, 11, 31, 101),
+}
+"""Lower bounds of training ratings of an item, of all events of a user, of those before a sample."""
+CONFIDENCES: Final = ("high", "medium", "low")
+UNSAID: Final = "not said"
 CUTS: Final = (1, 3, 5, 7)
 """Ranks at which lists are cut."""
 METRICS: Final = ("auc", "logloss", "gauc", "ece")
 LIST_METRICS: Final = ("map", "ndcg")
-BROKEN_DOWN: Final = ("control", "raw_text", "knowledge", "cf", "cf_knowledge")
+BROKEN_DOWN: Final = ("control", "raw_text", "knowledge", "neutral", "cf", "cf_knowledge")
 
 
 def train_jobs(
@@ -90,25 +95,29 @@ class _Fold:
 
     labels: NDArray[np.float32]
     users: NDArray[np.int32]
-    item_ratings: NDArray[np.int64]
-    """Training ratings of the row's item."""
-    before: NDArray[np.int64]
-    """Events of the user before the row."""
+    buckets: Mapping[str, NDArray[np.int64]]
+    """Number of each row's bucket, by what names it."""
     weights: NDArray[np.float64]
     """[resamples, users] of the bootstrap."""
 
     @staticmethod
-    def of(dataset: Dataset, *, seed: int, resamples: int) -> "_Fold":
+    def of(dataset: Dataset, confidence: Mapping[str, str], *, seed: int, resamples: int) -> "_Fold":
         events = dataset.samples(TEST)
-        ratings = np.bincount(dataset.event_item[dataset.event_split == TRAIN], minlength=len(dataset.items))
-        users = dataset.event_user[events]
-        return _Fold(
-            dataset.labels[events],
-            users,
-            ratings[dataset.event_item[events]],
-            events - dataset.offsets[users],
-            bootstrap_weights(len(np.unique(users)), seed=seed, resamples=resamples),
-        )
+        users, items = dataset.event_user[events], dataset.event_item[events]
+        values = {
+            "item_ratings": np.bincount(dataset.event_item[dataset.event_split == TRAIN], minlength=len(dataset.items))[
+                items
+            ],
+            "user_events": np.diff(dataset.offsets)[users],
+            "events_before": events - dataset.offsets[users],
+        }
+        buckets = {name: np.searchsorted(BUCKETS[name], value, side="right") - 1 for name, value in values.items()}
+        if confidence:
+            said = (*CONFIDENCES, UNSAID)
+            of_item = [said.index(confidence.get(item.id, UNSAID)) for item in dataset.items]
+            buckets["confidence"] = np.array(of_item, np.int64)[items]
+        weights = bootstrap_weights(len(np.unique(users)), seed=seed, resamples=resamples)
+        return _Fold(dataset.labels[events], users, buckets, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,39 +168,38 @@ def measure(
     resamples: int = 1000,
     on_job: Callable[[Job], None] = lambda job: None,
 ) -> dict[str, Any]:
-    """The report over trained `jobs`: `rows`, `summary`, `breakdowns`, `rungs`, `calibration`, `caveats`, `machine`.
+    """The report over trained `jobs`: `rows`, `summary`, `breakdowns`, `calibration`, `caveats`, `machine`.
 
-    `seed` and `resamples` are of the bootstrap. Rerankers have MAP and NDCG of whole lists, and `at` the ranks `CUTS`,
+    `seed` and `resamples` are of the bootstrap. What the knowledge models score on the lower rungs is reported like
+    further arms, named by `RUNGS`. Rerankers have MAP and NDCG of whole lists, and `at` the ranks `CUTS`,
     where others have AUC, LogLoss, GAUC and ECE. Differences (in AUC, for rerankers in MAP) carry `mean`, `low`,
     `high`, the two-sided bootstrap `p` and `p_holm`, corrected for all comparisons of the report.
     """
     dataset = Dataset.load(work / "dataset")
     folds: dict[int, _Fold] = {}
     scored: dict[tuple[str, str], list[_Scored]] = {}
-    rungs: dict[str, dict[str, list[dict[str, float]]]] = {}
+    confidence = _confidence(work)
     for fold, in_fold in groupby(sorted(jobs, key=lambda job: job.fold), key=lambda job: job.fold):
         split = split_dataset(dataset, protocol, fold)
-        test = folds[fold] = _Fold.of(split, seed=seed + fold, resamples=resamples)
+        test = folds[fold] = _Fold.of(split, confidence, seed=seed + fold, resamples=resamples)
         lists: dict[int, _Lists] = {}
         controls: dict[tuple[str, int], _Scored] = {}
         for job in sorted(in_fold, key=lambda job: (job.arm != "control", job.model, job.arm, job.seed)):
             if job.model in RERANKERS and job.seed not in lists:
                 lists[job.seed] = _Lists.of(split, test, job.seed)
             on = lists[job.seed] if job.model in RERANKERS else test
-            found = _score(job, job.folder(work, protocol, encodings), on, dataset.name)
-            control = (
-                controls.setdefault((job.model, job.seed), found)
-                if job.arm == "control"
-                else controls.get((job.model, job.seed))
-            )
-            if control is not None and control is not found:
-                difference = interval(found.value - control.value, found.resampled - control.resampled)
-                found.row["interval"] = dict(difference)
-            scored.setdefault((job.model, job.arm), []).append(found)
+            folder = job.folder(work, protocol, encodings)
+            files = {job.arm: "predictions.npy"}
             if job.arm == "knowledge":
-                for rung in RUNGS:
-                    scores = np.load(job.folder(work, protocol, encodings) / f"predictions_{rung}.npy")
-                    rungs.setdefault(job.model, {}).setdefault(rung, []).append(_metrics(on, scores))
+                files |= {rung: f"predictions_{rung}.npy" for rung in RUNGS}
+            for arm, file in files.items():
+                found = _score(replace(job, arm=arm), folder / file, on, dataset.name)
+                if arm == "control":
+                    controls[job.model, job.seed] = found
+                elif control := controls.get((job.model, job.seed)):
+                    difference = interval(found.value - control.value, found.resampled - control.resampled)
+                    found.row["interval"] = dict(difference)
+                scored.setdefault((job.model, arm), []).append(found)
             on_job(job)
     caveats = [*CAVEATS, BY_USER if protocol.split == "user" else BY_TIME]
     return {
@@ -201,10 +209,6 @@ def measure(
         "test": {"users": sum(len(np.unique(f.users)) for f in folds.values()), "samples": _total(folds)},
         "rows": [one.row for group in scored.values() for one in group],
         "summary": _summary(scored),
-        "rungs": {
-            model: {rung: _mean(values) for rung, values in {**{"full": _rows(scored, model)}, **found}.items()}
-            for model, found in rungs.items()
-        },
         "breakdowns": _breakdowns(scored, folds),
         "calibration": _calibration(scored, folds),
         "caveats": caveats,
@@ -237,8 +241,15 @@ def _metrics(test: _Fold | _Lists, scores: NDArray) -> dict[str, Any]:
     }
 
 
-def _score(job: Job, folder: Path, test: _Fold | _Lists, dataset: str) -> _Scored:
-    file = folder / "predictions.npy"
+def _confidence(work: Path) -> dict[str, str]:
+    """How sure the writer of an item's text was, by item id, where a text says so."""
+    if not (work / "knowledge").is_dir():
+        return {}
+    records = read_knowledge(work / "knowledge", "item")
+    return {record.id: record.confidence for record in records if record.confidence in CONFIDENCES}
+
+
+def _score(job: Job, file: Path, test: _Fold | _Lists, dataset: str) -> _Scored:
     scores = np.load(file, allow_pickle=False)
     row = {
         "dataset": dataset,
@@ -262,10 +273,6 @@ def _score(job: Job, folder: Path, test: _Fold | _Lists, dataset: str) -> _Score
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     names = LIST_METRICS if "map" in rows[0] else METRICS
     return {name: float(np.mean([row[name] for row in rows])) for name in names}
-
-
-def _rows(scored: Mapping[tuple[str, str], Sequence[_Scored]], model: str) -> list[dict[str, Any]]:
-    return [one.row for one in scored[model, "knowledge"]]
 
 
 def _pairs(scored: Mapping[tuple[str, str], Sequence[_Scored]]) -> Iterator[tuple[str, str, str]]:
@@ -307,41 +314,46 @@ def _difference(ours: Sequence[_Scored], theirs: Sequence[_Scored]) -> dict[str,
     }
 
 
-def _pooled(group: Sequence[_Scored], folds: Mapping[int, _Fold], value: Callable[[_Fold], NDArray]) -> NDArray:
-    return np.concatenate([value(folds[one.job.fold]) for one in group])
-
-
 def _breakdowns(
     scored: Mapping[tuple[str, str], Sequence[_Scored]], folds: Mapping[int, _Fold]
 ) -> list[dict[str, Any]]:
-    """AUC by how often training saw the item and by how much of the user was known, over all folds together."""
+    """AUC and GAUC in every bucket, over all folds together."""
     out = []
-    by: tuple[tuple[str, Sequence[int], Callable[[_Fold], NDArray]], ...] = (
-        ("item_ratings", ACTIVITY, lambda fold: fold.item_ratings),
-        ("events_before", LENGTHS, lambda fold: fold.before),
-    )
     for (model, arm), group in scored.items():
         if arm not in BROKEN_DOWN or model in RERANKERS:
             continue
         scores = np.concatenate([one.scores for one in group])
-        labels = _pooled(group, folds, lambda fold: fold.labels)
-        for name, bounds, value in by:
-            bucket = np.searchsorted(bounds, _pooled(group, folds, value), side="right") - 1
-            for number, low in enumerate(bounds):
-                chosen = bucket == number
-                high = bounds[number + 1] - 1 if number + 1 < len(bounds) else None
-                out.append(
-                    {
-                        "model": model,
-                        "arm": arm,
-                        "by": name,
-                        "from": low,
-                        "to": high,
-                        "samples": int(chosen.sum()),
-                        "auc": auc(labels[chosen], scores[chosen]) if chosen.any() else math.nan,
-                    }
-                )
+        labels = np.concatenate([folds[one.job.fold].labels for one in group])
+        # AUC within a user must not mix the scores of two trainings.
+        users = np.concatenate(
+            [folds[one.job.fold].users.astype(np.int64) + (at << 32) for at, one in enumerate(group)]
+        )
+        for by in next(iter(folds.values())).buckets:
+            numbers = np.concatenate([folds[one.job.fold].buckets[by] for one in group])
+            for number, name in enumerate(_names(by)):
+                here = numbers == number
+                if here.any():
+                    out.append(
+                        {
+                            "model": model,
+                            "arm": arm,
+                            "by": by,
+                            "bucket": name,
+                            "samples": int(here.sum()),
+                            "auc": auc(labels[here], scores[here]),
+                            "gauc": gauc(labels[here], scores[here], users[here]),
+                        }
+                    )
     return out
+
+
+def _names(by: str) -> Sequence[str]:
+    """What the buckets are called, in their order."""
+    if by not in BUCKETS:
+        return (*CONFIDENCES, UNSAID)
+    bounds = BUCKETS[by]
+    ends = [f"{low} to {high - 1}" if high - low > 1 else f"{low}" for low, high in pairwise(bounds)]
+    return (*ends, f"{bounds[-1]} or more")
 
 
 def _calibration(
@@ -350,7 +362,7 @@ def _calibration(
     out = []
     for (model, arm), group in scored.items():
         if arm in BROKEN_DOWN and model not in RERANKERS:
-            labels = _pooled(group, folds, lambda fold: fold.labels)
+            labels = np.concatenate([folds[one.job.fold].labels for one in group])
             found = reliability(labels, np.concatenate([one.scores for one in group]))
             out.append({"model": model, "arm": arm, "score": found.score.tolist(), "rate": found.rate.tolist()})
     return out

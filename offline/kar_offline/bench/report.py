@@ -21,6 +21,7 @@ COLOURS: Final = {
     "control": "#9aa5b1",
     "raw_text": "#4c9be8",
     "knowledge": "#e4572e",
+    "neutral": "#e9b44c",
     "cf": "#2a9d8f",
     "cf_knowledge": "#7b2d8b",
 }
@@ -149,20 +150,17 @@ def plot_reliability(calibration: Sequence[Mapping[str, Any]], model: str) -> Fi
 def plot_breakdown(breakdowns: Sequence[Mapping[str, Any]], model: str, by: str) -> Figure:
     """AUC of each arm minus the control's in each bucket."""
     chosen = [entry for entry in breakdowns if entry["model"] == model and entry["by"] == by]
-    control = {entry["from"]: entry["auc"] for entry in chosen if entry["arm"] == "control"}
+    control = {entry["bucket"]: entry["auc"] for entry in chosen if entry["arm"] == "control"}
     arms = [arm for arm in COLOURS if arm != "control" and any(entry["arm"] == arm for entry in chosen)]
+    samples = {entry["bucket"]: entry["samples"] for entry in chosen if entry["bucket"] in control}
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.subplots()
-    labels: dict[int, str] = {}
     for number, arm in enumerate(arms):
-        for place, entry in enumerate(entry for entry in chosen if entry["arm"] == arm):
-            to = "" if entry["to"] is None else f" to {entry['to']}" if entry["to"] > entry["from"] else ""
-            labels[place] = (
-                f"{entry['from']}{to or ('' if entry['to'] is not None else ' or more')}\n{entry['samples']:,}"
-            )
-            at = place + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
-            difference = (entry["auc"] - control.get(entry["from"], float("nan"))) * 1e4
-            axes.bar(at, difference, 0.72 / len(arms), color=COLOURS[arm], label=arm if place == 0 else None)
+        auc = {entry["bucket"]: entry["auc"] for entry in chosen if entry["arm"] == arm}
+        differences = [(auc[bucket] - control[bucket]) * 1e4 for bucket in samples]
+        at = [place + (number - (len(arms) - 1) / 2) * 0.8 / len(arms) for place in range(len(samples))]
+        axes.bar(at, differences, 0.72 / len(arms), color=COLOURS[arm], label=arm)
+    labels = {place: f"{bucket}\n{count:,}" for place, (bucket, count) in enumerate(samples.items())}
     axes.axhline(0, color="#9aa5b1", linewidth=1)
     axes.set_xticks(list(labels), list(labels.values()), fontsize=8)
     axes.set(xlabel=f"{by.replace('_', ' ')} (and samples)", ylabel="AUC minus control, 1e-4", title=model)
@@ -187,7 +185,7 @@ def write_quality_report(report: Mapping[str, Any], path: Path) -> None:
     plots = [("Difference to the control", _embedded(plot_forest(report["summary"])))]
     for model in detailed:
         plots.append((f"Reliability of {model}", _embedded(plot_reliability(report["calibration"], model))))
-        for by in ("item_ratings", "events_before"):
+        for by in dict.fromkeys(one["by"] for one in report["breakdowns"]):
             title = f"{model} by {by.replace('_', ' ')}"
             plots.append((title, _embedded(plot_breakdown(report["breakdowns"], model, by))))
     page = environment.from_string(template).render(report=report, plots=plots, signed=_signed)

@@ -48,6 +48,7 @@ class _Line(BaseModel):
     id: str
     text: str
     cutoff: int = 0
+    confidence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class Pack:
                     llm=self.header.llm,
                     history_cutoff=line.cutoff,
                     created_at=created_at,
+                    confidence=line.confidence,
                 )
             )
         return found

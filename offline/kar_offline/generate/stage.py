@@ -102,7 +102,7 @@ def generate(
     identity = source.sha256 if isinstance(source, Pack) else source.provenance
     params = {"source": identity, "kind": kind, "limit": limit}
     inputs = {"prompts": work / "prompts"}
-    result = run_stage("generate", out, build, inputs=inputs, params=params, version=1)
+    result = run_stage("generate", out, build, inputs=inputs, params=params, version=2)
     journal.unlink(missing_ok=True)
     return result
 

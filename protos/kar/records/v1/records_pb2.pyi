@@ -184,7 +184,7 @@ class Manifest(_message.Message):
     def __init__(self, release_id: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dataset: _Optional[str] = ..., encoder_id: _Optional[str] = ..., prompt_versions: _Optional[_Mapping[str, str]] = ..., adapted_space: _Optional[_Union[VectorSpace, _Mapping]] = ..., encoded_space: _Optional[_Union[VectorSpace, _Mapping]] = ..., feature_schema: _Optional[_Union[FeatureSchema, _Mapping]] = ..., feature_schema_hash: _Optional[str] = ..., feature_encodings: _Optional[_Iterable[_Union[FeatureEncoding, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelEntry, _Mapping]]] = ..., triton_adaptor: _Optional[str] = ..., files: _Optional[_Iterable[_Union[FileEntry, _Mapping]]] = ..., affinity: _Optional[_Union[Affinity, _Mapping]] = ..., towers: _Optional[_Iterable[_Union[EntityKind, str]]] = ...) -> None: ...
 
 class KnowledgeRecord(_message.Message):
-    __slots__ = ("id", "entity", "text", "template", "prompt_sha256", "llm", "history_cutoff", "created_at", "expires_at", "context")
+    __slots__ = ("id", "entity", "text", "template", "prompt_sha256", "llm", "history_cutoff", "created_at", "expires_at", "context", "confidence")
     class ContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +202,7 @@ class KnowledgeRecord(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     id: str
     entity: EntityKind
     text: str
@@ -212,7 +213,8 @@ class KnowledgeRecord(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     expires_at: _timestamp_pb2.Timestamp
     context: _containers.ScalarMap[str, str]
-    def __init__(self, id: _Optional[str] = ..., entity: _Optional[_Union[EntityKind, str]] = ..., text: _Optional[str] = ..., template: _Optional[str] = ..., prompt_sha256: _Optional[str] = ..., llm: _Optional[str] = ..., history_cutoff: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., context: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    confidence: str
+    def __init__(self, id: _Optional[str] = ..., entity: _Optional[_Union[EntityKind, str]] = ..., text: _Optional[str] = ..., template: _Optional[str] = ..., prompt_sha256: _Optional[str] = ..., llm: _Optional[str] = ..., history_cutoff: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., context: _Optional[_Mapping[str, str]] = ..., confidence: _Optional[str] = ...) -> None: ...
 
 class Exposure(_message.Message):
     __slots__ = ("request_id", "user_id", "experiment", "arm", "release_id", "item_ids", "served_at")
