@@ -192,7 +192,7 @@ def test_the_command_writes_json_and_page(work, tmp_path):
     }
     assert report["trained"] == 4
     page = (tmp_path / "q.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 2 + len(BUCKETS)
     assert "http" not in page.replace("http-equiv", "")
     assert torch.get_num_threads() == before
 
@@ -208,12 +208,30 @@ def test_the_page_and_the_table_stand_gaps(work, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [["--model", "perceptron"], ["--arm", "magic"], ["--fold", "7"], ["--dataset", "ml-1m"], ["--dataset", "x"]],
+    [
+        ["--split", "time", "--share", "0.5"],
+        ["--model", "perceptron"],
+        ["--arm", "magic"],
+        ["--fold", "7"],
+        ["--dataset", "ml-1m"],
+        ["--dataset", "x"],
+    ],
 )
 def test_refusals(tmp_path, options):
     done = CliRunner().invoke(bench, ["quality", "--work", str(tmp_path), *options])
     assert done.exit_code != 0
     assert type(done.exception).__name__ == "InputError"
+
+
+def test_a_share_of_the_training_users_is_a_protocol_of_its_own(work):
+    jobs = default_jobs(["dcn"], ["control"], [0], [0])
+    less = Protocol("user", 2, 0.5)
+    for protocol in (PROTOCOL, less):
+        train_jobs(work, protocol, "encoding", jobs, SETTINGS, workers=0, on_epoch=lambda job, epoch: None)
+    every, half = (measure(work, protocol, "encoding", jobs, resamples=10) for protocol in (PROTOCOL, less))
+    assert half["split"] == "user2_share0.5"
+    assert half["test"] == every["test"]
+    assert half["rows"][0]["predictions_sha256"] != every["rows"][0]["predictions_sha256"]
 
 
 def test_an_initial_ranker_puts_lists_in_its_order_and_predictions_stay_in_theirs(work):

@@ -198,6 +198,21 @@ def test_the_first_of_five_folds_tests_the_lowest_hashes() -> None:
     np.testing.assert_array_equal(dataset.event_split, many().event_split)
 
 
+def test_less_training_takes_whole_training_users_and_nobody_else() -> None:
+    whole = many().split_by_user(seed=7)
+    half, tenth = whole.with_less_training(0.5), whole.with_less_training(0.1)
+    for less, share in ((half, 0.5), (tenth, 0.1)):
+        for split in (VALIDATION, TEST):
+            before, after = whole.samples(split), less.samples(split)
+            for name in ("event_user", "event_item", "event_rating", "event_time", "labels"):
+                np.testing.assert_array_equal(getattr(whole, name)[before], getattr(less, name)[after])
+        trained = len(np.unique(less.event_user[less.event_split == TRAIN]))
+        assert abs(trained - 360 * share) < 4 * (360 * share * (1 - share)) ** 0.5  # four standard deviations
+        assert set(np.bincount(less.event_user, minlength=500)) == {0, 3}
+    assert set(tenth.event_user) < set(half.event_user) < set(whole.event_user)
+    assert whole.with_less_training(1).event_item.tolist() == whole.event_item.tolist()
+
+
 def test_a_fold_that_does_not_exist_is_refused() -> None:
     for fold, folds in ((5, 5), (-1, 5), (0, 1)):
         with pytest.raises(InputError, match=f"fold {fold} of {folds}"):

@@ -114,6 +114,13 @@ def test_a_second_run_encodes_nothing_and_a_changed_text_only_itself(work: Path)
     np.testing.assert_array_equal(vectors, expected)
 
 
+def test_texts_can_be_cut(work: Path) -> None:
+    encode(work, HashingEncoder(), folder="encoding_2_words", words=2)
+    vectors = np.load(work / "encoding_2_words" / "knowledge_item.npy")
+    np.testing.assert_array_equal(vectors[[0, 2]], HashingEncoder().encode(["a comedy", "a long"]))
+    assert encode(work, HashingEncoder(), folder="encoding_2_words", words=1).ran
+
+
 def test_another_encoder_takes_over_nothing(work: Path) -> None:
     encode(work, HashingEncoder(16))
     other = Counting(8)

@@ -53,6 +53,7 @@ def quality(
     ] = "ml-100k",
     folder: Annotated[Path | None, typer.Option("--from", help="ml-1m: the folder that holds it and texts.")] = None,
     encoder: Annotated[str, typer.Option(help="Of minilm, mpnet.")] = "minilm",
+    words: Annotated[int | None, typer.Option(min=1, help="Encode so many words of each text; default: all.")] = None,
     work: Work = Path("var/quality"),
     model: Annotated[list[str] | None, typer.Option(help="Models to train; default: all.")] = None,
     arm: Annotated[
@@ -65,6 +66,9 @@ def quality(
         str, typer.Option(help="Rerankers alone, on lists in the order of this model, trained without knowledge.")
     ] = "",
     split: Annotated[By, typer.Option(help="Test on other users, or on the latest events.")] = By.USER,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Split by user: train on this share of the training users.")
+    ] = 1.0,
     encodings: Annotated[str, typer.Option(help="prepared: folder in WORK with the vectors.")] = "encoding",
     epochs: Annotated[int, typer.Option(min=1, help="At most; early stopping ends sooner.")] = TrainSettings().epochs,
     workers: Annotated[int, typer.Option(min=0, help="Processes, one thread each; 0: train in this one.")] = 2,
@@ -85,13 +89,15 @@ def quality(
         raise InputError(f"ranker {ranker!r} is not known: choose from {', '.join(BACKBONES)}")
     if ranker and (others := [name for name in model or () if name not in RERANKERS]):
         raise InputError(f"{others[0]} takes no order of another model: leave it or --ranker out")
-    protocol = Protocol(split.value, folds)
+    if split is By.TIME and share < 1:
+        raise InputError("--share is of users, whom a split by time does not split: leave one of the two out")
+    protocol = Protocol(split.value, folds, share)
     chosen = [0] if split is By.TIME else fold or list(range(folds))
     jobs = default_jobs(model or (), arm or (), chosen, seed or [0], ranker)
     console = Console()
     began = time.perf_counter()
     if dataset != PREPARED:
-        encodings = prepare(work, dataset, folder, encoder, console=console)
+        encodings = prepare(work, dataset, folder, encoder, words, console=console)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as progress:

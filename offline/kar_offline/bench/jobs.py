@@ -47,11 +47,14 @@ class Protocol:
 
     split: Split = "user"
     folds: int = 5
+    share: float = 1.0
+    """Of the training users, by user split."""
 
     @property
     def name(self) -> str:
         """Its folder's name."""
-        return f"user{self.folds}" if self.split == "user" else "time"
+        by = f"user{self.folds}" if self.split == "user" else "time"
+        return by if self.share == 1 else f"{by}_share{self.share:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ def split_dataset(dataset: Dataset, protocol: Protocol, fold: int) -> Dataset:
     """The dataset as one fold sees it."""
     if protocol.split == "time":
         return dataset.split_by_time()
-    return dataset.split_by_user(fold=fold, folds=protocol.folds)
+    dataset = dataset.split_by_user(fold=fold, folds=protocol.folds)
+    return dataset if protocol.share == 1 else dataset.with_less_training(protocol.share)
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,9 @@ __all__ = ["DATASETS", "prepare"]
 DATASETS: Final = ("ml-100k", "ml-1m")
 
 
-def prepare(work: Path, dataset: str, folder: Path | None, encoder: str, *, console: Console) -> str:
+def prepare(
+    work: Path, dataset: str, folder: Path | None, encoder: str, words: int | None = None, *, console: Console
+) -> str:
     """Bring the stages of `dataset` in `work` up to date and return the name of the folder with the vectors.
 
     Args:
@@ -26,6 +28,7 @@ def prepare(work: Path, dataset: str, folder: Path | None, encoder: str, *, cons
         dataset: "ml-100k", with the released knowledge, or "ml-1m".
         folder: Of ml-1m: data and texts about items. There are none about users.
         encoder: A name of `ENCODERS`.
+        words: Only so many of each text; default: all.
         console: Where progress is shown.
 
     Raises:
@@ -45,8 +48,11 @@ def prepare(work: Path, dataset: str, folder: Path | None, encoder: str, *, cons
         build_movielens_1m(work, folder)
     render_prompts(work)
     generate(work, Pack.load(dataset if folder is None else str(folder)))
-    vectors = "encoding" if encoder == "minilm" else f"encoding_{encoder}"
+    plain = encoder == "minilm" and words is None
+    vectors = "_".join(
+        ["encoding", *([] if encoder == "minilm" else [encoder]), *([f"{words}_words"] if words else [])]
+    )
     # mpnet is slow, and only the paper's arms read texts about users.
-    kinds = ("item",) if dataset == "ml-1m" or encoder != "minilm" else ("item", "user")
-    encode(work, ENCODERS[encoder](), folder=vectors, kinds=kinds, console=console)
+    kinds = ("item", "user") if dataset == "ml-100k" and plain else ("item",)
+    encode(work, ENCODERS[encoder](), folder=vectors, kinds=kinds, words=words, console=console)
     return vectors

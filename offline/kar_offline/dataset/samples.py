@@ -38,6 +38,7 @@ VALIDATION: Final = 1
 TEST: Final = 2
 SPLITS: Final = ("train", "validation", "test")
 SEED: Final = 2024
+SHARE_SEED: Final = 7919
 """Of the split of users."""
 FOLDS: Final = 5
 """Folds of the split of users: one of them is the test split."""
@@ -163,6 +164,23 @@ class Dataset:
         of_user = np.array([split_of(seed, user.id, fold, folds) for user in self.users], dtype=np.uint8)
         said = f"users, fold {fold} of {folds}, seed {seed}"
         return replace(self, event_split=of_user[self.event_user], split=said)
+
+    def with_less_training(self, share: float) -> "Dataset":
+        """The same without the events of some training users: about `share` of them stay, those of less among them."""
+        trains = np.zeros(len(self.users), np.bool_)
+        trains[self.event_user[self.event_split == TRAIN]] = True
+        stays = np.array([hash_fraction(SHARE_SEED, user.id) < share for user in self.users]) | ~trains
+        kept = stays[self.event_user]
+        return replace(
+            self,
+            offsets=np.concatenate(([0], np.cumsum(np.where(stays, np.diff(self.offsets), 0)))),
+            cutoff=np.where(stays, self.cutoff, 0).astype(np.int32),
+            event_item=self.event_item[kept],
+            event_rating=self.event_rating[kept],
+            event_time=self.event_time[kept],
+            event_split=self.event_split[kept],
+            split=f"{self.split}, {share:.0%} of the training users",
+        )
 
     def split_by_time(self, test_share: float = 0.2, validation_share: float = 0.08) -> "Dataset":
         """The same events, those of the last `test_share` of samples and later ones as the test split.

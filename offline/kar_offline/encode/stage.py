@@ -43,6 +43,7 @@ def encode(
     folder: str = "encoding",
     *,
     kinds: Sequence[str] = KINDS,
+    words: int | None = None,
     console: Console | None = None,
 ) -> StageResult:
     """Run the stage `encode`: encode the texts of `work`/knowledge and `work`/prompts into `work`/`folder`.
@@ -55,6 +56,7 @@ def encode(
         encoder: The encoder.
         folder: The name of the output folder; several encoders can stand side by side.
         kinds: Of "item" and "user", whose texts to encode; the others count as entities without a text.
+        words: Only so many of each text, from its first; default: all.
         console: Where progress is shown; default: nowhere.
 
     Raises:
@@ -75,7 +77,8 @@ def encode(
         dataset = Dataset.load(work / "dataset")
         ids = {"item": [entity.id for entity in dataset.items], "user": [entity.id for entity in dataset.users]}
         texts = {
-            (source, kind): _align(found, ids[kind], f"{source} texts") for source, kind, found in _texts(work, kinds)
+            (source, kind): _align(found, ids[kind], f"{source} texts")
+            for source, kind, found in _texts(work, kinds, words)
         }
         hashes = {at: [text and _sha256(text) for text in column] for at, column in texts.items()}
         wanted = {
@@ -118,18 +121,22 @@ def encode(
             "tokens_per_s": round(tokens / seconds, 1) if tokens else 0.0,
         }
 
-    params = {"encoder_id": encoder.encoder_id, "kinds": sorted(kinds)}
+    params = {"encoder_id": encoder.encoder_id, "kinds": sorted(kinds)} | ({"words": words} if words else {})
     return run_stage("encode", former, build, inputs=inputs, params=params, version=2)
 
 
-def _texts(work: Path, kinds: Sequence[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
+def _texts(work: Path, kinds: Sequence[str], words: int | None) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Each source and kind with its texts by entity id; none of kinds that are not asked for."""
+
+    def cut(text: str) -> str:
+        return " ".join(text.split()[:words]) if words else text
+
     prompts = read_prompts(work / "prompts")
     for kind in KINDS:
         records = read_knowledge(work / "knowledge", kind) if kind in kinds else []
-        yield "knowledge", kind, {record.id: record.text for record in records}
+        yield "knowledge", kind, {record.id: cut(record.text) for record in records}
         asked = (prompt for prompt in prompts if prompt.entity == kind and kind in kinds)
-        yield "raw", kind, {prompt.id: prompt.raw_text for prompt in asked}
+        yield "raw", kind, {prompt.id: cut(prompt.raw_text) for prompt in asked}
 
 
 def _align(texts: Mapping[str, str], ids: Sequence[str], what: str) -> list[str | None]:
