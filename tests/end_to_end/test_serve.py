@@ -108,7 +108,7 @@ def make_release(releases, *, dataset="tiny"):
             Backbone(f"k_{id_}", draft / "backbones" / "knowledge.onnx", ensemble=f"e_{id_}"),
             Backbone(f"c_{id_}", draft / "backbones" / "control.onnx"),
         ],
-        sizes=Sizes(2, 1, 1, 1, 1, knowledge=2, encoding=2),
+        sizes=Sizes(2, 1, 1, 1, 1, encoding=2, user_knowledge=2, item_knowledge=2),
         cores=2,
     )
     files = records_pb2.Manifest(release_id=id_, files=list_files(draft, rendered))

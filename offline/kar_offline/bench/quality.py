@@ -6,8 +6,6 @@ test split of exactly one fold.
 """
 
 import math
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar_offline.bench.jobs import RUNGS, Job, Protocol, run_job, split_dataset
+from kar_offline.bench.machine import machine
 from kar_offline.dataset.lists import rerank_lists
 from kar_offline.dataset.samples import TEST, TRAIN, Dataset
 from kar_offline.evaluate.metrics import (
@@ -212,7 +211,7 @@ def measure(
         "breakdowns": _breakdowns(scored, folds),
         "calibration": _calibration(scored, folds),
         "caveats": caveats,
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": machine(),
     }
 
 

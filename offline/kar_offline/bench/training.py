@@ -4,8 +4,6 @@ Everything runs on one thread. Implementations take turns in rounds, so that wha
 the first round warms up and does not count.
 """
 
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,6 +18,7 @@ import torch
 
 from kar_offline.bench.fuxictr_process import FuxiCTR, Loader, install, write_task
 from kar_offline.bench.jobs import Protocol, split_dataset
+from kar_offline.bench.machine import machine, others_busy
 from kar_offline.bench.per_sample import score_seconds, train_seconds
 from kar_offline.dataset.samples import TEST, TRAIN, Dataset
 from kar_offline.evaluate.metrics import auc
@@ -36,7 +35,6 @@ SHARED_ARMS: Final = ("control", "knowledge", "paper")
 EVALUATION_BATCH: Final = 2048
 SLOW_ROWS: Final = 2_048
 """Rows of a turn of the per-sample loop."""
-IDLE_S: Final = 1.0
 LOADERS: Final[dict[str, Loader]] = {"fuxictr": "npz", "fuxictr_in_memory": "memory"}
 
 
@@ -65,18 +63,6 @@ class Contender:
     phase: str
     rows: int
     turn: Callable[[], float]
-
-
-def others_busy() -> float:
-    """Cores that other processes keep busy while this one sleeps for a second."""
-
-    def jiffies() -> int:
-        user, nice, system = Path("/proc/stat").read_text().splitlines()[0].split()[1:4]
-        return int(user) + int(nice) + int(system)
-
-    before = jiffies()
-    time.sleep(IDLE_S)
-    return (jiffies() - before) / os.sysconf("SC_CLK_TCK") / IDLE_S
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -195,7 +181,7 @@ def measure_training(
         "auc": fitted,
         "others_busy_cores": {"before": busy, "after": busy_after},
         "versions": versions,
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": machine(),
     }
 
 
