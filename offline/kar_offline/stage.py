@@ -13,7 +13,7 @@ from kar_sidecar.errors import PreconditionError
 from kar_sidecar.hashing import file_sha256
 from kar_sidecar.lock import held
 
-__all__ = ["RECORD", "StageResult", "draft_of", "folder_hash", "run_stage"]
+__all__ = ["RECORD", "StageResult", "draft_of", "folder_hash", "run_stage", "stage_seconds"]
 
 RECORD = "stage.json"
 
@@ -43,6 +43,11 @@ def folder_hash(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def stage_seconds(folder: Path) -> float:
+    """How long a finished stage took."""
+    return float(json.loads((folder / RECORD).read_text())["seconds"])
 
 
 def draft_of(folder: Path) -> Path:

@@ -80,7 +80,7 @@ def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(work
     assert difference["low"] <= difference["mean"] <= difference["high"]
     assert difference["p"] <= difference["p_holm"] <= 1
     assert set(by_arm["knowledge"]["minus"]) == {"control", "raw_text"}
-    assert set(by_arm) == {*DEFAULT_ARMS, "no_items", "neutral"}
+    assert set(by_arm) == {*DEFAULT_ARMS, "neutral"}
     assert set(by_arm["neutral"]["minus"]) == {"control"}
     json.dumps(report)
 
@@ -115,6 +115,8 @@ def test_a_comparison_of_equal_predictions_is_no_difference(work):
     np.save(folders["statistics"] / "predictions.npy", labels.labels[events] * 0.5 + 0.25)  # knows the answer
     [better] = [e for e in measure(work, PROTOCOL, "encoding", jobs)["summary"] if e["arm"] == "statistics"]
     assert better["auc"] == 1
+    [first] = [e for e in measure(work, PROTOCOL, "encoding", jobs)["summary"] if e["arm"] == "control"]
+    assert first["auc"] < 0.9
     assert better["minus"]["control"]["p_holm"] < 0.01
 
 

@@ -27,11 +27,11 @@ from kar_offline.train.fit import STATE, TrainSettings, predict_logits
 from kar_offline.train.given import Given
 from kar_offline.train.runs import InitialRanker, Run, new_model, rows, train_run
 
-__all__ = ["RUNGS", "Job", "Protocol", "default_jobs", "fold_data", "run_job"]
+__all__ = ["RUNGS", "Job", "Protocol", "default_jobs", "fold_data", "run_job", "split_dataset", "train_ranker"]
 
 VERSION: Final = 1
 RANKER: Final = "ranker.safetensors"
-RUNGS: Final[Mapping[str, tuple[Tower, ...]]] = {"no_items": ("item",), "neutral": ("user", "item")}
+RUNGS: Final[Mapping[str, tuple[Tower, ...]]] = {"neutral": ("user", "item")}
 """What is forgotten on the lower rungs of the knowledge model."""
 WIDE: Final = ("dcnv2", "din")
 """Models that are measured with every arm; the others with `DEFAULT_ARMS`."""
@@ -116,37 +116,54 @@ def fold_data(folder: Path, content: str, protocol: Protocol, fold: int) -> Enco
     return encode_dataset(split_dataset(Dataset.load(folder), protocol, fold))
 
 
-def _ranker(work: Path, protocol: Protocol, job: Job, data: EncodedDataset, settings: TrainSettings) -> InitialRanker:
-    """The initial ranker of a job's fold and seed, trained as a stage that its jobs share."""
-    first = Run(job.ranker, "control")
-    folder = Job(job.ranker, "initial", job.fold, job.seed).folder(work, protocol, "")
+Task = tuple[Path, Protocol, str, Job, TrainSettings]
+"""Work folder, protocol, name of the encodings' folder, the job, and settings whose seed is the job's."""
+
+
+def _data(work: Path, protocol: Protocol, fold: int) -> EncodedDataset:
+    return fold_data(work / "dataset", folder_hash(work / "dataset"), protocol, fold)
+
+
+def _ranker_folder(work: Path, protocol: Protocol, job: Job) -> Path:
+    return Job(job.ranker, "initial", job.fold, job.seed).folder(work, protocol, "")
+
+
+def train_ranker(task: Task, notify: Callable[[Any], None]) -> StageResult:
+    """Train the initial ranker of a job's fold and seed as a stage."""
+    work, protocol, _, job, settings = task
+    settings = replace(settings, seed=job.seed)
 
     def build(draft: Path) -> dict[str, Any]:
-        trained = train_run(data, work, first, settings, folder=draft)
+        run = Run(job.ranker, "control")
+        trained = train_run(_data(work, protocol, job.fold), work, run, settings, folder=draft)
         save_file({name: value.contiguous() for name, value in trained.model.state_dict().items()}, draft / RANKER)
         (draft / STATE).unlink()
         return {"best_epoch": trained.fitted.best.number}
 
+    folder, inputs = _ranker_folder(work, protocol, job), {"dataset": work / "dataset"}
     params = {"protocol": protocol.name, "model": job.ranker, "fold": job.fold, **settings.to_json()}
-    run_stage(
-        f"initial {job.ranker}", folder, build, inputs={"dataset": work / "dataset"}, params=params, version=VERSION
-    )
-    given = Given.of(ARMS[first.arm], data, data.samples(TRAIN), work, seed=settings.seed)
-    model = new_model(first, data, given, settings)
-    model.load_state_dict(load_file(folder / RANKER))
+    return run_stage(f"initial {job.ranker}", folder, build, inputs=inputs, params=params, version=VERSION)
+
+
+def _ranker(work: Path, protocol: Protocol, job: Job, data: EncodedDataset, settings: TrainSettings) -> InitialRanker:
+    run = Run(job.ranker, "control")
+    given = Given.of(ARMS[run.arm], data, data.samples(TRAIN), work, seed=settings.seed)
+    model = new_model(run, data, given, settings)
+    model.load_state_dict(load_file(_ranker_folder(work, protocol, job) / RANKER))
     return InitialRanker(model.eval(), given)
 
 
-def run_job(
-    task: tuple[Path, Protocol, str, Job, TrainSettings], notify: Callable[[tuple[Job, int]], None]
-) -> StageResult:
-    """Train and predict one job as a stage; `notify` hears of each epoch, and 0 at the end."""
+def run_job(task: Task, notify: Callable[[tuple[Job, int]], None]) -> StageResult:
+    """Train and predict one job as a stage; `notify` hears of each epoch, and 0 at the end.
+
+    The initial ranker of a job that has one is there already.
+    """
     work, protocol, encodings, job, settings = task
     settings = replace(settings, seed=job.seed)
     arm = ARMS[job.arm]
 
     def build(draft: Path) -> dict[str, Any]:
-        data = fold_data(work / "dataset", folder_hash(work / "dataset"), protocol, job.fold)
+        data = _data(work, protocol, job.fold)
         run = Run(job.model, job.arm)
         ranker = _ranker(work, protocol, job, data, settings) if job.ranker else None
         trained = train_run(

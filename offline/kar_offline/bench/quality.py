@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kar_offline.bench.jobs import RUNGS, Job, Protocol, run_job, split_dataset
+from kar_offline.bench.jobs import RUNGS, Job, Protocol, run_job, split_dataset, train_ranker
 from kar_offline.bench.machine import machine
 from kar_offline.dataset.lists import rerank_lists
 from kar_offline.dataset.samples import TEST, TRAIN, Dataset
@@ -32,7 +32,9 @@ from kar_offline.evaluate.metrics import (
 )
 from kar_offline.evaluate.ranking import average_precision, hit, ndcg
 from kar_offline.generate.records import read_knowledge
-from kar_offline.models import RERANKERS
+from kar_offline.models import BACKBONES, RERANKERS
+from kar_offline.stage import stage_seconds
+from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.processes import in_processes
 from kar_sidecar.hashing import file_sha256
@@ -84,6 +86,9 @@ def train_jobs(
         UnavailableError: a worker process was killed; the next call goes on.
     """
     tasks = [(work, protocol, encodings, job, settings) for job in jobs]
+    # Jobs of one fold and seed share an initial ranker, which must be there before they run side by side.
+    rankers = {(job.ranker, job.fold, job.seed): task for job, task in zip(jobs, tasks, strict=True) if job.ranker}
+    in_processes(train_ranker, list(rankers.values()), workers, lambda notice: None)
     results = in_processes(run_job, tasks, workers, lambda notice: on_epoch(*notice))
     return sum(result.ran for result in results)
 
@@ -167,12 +172,13 @@ def measure(
     resamples: int = 1000,
     on_job: Callable[[Job], None] = lambda job: None,
 ) -> dict[str, Any]:
-    """The report over trained `jobs`: `rows`, `summary`, `breakdowns`, `calibration`, `caveats`, `machine`.
+    """The report over trained `jobs`: `rows`, `summary`, `breakdowns`, `calibration`,
+    `training_seconds`, `caveats`, `machine`.
 
     `seed` and `resamples` are of the bootstrap. What the knowledge models score on the lower rungs is reported like
     further arms, named by `RUNGS`. Rerankers have MAP and NDCG of whole lists, and `at` the ranks `CUTS`,
     where others have AUC, LogLoss, GAUC and ECE. Differences (in AUC, for rerankers in MAP) carry `mean`, `low`,
-    `high`, the two-sided bootstrap `p` and `p_holm`, corrected for all comparisons of the report.
+    `high`, the two-sided `p` and `p_holm`, corrected for all comparisons of the report.
     """
     dataset = Dataset.load(work / "dataset")
     folds: dict[int, _Fold] = {}
@@ -193,6 +199,8 @@ def measure(
                 files |= {rung: f"predictions_{rung}.npy" for rung in RUNGS}
             for arm, file in files.items():
                 found = _score(replace(job, arm=arm), folder / file, on, dataset.name)
+                if arm == job.arm:
+                    found.row["seconds"] = stage_seconds(folder)
                 if arm == "control":
                     controls[job.model, job.seed] = found
                 elif control := controls.get((job.model, job.seed)):
@@ -210,6 +218,7 @@ def measure(
         "summary": _summary(scored),
         "breakdowns": _breakdowns(scored, folds),
         "calibration": _calibration(scored, folds),
+        "training_seconds": sum(one.row.get("seconds", 0) for group in scored.values() for one in group),
         "caveats": caveats,
         "machine": machine(),
     }
@@ -292,25 +301,26 @@ def _summary(scored: Mapping[tuple[str, str], Sequence[_Scored]]) -> list[dict[s
     corrected = holm([found["p"] for _, found in compared])
     for ((model, arm, other), found), p in zip(compared, corrected, strict=True):
         entries[model, arm]["minus"][other] = {**found, "p_holm": p}
-    return list(entries.values())
+    order = (*BACKBONES, *RERANKERS), (*ARMS, *RUNGS)
+    return sorted(entries.values(), key=lambda entry: (order[0].index(entry["model"]), order[1].index(entry["arm"])))
 
 
 def _difference(ours: Sequence[_Scored], theirs: Sequence[_Scored]) -> dict[str, float]:
-    """Mean difference over the folds and seeds that both have, its interval and two-sided p-value."""
+    """Mean difference over the folds and seeds that both have, its interval and two-sided p-value.
+
+    The p-value takes the bootstrap's standard error for that of a normal distribution.
+    """
     other = {(one.job.fold, one.job.seed): one for one in theirs}
     pairs = [(one, other[key]) for one in ours if (key := (one.job.fold, one.job.seed)) in other]
     if not pairs:
         return {"mean": math.nan, "low": math.nan, "high": math.nan, "p": 1.0}
     resampled = np.mean([a.resampled - b.resampled for a, b in pairs], 0)
     mean = float(np.mean([a.value - b.value for a, b in pairs]))
-    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
     found = interval(mean, resampled)
-    return {
-        "mean": mean,
-        "low": found["low"],
-        "high": found["high"],
-        "p": min(1.0, 2 * (1 + float(beyond)) / (1 + len(resampled))),
-    }
+    error = float(np.nanstd(resampled))
+    # Counting resamples beyond 0 knows no p below 1 / resamples, which no correction for many comparisons survives.
+    p = math.erfc(abs(mean) / (error * math.sqrt(2))) if error else float(mean == 0)
+    return {"mean": mean, "low": found["low"], "high": found["high"], "p": p}
 
 
 def _breakdowns(

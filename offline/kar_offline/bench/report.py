@@ -37,9 +37,9 @@ def quality_table(report: Mapping[str, Any]) -> Group:
     """Mean metrics of every model and arm, and the difference to the control, ready to print."""
     size = report["test"]
     table = Table(title=f"{report['dataset']}: {size['samples']:,} samples of {size['users']:,} test users")
-    for column in ("model", "arm", "runs"):
-        table.add_column(column)
-    for column in ("AUC", "LogLoss", "GAUC", "ECE", "minus control in 1e-4 AUC", "p (Holm)"):
+    for column in ("model", "arm"):
+        table.add_column(column, no_wrap=True)
+    for column in ("runs", "AUC", "LogLoss", "GAUC", "ECE", "- control, 1e-4", "p (Holm)"):
         table.add_column(column, justify="right")
     last = ""
     for entry in report["summary"]:
@@ -53,9 +53,9 @@ def quality_table(report: Mapping[str, Any]) -> Group:
         more = [_signed(control), f"{control['p_holm']:.3f}"] if control else ["", ""]
         table.add_row(entry["model"], entry["arm"], str(entry["runs"]), *numbers, *more)
     ranked = Table(title="lists")
-    for column in ("model", "arm", "runs"):
-        ranked.add_column(column)
-    for column in ("MAP", "NDCG", "minus control in 1e-4 MAP", "p (Holm)"):
+    for column in ("model", "arm"):
+        ranked.add_column(column, no_wrap=True)
+    for column in ("runs", "MAP", "NDCG", "- control, 1e-4", "p (Holm)"):
         ranked.add_column(column, justify="right")
     for entry in report["summary"]:
         if "map" in entry:
@@ -141,7 +141,7 @@ def plot_reliability(calibration: Sequence[Mapping[str, Any]], model: str) -> Fi
     for entry in calibration:
         if entry["model"] == model:
             axes.plot(entry["score"], entry["rate"], ".-", color=COLOURS[entry["arm"]], label=entry["arm"])
-    axes.set(xlabel="mean score", ylabel="share of positives", title=model)
+    axes.set(xlabel="mean score", ylabel="share of positives")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -163,8 +163,8 @@ def plot_breakdown(breakdowns: Sequence[Mapping[str, Any]], model: str, by: str)
     labels = {place: f"{bucket}\n{count:,}" for place, (bucket, count) in enumerate(samples.items())}
     axes.axhline(0, color="#9aa5b1", linewidth=1)
     axes.set_xticks(list(labels), list(labels.values()), fontsize=8)
-    axes.set(xlabel=f"{by.replace('_', ' ')} (and samples)", ylabel="AUC minus control, 1e-4", title=model)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(xlabel=f"{by.replace('_', ' ')} (and samples)", ylabel="AUC minus control, 1e-4")
+    axes.legend(frameon=False, fontsize=8, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 1))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
