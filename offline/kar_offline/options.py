@@ -1,8 +1,10 @@
 """Owns what every subcommand has: the work folder, the JSON report."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -14,6 +16,14 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the re
 
 
 def write_json(file: Path | None, report: object) -> None:
-    """Write a report to `file`, if one was named."""
+    """Write a report to `file`, if one was named; numbers that are not finite become null."""
     if file is not None:
-        file.write_text(json.dumps(report, indent=2) + "\n")
+        file.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -157,7 +158,7 @@ def plot_breakdown(breakdowns: Sequence[Mapping[str, Any]], model: str, by: str)
     axes = figure.subplots()
     for number, arm in enumerate(arms):
         auc = {entry["bucket"]: entry["auc"] for entry in chosen if entry["arm"] == arm}
-        differences = [(auc[bucket] - control[bucket]) * 1e4 for bucket in samples]
+        differences = [(auc.get(bucket, math.nan) - control[bucket]) * 1e4 for bucket in samples]
         at = [place + (number - (len(arms) - 1) / 2) * 0.8 / len(arms) for place in range(len(samples))]
         axes.bar(at, differences, 0.72 / len(arms), color=COLOURS[arm], label=arm)
     labels = {place: f"{bucket}\n{count:,}" for place, (bucket, count) in enumerate(samples.items())}
