@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,27 @@ def test_two_processes_average_to_the_gradients_of_one(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in Path(tmp_path).glob("rank*")} == {"rank0", "rank1"}
+
+
+def test_two_processes_train_what_one_trains(work):
+    kar = Path(sys.executable).with_name("kar")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
+    options = ("train", "--backbone", "dcn", "--arm", "knowledge", "--epochs", "3", "--workers", "0", "--work")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    losses = {}
+    for name, command in (("one", (kar,)), ("two", (*torchrun, kar))):
+        shutil.copytree(work / "dataset", work / name / "dataset")
+        shutil.copytree(work / "encoding", work / name / "encoding")
+        done = subprocess.run(
+            (*command, *options, work / name), env=environment, capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((work / name / "training" / "dcn_knowledge" / "metrics.json").read_text())
+        losses[name] = [epoch["validation_loss"] for epoch in metrics["epochs"]]
+    # Dropout differs, the data, the batches and the initial weights do not.
+    assert len(losses["one"]) == len(losses["two"]) == 3
+    for one, two in zip(losses["one"], losses["two"], strict=True):
+        assert abs(one - two) < 5e-5
 
 
 def test_one_process_alone_changes_nothing():

@@ -1,0 +1,70 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+DOCS = Path(__file__).parents[2] / "docs"
+DOC = (DOCS / "results.md").read_text(encoding="utf-8")
+METRICS = {"AUC": "auc", "LogLoss": "logloss", "GAUC": "gauc", "ECE": "ece", "MAP": "map", "NDCG": "ndcg"}
+TABLES = re.findall(r"<!-- (results/\S+\.json) -->\n+((?:\|.*\n)+)", DOC)
+
+
+def difference(found):
+    mean, low, high = (f"{found[name] * 1e4:+.0f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def told(entry, column):
+    if column in METRICS:
+        return f"{entry[METRICS[column]]:.4f}"
+    if column == "p (Holm)":
+        return f"{entry['minus']['control']['p_holm']:.3f}" if "control" in entry["minus"] else ""
+    other = column.removeprefix("- ")
+    return difference(entry["minus"][other]) if other in entry["minus"] else ""
+
+
+@pytest.mark.parametrize(("file", "table"), TABLES)
+def test_every_number_of_the_page_is_in_the_committed_report(file, table):
+    report = json.loads((DOCS / file).read_text())
+    entries = {(entry["model"], entry["arm"]): entry for entry in report["summary"]}
+    header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    assert header[:2] == ["model", "arm"]
+    assert rows
+    for model, arm, *cells in rows:
+        assert cells == [told(entries[model, arm], column) for column in header[2:]], (model, arm)
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "table"), re.findall(r"<!-- (results/\S+\.json) (\w+) by .* -->\n+((?:\|.*\n)+)", DOC)
+)
+def test_breakdowns_of_the_page_are_in_the_committed_report(file, model, table):
+    report = json.loads((DOCS / file).read_text())
+    header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    by, _, *arms = header
+    found = {(e["arm"], e["bucket"]): e for e in report["breakdowns"] if (e["model"], e["by"]) == (model, by)}
+    assert len(rows) == len({bucket for _, bucket in found})
+    for bucket, samples, *cells in rows:
+        assert samples == f"{found['control', bucket]['samples']:,}"
+        assert cells == [f"{found[arm, bucket]['auc']:.4f}" for arm in arms]
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (DOCS / "results").glob("*.json")))
+def test_a_committed_report_says_how_it_was_made(file):
+    assert f"results/{file}" in DOC
+    report = json.loads((DOCS / "results" / file).read_text())
+    assert report["command"].startswith("kar bench")
+    assert report["command"] in DOC
+    assert report["machine"]
+
+
+def test_the_full_table_is_there():
+    report = json.loads((DOCS / "results" / "ml-100k.json").read_text())
+    assert len(TABLES) >= 2
+    folds = {}
+    for row in report["rows"]:
+        folds.setdefault((row["model"], row["arm"]), set()).add(row["fold"])
+    assert len({model for model, _ in folds}) == 13
+    assert all(found == set(range(5)) for found in folds.values())
