@@ -10,7 +10,7 @@ from kar_offline.dataset.samples import TEST, TRAIN, VALIDATION, Dataset, Entity
 from kar_offline.train.arms import ARMS, Arm
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.feed import Feed
-from kar_offline.train.given import Given, principal
+from kar_offline.train.given import CHUNK_ROWS, Given, principal
 from kar_offline.train.vectors import load_text_vectors
 from kar_sidecar.affinity import STATISTICS
 from kar_sidecar.store import USER
@@ -178,6 +178,16 @@ def test_lists_share_one_request(work):
     assert inputs["item_index"].tolist() == theirs.inputs(torch.tensor([2, 3, 0, 1]))["item_index"].tolist()
     for at in ours.shuffled(2, torch.Generator().manual_seed(0)):
         assert at.tolist() in ([0, 1], [2, 3])
+
+
+def test_a_list_longer_than_a_chunk_has_the_columns_of_its_rows(work):
+    _, data = work
+    event = data.dataset.samples(TEST)[:1]
+    items = np.random.default_rng(0).integers(0, 20, CHUNK_ROWS + 7)
+    events, labels = np.repeat(event, len(items)), np.zeros(len(items), np.float32)
+    given = given_of(work, "knowledge")
+    whole = given.columns(data.at(events, items, labels, list_length=len(items)))
+    torch.testing.assert_close(whole, given.columns(data.at(events, items, labels)))
 
 
 def test_an_arm_without_texts_is_refused():

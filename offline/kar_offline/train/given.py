@@ -233,5 +233,5 @@ def _some(samples: Samples) -> Samples:
 
 
 def _chunks(rows: int, step: int) -> list[slice]:
-    size = CHUNK_ROWS // step * step
+    size = max(1, CHUNK_ROWS // step) * step
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -1,4 +1,4 @@
-"""Owns the text vectors that training reads: an encoding stage's arrays, checked against the dataset."""
+"""Owns the text vectors that training reads: an encoding stage's arrays, memory-mapped, checked against the dataset."""
 
 import json
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def _load(folder: Path, name: str, entities: Sequence[Entity]) -> tuple[str, Ten
         raise PreconditionError(f"{header_path} does not exist: run `kar encode` first")
     try:
         header = json.loads(header_path.read_text())
-        vectors = np.load(array_path, allow_pickle=False)
+        vectors = np.load(array_path, mmap_mode="c", allow_pickle=False)
         ids, texts, encoder_id = header["ids"], header["text_sha256"], str(header["encoder_id"])
     except (OSError, ValueError, KeyError) as error:
         raise IntegrityError(f"{array_path} or its header is corrupt ({error}): encode again") from error
