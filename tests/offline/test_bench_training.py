@@ -79,6 +79,16 @@ def test_ratios_are_of_the_rates_of_the_same_run(work, tmp_path):
     assert training_table(report).renderables
 
 
+def test_auc_is_of_a_control_trained_to_the_end_on_every_fold(work):
+    options = Options(models=("dcnv2",), rows=32, rounds=1)
+    report = measure_training(work, work / "encoding", options, on_turn=lambda *turn: None)
+    assert [(one["model"], one["implementation"], one["fold"]) for one in report["auc"]] == [
+        ("dcnv2", "ours", fold) for fold in range(5)
+    ]
+    assert len({one["auc"] for one in report["auc"]}) > 1
+    assert any("by fold" in str(line) for line in training_table(report).renderables)
+
+
 def test_the_command_says_what_it_cannot_compare(tmp_path):
     def call(*options):
         return CliRunner().invoke(bench, ["train", "--dataset", "prepared", "--work", str(tmp_path), *options])

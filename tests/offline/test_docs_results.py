@@ -2,7 +2,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from kar_offline.bench.report import IDLE_CORES
 
 pytestmark = pytest.mark.unit
 
@@ -49,6 +52,35 @@ def test_breakdowns_of_the_page_are_in_the_committed_report(file, model, table):
     for bucket, samples, *cells in rows:
         assert samples == f"{found['control', bucket]['samples']:,}"
         assert cells == [f"{found[arm, bucket]['auc']:.4f}" for arm in arms]
+
+
+def speed(name):
+    """Header and rows of the page's table of the training benchmark."""
+    table = re.search(rf"<!-- results/training-speed.json {name} -->\n+((?:\|.*\n)+)", DOC).group(1)
+    header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    return header, rows
+
+
+def test_speeds_of_the_page_are_in_the_committed_report():
+    report = json.loads((DOCS / "results" / "training-speed.json").read_text())
+    assert max(report["others_busy_cores"].values()) < IDLE_CORES
+    header, rows = speed("samples a second")
+    found = {(r["model"], r["arm"], r["implementation"], r["phase"]): r for r in report["rows"]}
+    assert len(rows) * 2 == len(found)
+    for *of, train, score in rows:
+        for phase, cell in zip(header[3:], (train, score), strict=True):
+            one = found[*of, phase]
+            assert cell == f"{one['samples_per_s']:,.0f} [{one['low']:,.0f}, {one['high']:,.0f}]"
+    header, rows = speed("ratios")
+    ratios = {(r["model"], r["phase"]): r for r in report["ratios"]}
+    assert len(rows) == len(ratios)
+    for model, phase, *cells in rows:
+        assert cells == [f"{ratios[model, phase][name]:.2f}x" for name in header[2:]]
+    _, rows = speed("AUC")
+    for model, implementation, mean, *cells in rows:
+        of = [r["auc"] for r in report["auc"] if (r["model"], r["implementation"]) == (model, implementation)]
+        assert cells == [f"{auc:.4f}" for auc in of]
+        assert mean == f"{np.mean(of):.4f}"
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (DOCS / "results").glob("*.json")))

@@ -139,7 +139,7 @@ def train(
     fuxictr: Annotated[
         Path | None, typer.Option(help="Compare with FuxiCTR (dcnv2, din) in this environment, made if missing.")
     ] = None,
-    fit: Annotated[bool, typer.Option(help="Also train to the end, for AUC.")] = True,
+    fit: Annotated[bool, typer.Option(help="Also train to the end on every fold, for AUC.")] = True,
     json_file: JsonFile = None,
 ) -> None:
     """Compare samples a second: our trainer with and without knowledge, a loop over samples, FuxiCTR."""

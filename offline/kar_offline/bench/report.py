@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -90,7 +91,12 @@ def training_table(report: Mapping[str, Any]) -> Group:
     for found in report["ratios"]:
         faster = {name: value for name, value in found.items() if isinstance(value, float)}
         lines.append(f"{found['model']} {found['phase']}: " + ", ".join(f"{k} {v:.2f}x" for k, v in faster.items()))
-    lines += [f"{one['model']} {one['implementation']}: test AUC {one['auc']:.4f}" for one in report["auc"]]
+    folds: dict[str, list[float]] = {}
+    for one in report["auc"]:
+        folds.setdefault(f"{one['model']} {one['implementation']}", []).append(one["auc"])
+    for name, found in folds.items():
+        each = ", ".join(f"{auc:.4f}" for auc in found)
+        lines.append(f"{name}: test AUC {statistics.fmean(found):.4f} (by fold: {each})")
     busy = max(report["others_busy_cores"].values())
     if busy > IDLE_CORES:
         lines.append(f"others kept {busy:.1f} cores busy: measure again on an idle machine")

@@ -50,7 +50,7 @@ class Options:
     fuxictr: Path | None = None
     """Folder of FuxiCTR's environment, made if missing; None leaves it out."""
     fit: bool = True
-    """Also train our control and FuxiCTR to the end, for their AUC."""
+    """Also train our control and FuxiCTR to the end on every fold, for their AUC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +122,47 @@ def _fit_ours(data: EncodedDataset, encodings: Path, model: str) -> dict[str, An
     return {"auc": auc(test.label.numpy(), scores.numpy()), "epochs": len(trained.fitted.epochs)}
 
 
+def _fit_all(
+    dataset: Dataset, encodings: Path, options: Options, on_turn: Callable[[str, int, int], None]
+) -> Iterator[dict[str, Any]]:
+    """What training to the end gives: our control and FuxiCTR on each fold of users."""
+    protocol = Protocol()
+    turns = protocol.folds * len(options.models)
+    for fold in range(protocol.folds):
+        data = encode_dataset(split_dataset(dataset, protocol, fold))
+        with ExitStack() as stack:
+            peer: FuxiCTR | None = None
+            if options.fuxictr is not None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                write_task(folder, data, TrainSettings())
+                peer = stack.enter_context(FuxiCTR(options.fuxictr, folder))
+            for number, model in enumerate(options.models, fold * len(options.models)):
+                on_turn(f"{model}, fold {fold}, to the end", number, turns)
+                told = {"model": model, "fold": fold}
+                yield {**told, "implementation": "ours", **_fit_ours(data, encodings, model)}
+                if peer:
+                    answer = peer.ask("fit", model, "memory", TrainSettings().epochs)
+                    yield {**told, "implementation": "fuxictr", **answer}
+
+
 def measure_training(
     work: Path, encodings: Path, options: Options, *, on_turn: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Time all implementations on fold 0 of `work`/dataset.
 
     `rows` of the report has `{model, arm, implementation, phase, samples_per_s, low, high}` with the median and the
-    extremes over rounds; `ratios` what the product promises; `auc` of our control and of FuxiCTR, trained to the end.
+    extremes over rounds; `ratios` what the product promises; `auc` has `{model, fold, implementation, auc, epochs}` of
+    our control and of FuxiCTR, trained to the end.
     `on_turn` hears of a turn that is about to start, its number and the number of all.
 
     Raises:
         PreconditionError: the dataset or the encodings are missing.
         UnavailableError: FuxiCTR cannot be installed or broke down.
     """
-    data = encode_dataset(split_dataset(Dataset.load(work / "dataset"), Protocol(), 0))
+    dataset = Dataset.load(work / "dataset")
+    data = encode_dataset(split_dataset(dataset, Protocol(), 0))
     busy = others_busy()
     versions = {"torch": str(torch.__version__)}
-    fitted: list[dict[str, Any]] = []
     with ExitStack() as stack:
         contenders = [
             contender
@@ -146,7 +170,6 @@ def measure_training(
             for arm in SHARED_ARMS
             for contender in _Ours(data, encodings, Run(model, arm), options).contenders()
         ]
-        peer: FuxiCTR | None = None
         if options.fuxictr is not None:
             on_turn("install FuxiCTR", 0, 0)
             versions["fuxictr"] = install(options.fuxictr)
@@ -166,19 +189,12 @@ def measure_training(
             if turn >= len(contenders):
                 seconds[number].append(taken)
         busy_after = others_busy()
-        if options.fit:
-            for model in options.models:
-                on_turn(f"{model}: train to the end", turns, turns)
-                fitted.append({"model": model, "implementation": "ours", **_fit_ours(data, encodings, model)})
-                if peer:
-                    answer = peer.ask("fit", model, "memory", TrainSettings().epochs)
-                    fitted.append({"model": model, "implementation": "fuxictr", **answer})
     rows = [_row(contender, seconds[number]) for number, contender in enumerate(contenders)]
     return {
         "dataset": data.dataset.name,
         "rows": rows,
         "ratios": _ratios(rows, options.models),
-        "auc": fitted,
+        "auc": list(_fit_all(dataset, encodings, options, on_turn)) if options.fit else [],
         "others_busy_cores": {"before": busy, "after": busy_after},
         "versions": versions,
         "machine": machine(),
