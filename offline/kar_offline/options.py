@@ -2,17 +2,25 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
-__all__ = ["DEFAULT_WORK", "JsonFile", "Work", "write_json"]
+__all__ = ["DEFAULT_WORK", "JsonFile", "Work", "once", "write_json"]
 
 DEFAULT_WORK: Final = Path("var/demo")
 Work = Annotated[Path, typer.Option(help="Work folder.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")]
+
+
+T = TypeVar("T")
+
+
+def once(values: Sequence[T] | None) -> list[T]:
+    """Each value of an option that may be repeated, once, in the order given."""
+    return list(dict.fromkeys(values or ()))
 
 
 def write_json(file: Path | None, report: object) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from kar.records.v1.records_pb2 import KnowledgeRecord
 from kar_offline.bench.command import bench
-from kar_offline.bench.jobs import RUNGS, Job, Protocol, default_jobs
+from kar_offline.bench.jobs import RUNGS, Job, Protocol, default_jobs, possible_arms
 from kar_offline.bench.quality import BUCKETS, measure, train_jobs
 from kar_offline.bench.report import quality_table, write_quality_report
 from kar_offline.dataset.lists import rerank_lists
@@ -24,7 +24,7 @@ from kar_offline.train.feed import Feed
 from kar_offline.train.fit import TrainSettings, predict_logits
 from kar_offline.train.given import Given
 from kar_offline.train.runs import InitialRanker, Run, new_model
-from kar_sidecar.errors import InputError
+from kar_sidecar.errors import InputError, PreconditionError
 from kar_sidecar.hashing import file_sha256
 from kar_sidecar.store import ITEM
 
@@ -212,6 +212,7 @@ def test_the_page_and_the_table_stand_gaps(work, tmp_path):
     "options",
     [
         ["--split", "time", "--share", "0.5"],
+        ["--split", "time", "--fold", "0"],
         ["--model", "perceptron"],
         ["--arm", "magic"],
         ["--fold", "7"],
@@ -223,6 +224,43 @@ def test_refusals(tmp_path, options):
     done = CliRunner().invoke(bench, ["quality", "--work", str(tmp_path), *options])
     assert done.exit_code != 0
     assert type(done.exception).__name__ == "InputError"
+
+
+def test_arms_that_read_users_need_texts_about_users(work, tmp_path):
+    assert possible_arms(work / "encoding") == list(ARMS)
+    header = json.loads((work / "encoding" / "knowledge_user.json").read_text())
+    header["text_sha256"] = [None] * len(header["ids"])
+    (tmp_path / "knowledge_user.json").write_text(json.dumps(header))
+    possible = possible_arms(tmp_path)
+    assert set(ARMS) - set(possible) == {"paper", "users_only", "one_moe", "one_mlp", "no_adaptor"}
+    assert {job.arm for job in default_jobs(["din"], [], [0], [0], possible=possible)} == set(possible)
+    with pytest.raises(InputError, match="arm 'paper' reads texts about users"):
+        default_jobs(["din"], ["control", "paper"], [0], [0], possible=possible)
+
+
+def test_a_fold_without_users_is_refused_before_training(work):
+    dataset, folds = Dataset.load(work / "dataset"), 500
+    empty = next(f for f in range(folds) if not len(dataset.split_by_user(fold=f, folds=folds).samples(TEST)))
+    jobs = default_jobs(["dcn"], ["control"], [empty], [0])
+    with pytest.raises(PreconditionError, match=f"fold {empty} has no test samples"):
+        train_jobs(
+            work, Protocol("user", folds), "encoding", jobs, SETTINGS, workers=0, on_epoch=lambda job, epoch: None
+        )
+    assert not (work / "quality").exists()
+
+
+def test_a_work_folder_is_of_one_dataset(work):
+    told = CliRunner().invoke(bench, ["quality", "--work", str(work)])
+    assert isinstance(told.exception, InputError)
+    assert "name another folder for ml-100k with --work" in str(told.exception)
+
+
+def test_what_is_asked_twice_is_trained_once(work):
+    options = ["quality", "--dataset", "prepared", "--work", str(work), "--folds", "2", "--fold", "0", "--fold", "0"]
+    twice = ["--model", "dcn", "--model", "dcn", "--arm", "control", "--arm", "control", "--seed", "1", "--seed", "1"]
+    done = CliRunner().invoke(bench, [*options, *twice, "--epochs", "1", "--workers", "0"])
+    assert done.exit_code == 0, done.output
+    assert len(list((work / "quality").rglob("predictions.npy"))) == 1
 
 
 def test_a_share_of_the_training_users_is_a_protocol_of_its_own(work):

@@ -1,3 +1,4 @@
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -254,6 +255,10 @@ def test_a_mapping_is_checked(tmp_path: Path) -> None:
         load_mapping(mapping(tmp_path, "name ="))
     with pytest.raises(InputError, match=r"events\.clock: Extra inputs are not permitted"):
         load_mapping(mapping(tmp_path, MAPPING + "clock = 3\n"))
+    with pytest.raises(InputError, match=r"events\.rating.*less than or equal to 10"):
+        load_mapping(mapping(tmp_path, re.sub(r"rating = .*", "rating = 20", MAPPING, count=1)))
+    with pytest.raises(InputError, match="'n' and the fact 'title' would both be the title"):
+        load_mapping(mapping(tmp_path, MAPPING + '[items]\nid = "i"\ntitle = "n"\nfacts = ["title"]\n'))
 
 
 def test_the_command_builds_once_and_leaves_nothing_behind_on_errors(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kar_offline.evaluate import metrics
 from kar_offline.evaluate.metrics import (
-    Pairs,
     auc,
     bootstrap_weights,
     ece,
@@ -16,6 +16,7 @@ from kar_offline.evaluate.metrics import (
     logloss,
     paired_bootstrap,
     reliability,
+    resampled_auc,
 )
 
 pytestmark = pytest.mark.unit
@@ -118,20 +119,22 @@ def test_bootstrap_without_negatives_is_nan():
 
 @given(samples)
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_pairs_give_the_auc_under_user_weights(rows):
+def test_auc_under_user_weights(rows):
     labels, scores, users = np.array(rows).T
-    pairs = Pairs.of(labels, scores, users)
     distinct, row = np.unique(users, return_inverse=True)
     weights = np.random.default_rng(0).integers(0, 3, (4, len(distinct))).astype(float)
     expected = [slow_auc(labels, scores, weight[row]) for weight in weights]
-    np.testing.assert_allclose(pairs.auc(weights), expected)
+    np.testing.assert_allclose(resampled_auc(labels, scores, users, weights), expected)
 
 
-def test_pairs_of_more_users_than_a_block_holds():
+def test_resamples_of_more_than_a_block_holds(monkeypatch):
     rng = np.random.default_rng(0)
     labels, scores, users = rng.integers(0, 2, 900), rng.normal(size=900), np.repeat(np.arange(300), 3)
-    pairs = Pairs.of(labels, scores, users)
-    assert pairs.auc(np.ones((1, 300)))[0] == pytest.approx(auc(labels, scores))
+    weights = bootstrap_weights(300, seed=0, resamples=7)
+    whole = resampled_auc(labels, scores, users, weights)
+    monkeypatch.setattr(metrics, "BLOCK", 2_000)
+    np.testing.assert_array_equal(resampled_auc(labels, scores, users, weights), whole)
+    assert resampled_auc(labels, scores, users, np.ones((1, 300)))[0] == pytest.approx(auc(labels, scores))
 
 
 def test_weights_draw_as_many_users_as_there_are():

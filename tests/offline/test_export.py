@@ -113,7 +113,7 @@ def finished(tmp_path_factory):
     for kind, entities in (("user", dataset.users), ("item", dataset.items)):
         write_encoding(work, kind, entities)
         write_knowledge(work, kind, entities)
-    for backbone in ("dcnv2", "din"):
+    for backbone in ("dcnv2", "din", "prm"):
         write_training(work, dataset, backbone)
     return work
 
@@ -198,8 +198,9 @@ def test_vectors_are_those_of_entities_with_text(exported, finished):
     np.testing.assert_array_equal(release.neutral[1], adaptor.item_neutral.detach().numpy())
 
 
-def test_onnx_models_score_as_the_trained_ones(exported, finished):
-    _, release = exported
+@pytest.mark.parametrize("name", ["dcnv2", "prm"])
+def test_onnx_models_score_as_the_trained_ones(name, work):
+    release = Release.load(work / "releases", export(work, name).report["release_id"])
     rng = np.random.default_rng(0)
     inputs = {
         "history_item": rng.integers(0, 7, (2, 3)),
@@ -209,7 +210,7 @@ def test_onnx_models_score_as_the_trained_ones(exported, finished):
         "item_index": rng.integers(0, 7, 4),
         "item_categorical": rng.integers(0, 4, (4, 2)),
         "item_numeric": np.zeros((4, 1), np.float32),
-        "request_of_row": np.array([0, 1, 1, 0]),
+        "request_of_row": np.array([0, 0, 1, 1]),
         "affinity": rng.normal(size=(4, COLUMNS)).astype(np.float32),
         "user_knowledge": rng.normal(size=(2, KNOWLEDGE)).astype(np.float32),
         "item_knowledge": rng.normal(size=(4, KNOWLEDGE)).astype(np.float32),
@@ -217,7 +218,7 @@ def test_onnx_models_score_as_the_trained_ones(exported, finished):
     for arm in ("knowledge", "control"):
         session = onnxruntime.InferenceSession(release.folder / "backbones" / f"{arm}.onnx")
         given = {one.name: inputs[one.name] for one in session.get_inputs()}
-        trained = load_trained(finished, "dcnv2", arm).backbone
+        trained = load_trained(work, name, arm).backbone
         with torch.inference_mode():
             expected = trained({name: torch.from_numpy(value) for name, value in given.items()}).numpy()
         np.testing.assert_allclose(session.run(["score"], given)[0], expected, rtol=0, atol=1e-6)

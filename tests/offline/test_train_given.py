@@ -193,3 +193,13 @@ def test_a_list_longer_than_a_chunk_has_the_columns_of_its_rows(work):
 def test_an_arm_without_texts_is_refused():
     with pytest.raises(ValueError, match="which texts"):
         Arm(towers=("item",))
+
+
+@pytest.mark.parametrize("arm", ["control", "knowledge", "cf_knowledge"])
+def test_training_users_are_served_from_the_table_of_everybody(work, arm):
+    folder, data = work
+    given = given_of(work, arm)
+    samples = data.samples(TRAIN)
+    served = Given.served(ARMS[arm], data.dataset, given.affinity, folder, seed=0).columns(samples)
+    torch.testing.assert_close(given.as_served().columns(samples), served, rtol=0, atol=0)
+    assert torch.equal(given.columns(samples), served) == (arm != "cf_knowledge")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kar_offline.bench.direct import measure_direct
-from kar_offline.bench.jobs import Job, Protocol, default_jobs
+from kar_offline.bench.jobs import Job, Protocol, default_jobs, possible_arms
 from kar_offline.bench.prepare import DATASETS, prepare
 from kar_offline.bench.quality import measure, train_jobs
 from kar_offline.bench.report import direct_table, quality_table, training_table, write_quality_report
@@ -21,7 +21,7 @@ from kar_offline.bench.training import Options, measure_training
 from kar_offline.dataset.samples import FOLDS
 from kar_offline.generate.local import MODEL, LocalChat
 from kar_offline.models import BACKBONES, RERANKERS
-from kar_offline.options import JsonFile, Work, write_json
+from kar_offline.options import JsonFile, Work, once, write_json
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
 from kar_sidecar.errors import InputError
@@ -79,25 +79,29 @@ def quality(
 
     Killed and started again, it goes on where it was.
     """
+    models, arms, chosen, seeds = once(model), once(arm), once(fold) or range(folds), once(seed) or [0]
     known = {"model": (*BACKBONES, *RERANKERS), "arm": tuple(ARMS)}
-    for kind, names in (("model", model), ("arm", arm)):
-        if unknown := [name for name in names or () if name not in known[kind]]:
+    for kind, names in (("model", models), ("arm", arms)):
+        if unknown := [name for name in names if name not in known[kind]]:
             raise InputError(f"{kind} {unknown[0]!r} is not known: choose from {', '.join(known[kind])}")
-    if outside := [number for number in fold or () if not 0 <= number < folds]:
+    if outside := [number for number in chosen if not 0 <= number < folds]:
         raise InputError(f"fold {outside[0]} is not one of {folds}: choose from 0 to {folds - 1}")
     if ranker and ranker not in BACKBONES:
         raise InputError(f"ranker {ranker!r} is not known: choose from {', '.join(BACKBONES)}")
-    if ranker and (others := [name for name in model or () if name not in RERANKERS]):
+    if ranker and (others := [name for name in models if name not in RERANKERS]):
         raise InputError(f"{others[0]} takes no order of another model: leave it or --ranker out")
     if split is By.TIME and share < 1:
         raise InputError("--share is of users, whom a split by time does not split: leave one of the two out")
+    if split is By.TIME:
+        if fold:
+            raise InputError("--fold is of users, whom a split by time does not deal: leave one of the two out")
+        chosen = [0]
     protocol = Protocol(split.value, folds, share)
-    chosen = [0] if split is By.TIME else fold or list(range(folds))
-    jobs = default_jobs(model or (), arm or (), chosen, seed or [0], ranker)
     console = Console()
     began = time.perf_counter()
     if dataset != PREPARED:
         encodings = prepare(work, dataset, folder, encoder, words, console=console)
+    jobs = default_jobs(models, arms, chosen, seeds, ranker, possible_arms(work / encodings))
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as progress:
@@ -143,7 +147,7 @@ def train(
     json_file: JsonFile = None,
 ) -> None:
     """Compare samples a second: our trainer with and without knowledge, a loop over samples, FuxiCTR."""
-    models = model or list(Options().models)
+    models = once(model) or list(Options().models)
     if unknown := [name for name in models if name not in BACKBONES]:
         raise InputError(f"model {unknown[0]!r} is not known: choose from {', '.join(BACKBONES)}")
     if fuxictr is not None and (others := [name for name in models if name not in Options().models]):

@@ -6,6 +6,7 @@
 Behind an initial ranker the folder is <model>_<arm>_after_<ranker>; lists are saved in their own order all the same.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,8 +27,19 @@ from kar_offline.train.feed import Feed
 from kar_offline.train.fit import STATE, TrainSettings, predict_logits
 from kar_offline.train.given import Given
 from kar_offline.train.runs import InitialRanker, Run, new_model, rows, train_run
+from kar_sidecar.errors import InputError
 
-__all__ = ["RUNGS", "Job", "Protocol", "default_jobs", "fold_data", "run_job", "split_dataset", "train_ranker"]
+__all__ = [
+    "RUNGS",
+    "Job",
+    "Protocol",
+    "default_jobs",
+    "fold_data",
+    "possible_arms",
+    "run_job",
+    "split_dataset",
+    "train_ranker",
+]
 
 VERSION: Final = 1
 RANKER: Final = "ranker.safetensors"
@@ -80,17 +92,34 @@ class Job:
         return work / "quality" / encodings / protocol.name / f"fold{self.fold}_seed{self.seed}" / run
 
 
+def possible_arms(encodings: Path) -> list[str]:
+    """Arms whose texts are in the folder of an encoding stage; texts about users may be missing."""
+    header = encodings / "knowledge_user.json"
+    users = header.is_file() and any(json.loads(header.read_text())["text_sha256"])
+    return [name for name, arm in ARMS.items() if users or "user" not in arm.towers]
+
+
 def default_jobs(
-    models: Sequence[str], arms: Sequence[str], folds: Sequence[int], seeds: Sequence[int], ranker: str = ""
+    models: Sequence[str],
+    arms: Sequence[str],
+    folds: Sequence[int],
+    seeds: Sequence[int],
+    ranker: str = "",
+    possible: Sequence[str] = tuple(ARMS),
 ) -> list[Job]:
     """The grid, fold by fold, long trainings first; without `models` or `arms` what each model is measured with.
 
-    With an initial `ranker` the models are rerankers.
+    With an initial `ranker` the models are rerankers. `possible` are the arms whose texts are there.
+
+    Raises:
+        InputError: one of `arms` is not possible.
     """
+    if impossible := [arm for arm in arms if arm not in possible]:
+        raise InputError(f"arm {impossible[0]!r} reads texts about users, and none are encoded here: leave it out")
     chosen = models or (RERANKERS if ranker else (*BACKBONES, *RERANKERS))
 
     def arms_of(model: str) -> Sequence[str]:
-        return arms or (tuple(ARMS) if model in WIDE else DEFAULT_ARMS)
+        return arms or (possible if model in WIDE else DEFAULT_ARMS)
 
     jobs = [
         Job(model, arm, fold, seed, ranker)
@@ -177,10 +206,9 @@ def run_job(task: Task, notify: Callable[[tuple[Job, int]], None]) -> StageResul
         )
         samples = rows(data, job.model, TEST, settings.seed)
         order = ranker.order(data, samples) if ranker else torch.arange(len(samples))
-        given = {"": trained.given} | (
-            {f"_{rung}": trained.given.without(kinds) for rung, kinds in RUNGS.items()}
-            if job.arm == "knowledge"
-            else {}
+        served = trained.given.as_served()
+        given = {"": served} | (
+            {f"_{rung}": served.without(kinds) for rung, kinds in RUNGS.items()} if job.arm == "knowledge" else {}
         )
         for rung, known in given.items():
             scores = torch.empty(len(samples))

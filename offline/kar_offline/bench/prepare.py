@@ -7,6 +7,7 @@ from rich.console import Console
 
 from kar_offline.dataset.movielens import build_dataset
 from kar_offline.dataset.movielens_1m import build_movielens_1m
+from kar_offline.dataset.samples import Dataset
 from kar_offline.encode import encode
 from kar_offline.encode.huggingface import ENCODERS
 from kar_offline.generate import Pack, generate
@@ -32,7 +33,7 @@ def prepare(
         console: Where progress is shown.
 
     Raises:
-        InputError: an unknown name, or ml-1m without a folder.
+        InputError: an unknown name, ml-1m without a folder, or a work folder that holds another dataset.
         KarError: what a stage raises.
     """
     if dataset not in DATASETS or encoder not in ENCODERS:
@@ -40,6 +41,8 @@ def prepare(
             f"dataset {dataset!r} or encoder {encoder!r} is not known: choose from {', '.join(DATASETS)} and "
             f"{', '.join(ENCODERS)}"
         )
+    if (work / "dataset").is_dir() and (held := Dataset.load(work / "dataset").name) != dataset:
+        raise InputError(f"{work} holds {held}: name another folder for {dataset} with --work")
     if dataset == "ml-100k":
         build_dataset(work)
     elif folder is None:

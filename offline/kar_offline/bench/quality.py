@@ -19,8 +19,8 @@ from kar_offline.bench.jobs import RUNGS, Job, Protocol, run_job, split_dataset,
 from kar_offline.bench.machine import machine
 from kar_offline.dataset.lists import rerank_lists
 from kar_offline.dataset.samples import TEST, TRAIN, Dataset
+from kar_offline.evaluate.caveats import caveats_of
 from kar_offline.evaluate.metrics import (
-    Pairs,
     auc,
     bootstrap_weights,
     ece,
@@ -29,6 +29,7 @@ from kar_offline.evaluate.metrics import (
     interval,
     logloss,
     reliability,
+    resampled_auc,
 )
 from kar_offline.evaluate.ranking import average_precision, hit, ndcg
 from kar_offline.generate.records import read_knowledge
@@ -37,16 +38,14 @@ from kar_offline.stage import stage_seconds
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.processes import in_processes
+from kar_sidecar.errors import PreconditionError
 from kar_sidecar.hashing import file_sha256
 
-__all__ = ["BUCKETS", "CAVEATS", "COMPARISONS", "measure", "train_jobs"]
+__all__ = ["BUCKETS", "COMPARISONS", "measure", "train_jobs"]
 
-CAVEATS: Final = (
-    "The writer of the knowledge pack knew the films' later reputation and may have seen MovieLens.",
-    "Hyperparameters and the affinity's form were chosen on validation users of one fold, for DCNv2.",
+CHOSEN: Final = (
+    "Hyperparameters and the affinity's form were chosen on validation users of one fold of MovieLens-100K, for DCNv2."
 )
-BY_USER: Final = "Users are split, time is not: training ratings may be later than test ratings."
-BY_TIME: Final = "One split by global time: users of the test period may also be in training."
 COMPARISONS: Final = {
     "knowledge": ("raw_text", "statistics", "shuffled", "random", "affinity", "paper"),
     "raw_text": ("statistics",),
@@ -82,9 +81,13 @@ def train_jobs(
     """Train what is missing of `jobs` and return how many that were; `on_epoch` hears of epochs, 0 when a job is done.
 
     Raises:
-        PreconditionError: the dataset or the encodings are missing.
+        PreconditionError: the dataset or the encodings are missing, or a fold has nobody to test.
         UnavailableError: a worker process was killed; the next call goes on.
     """
+    dataset = Dataset.load(work / "dataset")
+    for fold in sorted({job.fold for job in jobs}):
+        if not len(split_dataset(dataset, protocol, fold).samples(TEST)):
+            raise PreconditionError(f"fold {fold} has no test samples: deal users into fewer folds, or bring more")
     tasks = [(work, protocol, encodings, job, settings) for job in jobs]
     # Jobs of one fold and seed share an initial ranker, which must be there before they run side by side.
     rankers = {(job.ranker, job.fold, job.seed): task for job, task in zip(jobs, tasks, strict=True) if job.ranker}
@@ -208,7 +211,6 @@ def measure(
                     found.row["interval"] = dict(difference)
                 scored.setdefault((job.model, arm), []).append(found)
             on_job(job)
-    caveats = [*CAVEATS, BY_USER if protocol.split == "user" else BY_TIME]
     return {
         "dataset": dataset.name,
         "split": protocol.name,
@@ -219,7 +221,7 @@ def measure(
         "breakdowns": _breakdowns(scored, folds),
         "calibration": _calibration(scored, folds),
         "training_seconds": sum(one.row.get("seconds", 0) for group in scored.values() for one in group),
-        "caveats": caveats,
+        "caveats": [CHOSEN, *caveats_of(split_dataset(dataset, protocol, jobs[0].fold))],
         "machine": machine(),
     }
 
@@ -274,7 +276,7 @@ def _score(job: Job, file: Path, test: _Fold | _Lists, dataset: str) -> _Scored:
         shaped = scores.reshape(test.labels.shape)
         resampled = test.resampled(average_precision(test.labels, shaped, test.labels.shape[1]))
     else:
-        resampled = Pairs.of(test.labels, scores, test.users).auc(test.weights)
+        resampled = resampled_auc(test.labels, scores, test.users, test.weights)
     return _Scored(job, scores, resampled, row)
 
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import csv, parquet
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset, Entity
@@ -36,6 +36,9 @@ MOST_VALUES: Final = 64
 """Categories of one entity in one feature: every row of the store has room for as many as the longest."""
 UNSTORABLE: Final = re.compile(r"[\0\r\n\v\f\x1c-\x1e\x85\u2028\u2029]")
 
+TITLE: Final = "title"
+"""What prompts call the name of an entity."""
+
 Word = Annotated[str, Field(min_length=1)]
 T = TypeVar("T")
 
@@ -51,7 +54,7 @@ class _Events(_Part):
     item: Word
     time: Word
     """Whole seconds since 1970, or ISO dates and times (UTC where they name no zone)."""
-    rating: Word | float
+    rating: Word | Annotated[float, Field(ge=0, le=HIGHEST_RATING)]
     """The column, or one number for all events."""
     values: Mapping[str, float] = Field(default_factory=dict)
     """What the texts of the rating column count, such as `view = 1`, `purchase = 5`."""
@@ -76,6 +79,12 @@ class _Entities(_Part):
     features: Mapping[Word, Literal["numeric", "categorical"] | _Several] = Field(default_factory=dict)
     facts: tuple[Word, ...] = ()
     """Columns that prompts show; nothing else is told to a language model."""
+
+    @model_validator(mode="after")
+    def _one_title(self) -> Self:
+        if self.title not in (None, TITLE) and TITLE in self.facts:
+            raise ValueError(f"{self.title!r} and the fact {TITLE!r} would both be the title: leave one out")
+        return self
 
 
 class Mapped(_Part):
@@ -272,7 +281,7 @@ def _entities(path: Path, part: _Entities, delimiter: str, section: str) -> tupl
         schema.append({"name": name, "type": feature_type, "width": width})
     told = {name: known[name] if name in known else columns[name].rows(_category) for name in part.facts}
     if part.title:
-        told = {"title": columns[part.title].rows(_title), **told}
+        told = {TITLE: columns[part.title].rows(_title), **told}
 
     def at(row: int, values: Mapping[str, list[Any]]) -> dict[str, Any]:
         return {name: column[row] for name, column in values.items()}

@@ -7,20 +7,29 @@ from rich.console import Console
 
 from kar_offline.evaluate.stage import evaluate as evaluate_models
 from kar_offline.evaluate.table import evaluation_table
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.models import BACKBONES
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, write_json
+from kar_offline.train.runs import DEFAULT_BACKBONES
+from kar_sidecar.errors import InputError
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
     work: Work = DEFAULT_WORK,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(BACKBONES)}; default: {', '.join(DEFAULT_BACKBONES)}.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 1000,
     json_file: JsonFile = None,
 ) -> None:
     """Compare backbone, backbone + raw text and backbone + knowledge on test users."""
     console = Console()
-    result = evaluate_models(work, seed=seed, resamples=resamples)
+    backbones = once(backbone) or DEFAULT_BACKBONES
+    if unknown := [name for name in backbones if name not in BACKBONES]:
+        raise InputError(f"backbone {unknown[0]!r} is not known: choose from {', '.join(BACKBONES)}")
+    result = evaluate_models(work, backbones, seed=seed, resamples=resamples)
     console.print(evaluation_table(result.report))
     console.print(f"{result.folder}: {result.outcome}")
     write_json(json_file, result.report)

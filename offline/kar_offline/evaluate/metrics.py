@@ -5,7 +5,6 @@ any integers. Intervals resample whole users with replacement, since a user's sa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple, TypedDict
 
 import numpy as np
@@ -14,7 +13,6 @@ from scipy.stats import rankdata
 
 __all__ = [
     "Interval",
-    "Pairs",
     "Reliability",
     "auc",
     "bootstrap_weights",
@@ -25,10 +23,12 @@ __all__ = [
     "logloss",
     "paired_bootstrap",
     "reliability",
+    "resampled_auc",
 ]
 
 BINS: Final = 15
-BLOCK_USERS: Final = 128
+BLOCK: Final = 2**21
+"""Weights that resampling holds at once."""
 
 
 class Interval(TypedDict):
@@ -94,41 +94,26 @@ def ece(labels: NDArray, scores: NDArray, *, bins: int = BINS) -> float:
     return float(np.average(np.abs(found.score - found.rate), weights=found.samples))
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """All pairs of a positive and a negative, summed by the users that they belong to: AUC under any user weights."""
-
-    won: NDArray[np.float64]
-    """[U, U] pairs of row user's positives and column user's negatives that are in order, ties counted half."""
-    positive: NDArray[np.float64]
-    """[U] positives of each user."""
-    negative: NDArray[np.float64]
-    """[U] negatives of each user."""
-
-    @staticmethod
-    def of(labels: NDArray, scores: NDArray, users: NDArray) -> "Pairs":
-        """Count them; users are in rising order."""
-        _, user = np.unique(users, return_inverse=True)
-        distinct, rank = np.unique(scores, return_inverse=True)
-        count, ranks = int(user.max(initial=-1)) + 1, len(distinct)
-        up = labels > 0
-        positives = np.zeros((count, ranks), np.float32)
-        np.add.at(positives, (user[up], rank[up]), 1)
-        won = np.zeros((count, count))
-        for start in range(0, count, BLOCK_USERS):
-            chosen = ~up & (user >= start) & (user < start + BLOCK_USERS)
-            here = np.zeros((min(BLOCK_USERS, count - start), ranks), np.float32)
-            np.add.at(here, (user[chosen] - start, rank[chosen]), 1)
-            below = np.cumsum(here, 1) - here / 2
-            won[:, start : start + BLOCK_USERS] = positives @ below.T
-        sums = (np.bincount(user[chosen], minlength=count).astype(np.float64) for chosen in (up, ~up))
-        return Pairs(won, *sums)
-
-    def auc(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """AUC [R] under each of the user weights [R, U]; NaN where a class has no weight."""
-        pairs = (weights @ self.positive) * (weights @ self.negative)
-        won = ((weights @ self.won) * weights).sum(1)
-        return np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan)
+def resampled_auc(
+    labels: NDArray, scores: NDArray, users: NDArray, weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """AUC [R] under each of the weights [R, U] of users, in rising order; NaN where a class has no weight."""
+    _, user = np.unique(users, return_inverse=True)
+    order = np.argsort(scores, kind="stable")
+    user, up = user[order], labels[order] > 0
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # of runs of equal scores
+    found = np.full(len(weights), np.nan)
+    if not len(user):
+        return found
+    block = max(1, BLOCK // len(user))
+    for start in range(0, len(weights), block):
+        rows = weights[start : start + block, user]  # [block, S]
+        positive, negative = (np.add.reduceat(rows * chosen, starts, 1) for chosen in (up, ~up))
+        below = np.cumsum(negative, 1) - negative / 2
+        pairs = positive.sum(1) * negative.sum(1)
+        mixed = pairs > 0
+        found[start : start + block][mixed] = (positive * below).sum(1)[mixed] / pairs[mixed]
+    return found
 
 
 def bootstrap_weights(users: int, *, seed: int, resamples: int = 1000) -> NDArray[np.float64]:
@@ -150,10 +135,9 @@ def paired_bootstrap(
     labels: NDArray, scores: NDArray, baseline: NDArray, users: NDArray, *, seed: int, resamples: int = 1000
 ) -> Interval:
     """AUC of `scores` minus AUC of `baseline` on the same samples; both see the same resamples."""
-    ours, theirs = Pairs.of(labels, scores, users), Pairs.of(labels, baseline, users)
-    weights = bootstrap_weights(len(ours.positive), seed=seed, resamples=resamples)
-    difference = auc(labels, scores) - auc(labels, baseline)
-    return interval(difference, ours.auc(weights) - theirs.auc(weights))
+    weights = bootstrap_weights(len(np.unique(users)), seed=seed, resamples=resamples)
+    ours, theirs = (resampled_auc(labels, values, users, weights) for values in (scores, baseline))
+    return interval(auc(labels, scores) - auc(labels, baseline), ours - theirs)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

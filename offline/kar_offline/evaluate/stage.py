@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kar_offline.dataset.samples import TEST, Dataset
+from kar_offline.evaluate.caveats import caveats_of
 from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
 from kar_offline.stage import StageResult, run_stage
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
@@ -24,17 +25,13 @@ from kar_offline.train.given import Given
 from kar_offline.train.runs import DEFAULT_BACKBONES
 from kar_sidecar.errors import PreconditionError
 
-__all__ = ["CAVEATS", "EVALUATION", "NEUTRAL", "evaluate"]
+__all__ = ["EVALUATION", "NEUTRAL", "evaluate"]
 
 EVALUATION: Final = "evaluation.json"
 NEUTRAL: Final = "neutral"
 """The knowledge model when nothing is known of the user or of any item: every vector is the neutral one."""
-VERSION: Final = 2
-CAVEATS: Final = (
-    "The writer of the knowledge pack knew the films' later reputation and may have seen MovieLens.",
-    "Users are split between training and test, time is not: test ratings may be older than training ratings.",
-    "One split and one seed: intervals cover the choice of test users, not of seeds.",
-)
+VERSION: Final = 3
+ONE_SEED: Final = "One split and one seed: intervals cover the choice of test users, not of seeds."
 
 
 def _scores(work: Path, dataset: Dataset, backbone: str, arm: str) -> dict[str, NDArray]:
@@ -74,8 +71,8 @@ def _evaluate(work: Path, backbones: Sequence[str], *, seed: int, resamples: int
                 (NEUTRAL, "control"),
             )
         }
-    test_users = len(np.unique(dataset.event_user[dataset.samples(TEST)]))
-    return {**report, "test": {"users": test_users, "samples": len(labels)}, "caveats": list(CAVEATS)}
+    test = {"users": len(np.unique(users)), "samples": len(labels)}
+    return {**report, "test": test, "caveats": [*caveats_of(dataset), ONE_SEED]}
 
 
 def evaluate(

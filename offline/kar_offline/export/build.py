@@ -23,7 +23,7 @@ from kar_model_repository.render import TARGETS, Backbone, Sizes, render
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate import read_knowledge
 from kar_offline.generate.records import ENTITY
-from kar_offline.models import BACKBONES
+from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.models.onnx import export_onnx
 from kar_offline.stage import StageResult
 from kar_offline.train.arms import ARMS
@@ -81,8 +81,8 @@ def export(
         IntegrityError: what the stages made is corrupt or does not belong together.
     """
     began = time.perf_counter()
-    if backbone not in BACKBONES:
-        raise InputError(f"backbone {backbone!r} is not known: choose from {', '.join(BACKBONES)}")
+    if backbone not in (names := (*BACKBONES, *RERANKERS)):
+        raise InputError(f"backbone {backbone!r} is not known: choose from {', '.join(names)}")
     able = [name for name, one in ARMS.items() if one.towers and one.adaptor != "none" and one.texts in SERVED_TEXTS]
     if arm not in able:
         raise InputError(f"arm {arm!r} has no adaptor of real texts to release: choose from {', '.join(able)}")

@@ -15,7 +15,7 @@ __all__ = ["export"]
 def export(
     work: Work = DEFAULT_WORK,
     backbone: Annotated[
-        list[str], typer.Option(help="Backbone to export; repeat for several.", show_default="dcnv2, din")
+        list[str], typer.Option(help="Model to export; repeat for several.", show_default="dcnv2, din")
     ] = ["dcnv2", "din"],  # noqa: B006 - typer reads it and does not change it
     arm: Annotated[str, typer.Option(help="Training arm whose model serves; the control comes along.")] = "knowledge",
     activate: Annotated[

@@ -67,7 +67,7 @@ ARMS: Final[Mapping[str, Arm]] = MappingProxyType(
         "no_adaptor": replace(_PAPER, adaptor="none"),
         "statistics": Arm(statistics=True),
         "affinity": replace(_KNOWLEDGE, towers=()),
-        "learned_affinity": replace(_KNOWLEDGE, text_affinity=False, learned_affinity=True),
+        "learned_affinity": replace(_KNOWLEDGE, learned_affinity=True),
         "shuffled": replace(_KNOWLEDGE, texts="shuffled"),
         "random": replace(_KNOWLEDGE, texts="random"),
         "cf": Arm(statistics=True, collaborative_affinity=True),

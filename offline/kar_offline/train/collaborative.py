@@ -102,9 +102,8 @@ def _components(matrix: csr_array, shrinkage: float, dim: int, power: float) -> 
     if rank < 1 or not length.any():
         return vectors
     scaled = csr_array(matrix.multiply(1 / np.sqrt(length + shrinkage)))
-    start = np.ones(min(matrix.shape)) / np.sqrt(
-        min(matrix.shape)
-    )  # fixed, so that the same ratings give the same bits
+    # Fixed: the same ratings give the same similarities (the same bits, unless the rank is short).
+    start = np.full(min(matrix.shape), min(matrix.shape) ** -0.5)
     _, values, axes = svds(scaled, k=rank, v0=start)
     vectors[:, :rank] = (axes.T * values**power)[:, ::-1]
     return vectors

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from kar_offline.models import BACKBONES, RERANKERS
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, write_json
 from kar_offline.stage import StageResult
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
 from kar_offline.train.fit import Epoch, TrainSettings
@@ -64,7 +64,7 @@ def train(
     ranks = Ranks.start()
     console = Console(quiet=not ranks.first)
     settings = TrainSettings(seed=seed, epochs=epochs)
-    names = backbone or list(DEFAULT_BACKBONES), arm or list(DEFAULT_ARMS)
+    names = once(backbone) or list(DEFAULT_BACKBONES), once(arm) or list(DEFAULT_ARMS)
     result = train_with_progress(work, *names, settings, workers if ranks.count == 1 else 0, console)
     if not ranks.first:
         return

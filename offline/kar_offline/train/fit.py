@@ -22,6 +22,8 @@ __all__ = ["STATE", "Epoch", "Fitted", "TrainSettings", "fit", "knowledge_vector
 
 STATE: Final = "state.safetensors"
 EVALUATION_BATCH: Final = 2048
+ADAPTED_ROWS: Final = 2**16
+"""Entities that the adaptor takes at once."""
 SAVE_EVERY_S: Final = 30.0
 
 
@@ -103,7 +105,8 @@ def knowledge_vectors(model: CTRModel, given: Given) -> dict[str, Tensor]:
     tables: dict[str, Tensor] = {}
     for tower in model.adaptor.towers:
         vectors, present = given.known(tower)
-        tables[tower] = model.adaptor.adapt(vectors.to(device), present.to(device), tower)
+        parts = zip(vectors.split(ADAPTED_ROWS), present.split(ADAPTED_ROWS), strict=True)
+        tables[tower] = torch.cat([model.adaptor.adapt(v.to(device), p.to(device), tower) for v, p in parts])
     return tables
 
 
@@ -215,6 +218,8 @@ def fit(
         course = _Course(model, optimiser)
         if (folder / STATE).is_file():
             course.load(folder / STATE)
+            if not ranks.first:  # the saved random state is the first rank's
+                torch.manual_seed((settings.seed * 1_000 + len(course.epochs)) * ranks.count + ranks.rank)
             for epoch in course.epochs:
                 on_epoch(epoch)
         while course.goes_on(settings):

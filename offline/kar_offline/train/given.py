@@ -144,6 +144,12 @@ class Given:
         users = np.zeros(len(dataset.users), np.int64)
         return Given(arm, dataset, texts, affinity, np.pad(affinity.vectors.numpy(), ((0, 1), (0, 0)))[None], users)
 
+    def as_served(self) -> "Given":
+        """The same with one table of vectors for all, training users included, as in serving."""
+        if self.tables is None or self.table_of_user is None:
+            return self
+        return replace(self, tables=self.tables[-1:], table_of_user=np.zeros_like(self.table_of_user))
+
     def spec(self, base: InputSpec, knowledge: int) -> InputSpec:
         """Sizes of the model's inputs; `knowledge` components come out of the adaptor."""
         learned = self.arm.learned_affinity and self.affinity is not None

@@ -126,7 +126,8 @@ def train_run(
     if ranker:
         samples, held_out = (part.rows(ranker.order(data, part)) for part in (samples, held_out))
     given = Given.of(arm, data, samples, encodings, seed=settings.seed)
-    train_feed, validation_feed = (Feed.of(data, part, given) for part in (samples, held_out))
+    # By time, a validation row's user may also be in training; it is scored as serving would score it.
+    train_feed, validation_feed = Feed.of(data, samples, given), Feed.of(data, held_out, given.as_served())
     make = partial(new_model, run, data, given, settings)
     fitted = fit(make, train_feed, validation_feed, settings, folder=folder, on_epoch=on_epoch)
     sizes = {"train": len(samples), "validation": len(held_out)}
