@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import jinja2
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -35,14 +36,21 @@ def _signed(found: Mapping[str, float]) -> str:
     return f"{found['mean'] * 1e4:+.0f} [{found['low'] * 1e4:+.0f}, {found['high'] * 1e4:+.0f}]"
 
 
+def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table that fits into 80 columns without breaking a number."""
+    table = Table(title=title, box=box.SIMPLE, padding=0)
+    for column in words:
+        table.add_column(column, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def quality_table(report: Mapping[str, Any]) -> Group:
     """Mean metrics of every model and arm, and the difference to the control, ready to print."""
     size = report["test"]
-    table = Table(title=f"{report['dataset']}: {size['samples']:,} samples of {size['users']:,} test users")
-    for column in ("model", "arm"):
-        table.add_column(column, no_wrap=True)
-    for column in ("runs", "AUC", "LogLoss", "GAUC", "ECE", "- control, 1e-4", "p (Holm)"):
-        table.add_column(column, justify="right")
+    title = f"{report['dataset']}: {size['samples']:,} samples of {size['users']:,} test users"
+    table = _table(title, ("model", "arm"), ("AUC", "LogLoss", "GAUC", "ECE", "- control, 1e-4", "Holm p"))
     last = ""
     for entry in report["summary"]:
         if last not in ("", entry["model"]):
@@ -53,34 +61,26 @@ def quality_table(report: Mapping[str, Any]) -> Group:
         numbers = [f"{entry[name]:.4f}" for name in METRICS]
         control = entry["minus"].get("control")
         more = [_signed(control), f"{control['p_holm']:.3f}"] if control else ["", ""]
-        table.add_row(entry["model"], entry["arm"], str(entry["runs"]), *numbers, *more)
-    ranked = Table(title="lists")
-    for column in ("model", "arm"):
-        ranked.add_column(column, no_wrap=True)
-    for column in ("runs", "MAP", "NDCG", "- control, 1e-4", "p (Holm)"):
-        ranked.add_column(column, justify="right")
+        table.add_row(entry["model"], entry["arm"], *numbers, *more)
+    ranked = _table("lists", ("model", "arm"), ("MAP", "NDCG", "- control, 1e-4", "Holm p"))
     for entry in report["summary"]:
         if "map" in entry:
             control = entry["minus"].get("control")
             more = [_signed(control), f"{control['p_holm']:.3f}"] if control else ["", ""]
-            ranked.add_row(
-                entry["model"], entry["arm"], str(entry["runs"]), *(f"{entry[n]:.4f}" for n in LIST_METRICS), *more
-            )
+            ranked.add_row(entry["model"], entry["arm"], *(f"{entry[n]:.4f}" for n in LIST_METRICS), *more)
     tables = [one for one in (table, ranked) if one.row_count]
     return Group(*tables, *(Text(f"- {caveat}", style="dim") for caveat in report["caveats"]))
 
 
 def training_table(report: Mapping[str, Any]) -> Group:
     """Samples a second of every implementation, and what follows from them, ready to print."""
-    table = Table(title=f"{report['dataset']}: samples a second, one thread")
-    for column in ("model", "knowledge", "implementation"):
-        table.add_column(column)
-    for column in ("train", "score"):
-        table.add_column(column, justify="right")
+    title = f"{report['dataset']}: thousand samples a second, one thread"
+    table = _table(title, ("model", "arm", "implementation"), ("train", "score"))
     rates: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in report["rows"]:
         of_phases = rates.setdefault((row["model"], row["arm"], row["implementation"]), {})
-        of_phases[row["phase"]] = f"{row['samples_per_s']:,.0f} [{row['low']:,.0f}, {row['high']:,.0f}]"
+        rate, low, high = (f"{row[name] / 1e3:.1f}" for name in ("samples_per_s", "low", "high"))
+        of_phases[row["phase"]] = f"{rate} [{low}, {high}]"
     last = ""
     for (model, arm, implementation), of_phases in rates.items():
         if last not in ("", model):
