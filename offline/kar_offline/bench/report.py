@@ -30,6 +30,8 @@ COLOURS: Final = {
 }
 FOREST: Final = ("raw_text", "knowledge")
 IDLE_CORES: Final = 0.2
+FEWEST: Final = 100
+"""Samples of a bucket that is drawn: the noise of fewer would set the scale."""
 
 
 def _signed(found: Mapping[str, float]) -> str:
@@ -155,8 +157,8 @@ def plot_reliability(calibration: Sequence[Mapping[str, Any]], model: str) -> Fi
 
 
 def plot_breakdown(breakdowns: Sequence[Mapping[str, Any]], model: str, by: str) -> Figure:
-    """AUC of each arm minus the control's in each bucket."""
-    chosen = [entry for entry in breakdowns if entry["model"] == model and entry["by"] == by]
+    """AUC of each arm minus the control's in each bucket of at least `FEWEST` samples."""
+    chosen = [e for e in breakdowns if e["model"] == model and e["by"] == by and e["samples"] >= FEWEST]
     control = {entry["bucket"]: entry["auc"] for entry in chosen if entry["arm"] == "control"}
     arms = [arm for arm in COLOURS if arm != "control" and any(entry["arm"] == arm for entry in chosen)]
     samples = {entry["bucket"]: entry["samples"] for entry in chosen if entry["bucket"] in control}
@@ -195,5 +197,12 @@ def write_quality_report(report: Mapping[str, Any], path: Path) -> None:
         for by in dict.fromkeys(one["by"] for one in report["breakdowns"]):
             title = f"{model} by {by.replace('_', ' ')}"
             plots.append((title, _embedded(plot_breakdown(report["breakdowns"], model, by))))
-    page = environment.from_string(template).render(report=report, plots=plots, signed=_signed)
+    buckets: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for one in report["breakdowns"]:
+        if one["model"] in detailed:
+            buckets.setdefault((one["model"], one["by"], one["bucket"]), {})[one["arm"]] = one
+    arms = [arm for arm in COLOURS if any(arm in bucket for bucket in buckets.values())]
+    page = environment.from_string(template).render(
+        report=report, plots=plots, signed=_signed, buckets=buckets, arms=arms
+    )
     path.write_text(page)
