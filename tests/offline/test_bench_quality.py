@@ -44,7 +44,7 @@ def trained(work, jobs, seen=None):
 def test_the_default_grid():
     jobs = default_jobs([], [], range(5), [0])
     by_model = {model: {job.arm for job in jobs if job.model == model} for model in (*BACKBONES, *RERANKERS)}
-    assert by_model["dcnv2"] == by_model["din"] == set(ARMS)
+    assert by_model["dcnv2"] == by_model["din"] == set(ARMS) - {"both_texts", "cf_both_texts"}
     assert all(arms == set(DEFAULT_ARMS) for model, arms in by_model.items() if model not in ("dcnv2", "din"))
     assert len(set(jobs)) == len(jobs) == 5 * sum(map(len, by_model.values()))
     assert [job.fold for job in jobs] == sorted(job.fold for job in jobs)
@@ -233,7 +233,10 @@ def test_arms_that_read_users_need_texts_about_users(work, tmp_path):
     (tmp_path / "knowledge_user.json").write_text(json.dumps(header))
     possible = possible_arms(tmp_path)
     assert set(ARMS) - set(possible) == {"paper", "users_only", "one_moe", "one_mlp", "no_adaptor"}
-    assert {job.arm for job in default_jobs(["din"], [], [0], [0], possible=possible)} == set(possible)
+    assert {job.arm for job in default_jobs(["din"], [], [0], [0], possible=possible)} == set(possible) - {
+        "both_texts",
+        "cf_both_texts",
+    }
     with pytest.raises(InputError, match="arm 'paper' reads texts about users"):
         default_jobs(["din"], ["control", "paper"], [0], [0], possible=possible)
 

@@ -134,6 +134,16 @@ def test_dropout_of_everything_is_what_the_neutral_rung_sees(work):
         assert not item.present[item.row].any()
 
 
+def test_both_texts_are_side_by_side(work):
+    _, data = work
+    samples = data.samples(TEST)
+    texts = [given_of(work, arm).columns(samples) for arm in ("knowledge", "raw_text", "cf")]
+    own = slice(len(STATISTICS), None)
+    both, all_three = (given_of(work, arm).columns(samples) for arm in ("both_texts", "cf_both_texts"))
+    torch.testing.assert_close(both, torch.cat([texts[0], texts[1][:, own]], 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(all_three, torch.cat([both, texts[2][:, own]], 1), rtol=0, atol=1e-6)
+
+
 def test_texts_of_the_other_arms(work):
     folder, data = work
     knowledge, raw, shuffled, noise = (

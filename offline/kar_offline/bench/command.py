@@ -57,7 +57,8 @@ def quality(
     work: Work = Path("var/quality"),
     model: Annotated[list[str] | None, typer.Option(help="Models to train; default: all.")] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(help="Arms to train; default: all for dcnv2 and din, three for the others.")
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(ARMS)}; default: all but the last two for dcnv2 and din, else three."),
     ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Folds that users are dealt into.")] = FOLDS,
     fold: Annotated[list[int] | None, typer.Option(help="Only these folds, from 0; default: all.")] = None,

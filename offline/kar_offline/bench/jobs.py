@@ -46,7 +46,8 @@ RANKER: Final = "ranker.safetensors"
 RUNGS: Final[Mapping[str, tuple[Tower, ...]]] = {"neutral": ("user", "item")}
 """What is forgotten on the lower rungs of the knowledge model."""
 WIDE: Final = ("dcnv2", "din")
-"""Models that are measured with every arm; the others with `DEFAULT_ARMS`."""
+"""Models that are measured with every arm but `ON_DEMAND`; the others with `DEFAULT_ARMS`."""
+ON_DEMAND: Final = ("both_texts", "cf_both_texts")
 COSTS: Final = {"xdeepfm": 9, "dien": 8, "autoint": 4, "fibinet": 3, "din": 2.5, "fignn": 2}
 """Seconds of a training, roughly and in relation to the others' 1: long ones start first."""
 
@@ -118,8 +119,10 @@ def default_jobs(
         raise InputError(f"arm {impossible[0]!r} reads texts about users, and none are encoded here: leave it out")
     chosen = models or (RERANKERS if ranker else (*BACKBONES, *RERANKERS))
 
+    wide = [arm for arm in possible if arm not in ON_DEMAND]
+
     def arms_of(model: str) -> Sequence[str]:
-        return arms or (possible if model in WIDE else DEFAULT_ARMS)
+        return arms or (wide if model in WIDE else DEFAULT_ARMS)
 
     jobs = [
         Job(model, arm, fold, seed, ranker)

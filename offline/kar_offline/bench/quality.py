@@ -51,6 +51,8 @@ COMPARISONS: Final = {
     "raw_text": ("statistics",),
     "paper": ("items_only", "users_only", "one_moe", "one_mlp", "no_adaptor"),
     "cf_knowledge": ("cf", "knowledge"),
+    "both_texts": ("raw_text", "knowledge"),
+    "cf_both_texts": ("cf", "cf_knowledge"),
 }
 """What an arm is compared with beside the control."""
 BUCKETS: Final[Mapping[str, tuple[int, ...]]] = {

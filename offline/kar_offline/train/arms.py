@@ -33,6 +33,8 @@ class Arm:
     statistics: bool = False
     """Affinity columns of the ratings alone; every other affinity brings them along."""
     text_affinity: bool = False
+    raw_affinity: bool = False
+    """Columns of the prompts' own data, beside those of `texts`."""
     collaborative_affinity: bool = False
     learned_affinity: bool = False
 
@@ -48,7 +50,7 @@ class Arm:
     @property
     def affinity(self) -> bool:
         """Whether fixed affinity columns are an input."""
-        return self.statistics or self.text_affinity or self.collaborative_affinity
+        return self.statistics or self.text_affinity or self.raw_affinity or self.collaborative_affinity
 
 
 _KNOWLEDGE: Final = Arm(texts="knowledge", towers=("item",), statistics=True, text_affinity=True)
@@ -72,6 +74,8 @@ ARMS: Final[Mapping[str, Arm]] = MappingProxyType(
         "random": replace(_KNOWLEDGE, texts="random"),
         "cf": Arm(statistics=True, collaborative_affinity=True),
         "cf_knowledge": replace(_KNOWLEDGE, collaborative_affinity=True),
+        "both_texts": replace(_KNOWLEDGE, raw_affinity=True),
+        "cf_both_texts": replace(_KNOWLEDGE, raw_affinity=True, collaborative_affinity=True),
     }
 )
 DEFAULT_ARMS: Final = ("control", "raw_text", "knowledge")

@@ -23,6 +23,7 @@ from kar_sidecar.affinity import AFFINITY_EVENTS, STATISTICS, affinity, affinity
 __all__ = ["AffinityInput", "Given", "principal"]
 
 TEXT: Final = "text"
+RAW: Final = "raw"
 COLLABORATIVE: Final = "cf"
 WIDTH: Final = 64
 """Components of a segment. On validation users all 384 of MiniLM are worth no more."""
@@ -111,6 +112,10 @@ class Given:
         if texts and (arm.text_affinity or arm.learned_affinity):
             segments.append((TEXT, WIDTH))
             parts.append(principal(texts.item, texts.item_present, WIDTH).numpy()[None])
+        if arm.raw_affinity:
+            raw_texts = load_text_vectors(encodings, "raw", dataset)
+            segments.append((RAW, WIDTH))
+            parts.append(principal(raw_texts.item, raw_texts.item_present, WIDTH).numpy()[None])
         if arm.collaborative_affinity:
             found = collaborative_vectors(dataset, dim=WIDTH, folds=CROSS_FITS, seed=seed)
             segments.append((COLLABORATIVE, WIDTH))
