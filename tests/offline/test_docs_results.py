@@ -54,6 +54,30 @@ def test_breakdowns_of_the_page_are_in_the_committed_report(file, model, table):
         assert cells == [f"{found[arm, bucket]['auc']:.4f}" for arm in arms]
 
 
+@pytest.mark.parametrize(("model", "table"), re.findall(r"<!-- reports (\w+) -->\n+((?:\|.*\n)+)", DOC))
+def test_tables_over_reports_are_in_the_committed_reports(model, table):
+    header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    for name, *cells in rows:
+        file = re.search(r"\((results/.*\.json)\)", name).group(1)
+        entries = {(e["model"], e["arm"]): e for e in json.loads((DOCS / file).read_text())["summary"]}
+        for column, cell in zip(header[1:], cells, strict=True):
+            arm, _, other = column.partition(" - ")
+            entry = entries.get((model, arm))
+            if entry is None:
+                assert cell == ""
+            else:
+                assert cell == (difference(entry["minus"][other]) if other else f"{entry['auc']:.4f}")
+
+
+def test_the_direct_way_is_in_the_committed_report():
+    report = json.loads((DOCS / "results" / "direct.json").read_text())
+    table = re.search(r"<!-- direct -->\n+((?:\|.*\n)+)", DOC).group(1)
+    _, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    for found, cells in zip(report["rows"], rows, strict=True):
+        told = [found["ranker"], f"{found['map']:.4f}", f"{found['ndcg']:.4f}", f"{found['hits_at_1']:.2f}"]
+        assert cells == told + [f"{found[name]:,.1f}" if name in found else "" for name in ("p50_ms", "p99_ms")]
+
+
 def speed(name):
     """Header and rows of the page's table of the training benchmark."""
     table = re.search(rf"<!-- results/training-speed.json {name} -->\n+((?:\|.*\n)+)", DOC).group(1)

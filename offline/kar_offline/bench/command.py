@@ -202,5 +202,6 @@ def direct(
             on_answer=lambda: progress.advance(asked),
             on_epoch=lambda arm, epoch: progress.update(trained, description=f"{model} {arm}, epoch {epoch.number}"),
         )
+    report |= {"command": shlex.join(["kar", *sys.argv[1:]])}
     console.print(direct_table(report))
     write_json(json_file, report)

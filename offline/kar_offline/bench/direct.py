@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from kar_offline.bench.jobs import Protocol, split_dataset
+from kar_offline.bench.machine import machine
 from kar_offline.dataset.lists import LIST_LENGTH, rerank_lists
 from kar_offline.dataset.samples import TEST, Dataset
 from kar_offline.evaluate.ranking import average_precision, hit, ndcg
@@ -170,4 +171,4 @@ def measure_direct(
             scores.append(predict_logits(trained.model, Feed.of(data, samples.rows(at), trained.given), tables).numpy())
             seconds.append(time.perf_counter() - began)
         rows.append({"ranker": f"{model} {arm}", **_metrics(lists.labels, np.stack(scores)), **_latency(seconds)})
-    return {"dataset": dataset.name, "lists": len(lists.numbers), "rows": rows, "prompt": lists.prompts[0]}
+    return {"dataset": dataset.name, "lists": len(lists.numbers), "rows": rows, "machine": machine()}
