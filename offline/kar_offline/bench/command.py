@@ -21,7 +21,7 @@ from kar_offline.bench.training import Options, measure_training
 from kar_offline.dataset.samples import FOLDS
 from kar_offline.generate.local import MODEL, LocalChat
 from kar_offline.models import BACKBONES, RERANKERS
-from kar_offline.options import JsonFile, Work, once, write_json
+from kar_offline.options import JsonFile, Work, once, refuse_unknown, write_json
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
 from kar_sidecar.errors import InputError
@@ -39,6 +39,11 @@ class By(StrEnum):
 
     USER = "user"
     TIME = "time"
+
+
+def _typed() -> str:
+    """The command as it was given."""
+    return shlex.join(["kar", *sys.argv[1:]])
 
 
 @bench.callback()
@@ -81,19 +86,16 @@ def quality(
     Killed and started again, it goes on where it was.
     """
     models, arms, chosen, seeds = once(model), once(arm), once(fold) or range(folds), once(seed) or [0]
-    known = {"model": (*BACKBONES, *RERANKERS), "arm": tuple(ARMS)}
-    for kind, names in (("model", models), ("arm", arms)):
-        if unknown := [name for name in names if name not in known[kind]]:
-            raise InputError(f"{kind} {unknown[0]!r} is not known: choose from {', '.join(known[kind])}")
+    refuse_unknown("model", models, (*BACKBONES, *RERANKERS))
+    refuse_unknown("arm", arms, ARMS)
     if outside := [number for number in chosen if not 0 <= number < folds]:
         raise InputError(f"fold {outside[0]} is not one of {folds}: choose from 0 to {folds - 1}")
-    if ranker and ranker not in BACKBONES:
-        raise InputError(f"ranker {ranker!r} is not known: choose from {', '.join(BACKBONES)}")
+    refuse_unknown("ranker", [ranker] if ranker else [], BACKBONES)
     if ranker and (others := [name for name in models if name not in RERANKERS]):
         raise InputError(f"{others[0]} takes no order of another model: leave it or --ranker out")
-    if split is By.TIME and share < 1:
-        raise InputError("--share is of users, whom a split by time does not split: leave one of the two out")
     if split is By.TIME:
+        if share < 1:
+            raise InputError("--share is of users, whom a split by time does not split: leave one of the two out")
         if fold:
             raise InputError("--fold is of users, whom a split by time does not deal: leave one of the two out")
         chosen = [0]
@@ -122,7 +124,7 @@ def quality(
         "settings": settings.to_json(),
         "trained": trained,
         "seconds": time.perf_counter() - began,
-        "command": shlex.join(["kar", *sys.argv[1:]]),
+        "command": _typed(),
     }
     console.print(quality_table(report))
     write_json(json_file, report)
@@ -149,8 +151,7 @@ def train(
 ) -> None:
     """Compare samples a second: our trainer with and without knowledge, a loop over samples, FuxiCTR."""
     models = once(model) or list(Options().models)
-    if unknown := [name for name in models if name not in BACKBONES]:
-        raise InputError(f"model {unknown[0]!r} is not known: choose from {', '.join(BACKBONES)}")
+    refuse_unknown("model", models, BACKBONES)
     if fuxictr is not None and (others := [name for name in models if name not in Options().models]):
         raise InputError(f"FuxiCTR is compared on {' and '.join(Options().models)}: leave {others[0]} or --fuxictr out")
     console = Console()
@@ -169,7 +170,7 @@ def train(
                 task, description=name, completed=turn, total=turns or None
             ),
         )
-    report |= {"command": shlex.join(["kar", *sys.argv[1:]])}
+    report |= {"command": _typed()}
     console.print(training_table(report))
     write_json(json_file, report)
 
@@ -202,6 +203,6 @@ def direct(
             on_answer=lambda: progress.advance(asked),
             on_epoch=lambda arm, epoch: progress.update(trained, description=f"{model} {arm}, epoch {epoch.number}"),
         )
-    report |= {"command": shlex.join(["kar", *sys.argv[1:]])}
+    report |= {"command": _typed()}
     console.print(direct_table(report))
     write_json(json_file, report)

@@ -48,6 +48,7 @@ RUNGS: Final[Mapping[str, tuple[Tower, ...]]] = {"neutral": ("user", "item")}
 WIDE: Final = ("dcnv2", "din")
 """Models that are measured with every arm but `ON_DEMAND`; the others with `DEFAULT_ARMS`."""
 ON_DEMAND: Final = ("both_texts", "cf_both_texts")
+"""Arms that are measured only when named: they came after the committed table."""
 COSTS: Final = {"xdeepfm": 9, "dien": 8, "autoint": 4, "fibinet": 3, "din": 2.5, "fignn": 2}
 """Seconds of a training, roughly and in relation to the others' 1: long ones start first."""
 
@@ -118,7 +119,6 @@ def default_jobs(
     if impossible := [arm for arm in arms if arm not in possible]:
         raise InputError(f"arm {impossible[0]!r} reads texts about users, and none are encoded here: leave it out")
     chosen = models or (RERANKERS if ranker else (*BACKBONES, *RERANKERS))
-
     wide = [arm for arm in possible if arm not in ON_DEMAND]
 
     def arms_of(model: str) -> Sequence[str]:

@@ -107,10 +107,8 @@ def training_table(report: Mapping[str, Any]) -> Group:
 
 def direct_table(report: Mapping[str, Any]) -> Group:
     """How a language model and ours rank the same lists, ready to print."""
-    table = Table(title=f"{report['dataset']}: {report['lists']} lists of 10, one request each")
-    table.add_column("ranker")
-    for column in ("MAP", "NDCG", "hits at 1", "p50, ms", "p99, ms", "named all"):
-        table.add_column(column, justify="right")
+    title = f"{report['dataset']}: {report['lists']} lists of 10, one request each"
+    table = _table(title, ("ranker",), ("MAP", "NDCG", "hits at 1", "p50, ms", "p99, ms", "named all"))
     for row in report["rows"]:
         times = [f"{row[name]:,.1f}" if name in row else "" for name in ("p50_ms", "p99_ms")]
         complete = f"{row['complete']:.0%}" if "complete" in row else ""

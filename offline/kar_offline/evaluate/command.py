@@ -8,9 +8,8 @@ from rich.console import Console
 from kar_offline.evaluate.stage import evaluate as evaluate_models
 from kar_offline.evaluate.table import evaluation_table
 from kar_offline.models import BACKBONES
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, write_json
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
 from kar_offline.train.runs import DEFAULT_BACKBONES
-from kar_sidecar.errors import InputError
 
 __all__ = ["evaluate"]
 
@@ -27,8 +26,7 @@ def evaluate(
     """Compare backbone, backbone + raw text and backbone + knowledge on test users."""
     console = Console()
     backbones = once(backbone) or DEFAULT_BACKBONES
-    if unknown := [name for name in backbones if name not in BACKBONES]:
-        raise InputError(f"backbone {unknown[0]!r} is not known: choose from {', '.join(BACKBONES)}")
+    refuse_unknown("backbone", backbones, BACKBONES)
     result = evaluate_models(work, backbones, seed=seed, resamples=resamples)
     console.print(evaluation_table(result.report))
     console.print(f"{result.folder}: {result.outcome}")

@@ -26,7 +26,7 @@ TEXT: Final = "text"
 RAW: Final = "raw"
 COLLABORATIVE: Final = "cf"
 WIDTH: Final = 64
-"""Components of a segment. On validation users all 384 of MiniLM are worth no more."""
+"""Components of a segment; docs/adr/0006 has what more of them are worth."""
 CROSS_FITS: Final = 5
 CHUNK_ROWS: Final = 128
 ENOUGH: Final = 8192
@@ -109,13 +109,12 @@ class Given:
         segments: list[tuple[str, int]] = []
         parts: list[NDArray[np.float32]] = []
         tables_of_user = np.zeros(len(dataset.users), np.int64)
-        if texts and (arm.text_affinity or arm.learned_affinity):
-            segments.append((TEXT, WIDTH))
-            parts.append(principal(texts.item, texts.item_present, WIDTH).numpy()[None])
-        if arm.raw_affinity:
-            raw_texts = load_text_vectors(encodings, "raw", dataset)
-            segments.append((RAW, WIDTH))
-            parts.append(principal(raw_texts.item, raw_texts.item_present, WIDTH).numpy()[None])
+        own = texts if arm.text_affinity or arm.learned_affinity else None
+        beside = load_text_vectors(encodings, "raw", dataset) if arm.raw_affinity else None
+        for name, source in ((TEXT, own), (RAW, beside)):
+            if source:
+                segments.append((name, WIDTH))
+                parts.append(principal(source.item, source.item_present, WIDTH).numpy()[None])
         if arm.collaborative_affinity:
             found = collaborative_vectors(dataset, dim=WIDTH, folds=CROSS_FITS, seed=seed)
             segments.append((COLLABORATIVE, WIDTH))
