@@ -1,12 +1,12 @@
 """Owns the hybrid-expert adaptor as a module: weights, neutral vectors, its safetensors file.
 
-Formula and source: `kar_kernels.reference`. Experts lie in memory as [user's P | shared S | item's P], so that the
-S + P experts of either tower are one contiguous slice: a tower is one GEMM over all first layers, one batched GEMM
-over all second layers and no copy of weights. An adaptor of one tower has that tower's experts and gate only.
+Formula and source: `kar_kernels.reference`; what computes it: `kar_kernels.operator`. Experts lie in memory as
+[user's P | shared S | item's P], so that the S + P experts of either tower are one contiguous slice. An adaptor of one
+tower has that tower's experts and gate only.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, cast, get_args
 
@@ -14,15 +14,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from kar_kernels.cpu import has_bfloat16
+from kar_kernels.dispatch import Choice, choose
+from kar_kernels.layout import PackedWeights, Shape, pack
+from kar_kernels.operator import hybrid_expert_adaptor
 from kar_kernels.reference import Expert
 
-__all__ = ["TOWERS", "HybridExpertAdaptor", "Tower"]
+__all__ = ["PRECISIONS", "TOWERS", "Encoded", "FrozenAdaptor", "HybridExpertAdaptor", "Precision", "Tower"]
 
 Tower = Literal["user", "item"]
 TOWERS: Final[tuple[Tower, ...]] = get_args(Tower)
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
+Encoded = Mapping[Tower, tuple[Tensor, Tensor]]
+"""Encodings [B, D] of each tower, and which of them are present, [B] bool."""
 FORMAT: Final = "kar.hybrid_expert_adaptor/1"
+FORMATS: Final[Mapping[Precision, str]] = {"float32": FORMAT, "bfloat16": f"{FORMAT} bfloat16"}
+"""The file's only metadata: safetensors writes several in random order, and a release's id is the hash of its files."""
 
 
 class HybridExpertAdaptor(nn.Module):
@@ -63,6 +72,7 @@ class HybridExpertAdaptor(nn.Module):
         self.dim, self.hidden, self.out, self.shared, self.dedicated = dim, hidden, out, shared, dedicated
         self.towers = tuple(tower for tower in TOWERS if tower in towers)
         self.one_gate = one_gate
+        self.precision: Precision = "float32"
         experts, seen = shared + len(self.towers) * dedicated, shared + dedicated
         gates = 1 if one_gate else len(self.towers)
         self.weight1 = nn.Parameter(torch.empty(experts, hidden, dim))
@@ -98,34 +108,36 @@ class HybridExpertAdaptor(nn.Module):
         stacked = (self.weight1[at], self.bias1[at], self.weight2[at], self.bias2[at])
         return [Expert(*weights) for weights in zip(*stacked, strict=True)]
 
+    def packed(self) -> PackedWeights:
+        """The weights as the operator takes them; differentiable."""
+        return pack(self.weight1, self.bias1, self.weight2, self.bias2, self.gate_weight, self.gate_bias)
+
     def tower(self, x: Tensor, tower: Tower) -> Tensor:
         """Knowledge vectors [B, K] of encodings `x` [B, D]; B may be 0."""
-        at, number = self._slice(tower), 0 if self.one_gate else self._number(tower)
-        gates = torch.softmax(F.linear(x, self.gate_weight[number], self.gate_bias[number]), dim=-1)  # [B, G]
-        first = F.linear(x, self.weight1[at].flatten(0, 1), self.bias1[at].flatten())  # [B, G * H]
-        hidden = torch.relu(first).unflatten(1, (-1, self.hidden)).transpose(0, 1)  # [G, B, H]
-        second = torch.baddbmm(self.bias2[at].unsqueeze(1), hidden, self.weight2[at].transpose(1, 2))  # [G, B, K]
-        return (torch.relu(second) * gates.T.unsqueeze(2)).sum(0)
+        return _towers(self.packed(), self.towers, {self.towers[self._number(tower)]: x})[tower]
 
     def forward(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
         """Knowledge vectors ([Nu, K], [Ni, K]) of user encodings [Nu, D] and item encodings [Ni, D]."""
-        return self.tower(user, "user"), self.tower(item, "item")
+        vectors = _towers(self.packed(), self.towers, {"user": user, "item": item})
+        return vectors["user"], vectors["item"]
 
     def neutral(self, tower: Tower) -> Tensor:
         """The learned vector [K] of an entity without knowledge."""
         self._number(tower)
         return cast(Tensor, self.get_parameter(f"{tower}_neutral"))
 
-    def adapt(self, encoding: Tensor, present: Tensor, tower: Tower) -> Tensor:
-        """Knowledge vectors [B, K]: the tower's where `present` [B] bool is True, else the neutral one."""
-        known = present.unsqueeze(1)
-        vectors = self.tower(encoding.masked_fill(~known, 0.0), tower)
-        return torch.where(known, vectors, self.neutral(tower))
+    def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
+        """Knowledge vectors [B, K] of each tower given: its own where `present` [B] bool is True, else the neutral."""
+        return _adapt(self.packed(), {tower: self.neutral(tower) for tower in self.towers}, encodings)
+
+    def freeze(self) -> "FrozenAdaptor":
+        """This adaptor for inference, its weights packed once, in the dtype that `precision` and its device allow."""
+        return FrozenAdaptor(self)
 
     def save(self, path: Path) -> None:
-        """Write all weights and neutral vectors to one safetensors file."""
+        """Write all weights, neutral vectors and the precision to one safetensors file."""
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, path, {"format": FORMAT})
+        save_file(weights, path, {"format": FORMATS[self.precision]})
 
     @classmethod
     def load(cls, path: Path) -> "HybridExpertAdaptor":
@@ -135,7 +147,9 @@ class HybridExpertAdaptor(nn.Module):
             ValueError: not an adaptor of this format; the text names the file.
         """
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != FORMAT:
+            about = (file.metadata() or {}).get("format")
+            precision = next((one for one, format_ in FORMATS.items() if format_ == about), None)
+            if precision is None:
                 raise ValueError(f"{path} does not hold an adaptor of format {FORMAT}: export the release again")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         (experts, hidden, dim), (_, out, _) = weights["weight1"].shape, weights["weight2"].shape
@@ -152,5 +166,54 @@ class HybridExpertAdaptor(nn.Module):
             towers=towers,
             one_gate=gates < len(towers),
         )
+        adaptor.precision = precision
         adaptor.to(weights["weight1"].dtype).load_state_dict(weights)
         return adaptor.eval()
+
+
+class FrozenAdaptor:
+    """A trained adaptor for inference: weights packed once, in the dtype that they are multiplied in.
+
+    Bfloat16 is used where the adaptor's `precision` allows it and the device multiplies it: any GPU that has kernels,
+    and processors with AMX or AVX512-BF16. Elsewhere the same weights are multiplied in float32.
+    """
+
+    def __init__(self, adaptor: HybridExpertAdaptor) -> None:
+        weights = adaptor.packed()
+        device = weights.first.device
+        fast = adaptor.precision == "bfloat16" and (device.type != "cpu" or has_bfloat16())
+        self.weights = weights.to(torch.bfloat16 if fast else weights.first.dtype)
+        self.towers, self.out = adaptor.towers, adaptor.out
+        self._neutral = {tower: adaptor.neutral(tower).detach() for tower in adaptor.towers}
+
+    def choice(self, rows: int) -> Choice:
+        """The implementation that `rows` of both towers get, and why."""
+        shape = Shape.of(self.weights.first, self.weights.weight2, self.weights.seen)
+        return choose(self.weights.first.device, self.weights.first.dtype, shape, rows, training=False)
+
+    @torch.no_grad()
+    def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
+        """As `HybridExpertAdaptor.adapt`, without gradients."""
+        return _adapt(self.weights, self._neutral, encodings)
+
+
+def _towers(weights: PackedWeights, towers: Sequence[Tower], x: Mapping[Tower, Tensor]) -> dict[Tower, Tensor]:
+    """Vectors of each tower given; the operator takes two, of which one may be empty or not exist."""
+    if not x:
+        return {}
+    nothing = next(iter(x.values()))[:0]
+    first, second = (x[towers[n]] if n < len(towers) and towers[n] in x else nothing for n in (0, 1))
+    return {
+        tower: out
+        for tower, out in zip(towers, hybrid_expert_adaptor(first, second, weights), strict=False)
+        if tower in x
+    }
+
+
+def _adapt(weights: PackedWeights, neutral: Mapping[Tower, Tensor], encodings: Encoded) -> dict[Tower, Tensor]:
+    known = {tower: present.unsqueeze(1) for tower, (_, present) in encodings.items()}
+    filled = {tower: encoding.masked_fill(~known[tower], 0.0) for tower, (encoding, _) in encodings.items()}
+    vectors = _towers(weights, tuple(neutral), filled)
+    return {
+        tower: torch.where(known[tower], vector, neutral[tower].to(vector.dtype)) for tower, vector in vectors.items()
+    }

@@ -62,7 +62,10 @@ def test_empty_batch():
     user, item = adaptor(torch.zeros(0, 6).double(), torch.ones(2, 6).double())
     assert user.shape == (0, 3)
     assert item.shape == (2, 3)
-    assert adaptor.adapt(torch.zeros(0, 6).double(), torch.zeros(0, dtype=torch.bool), "user").shape == (0, 3)
+    assert adaptor.adapt({"user": (torch.zeros(0, 6).double(), torch.zeros(0, dtype=torch.bool))})["user"].shape == (
+        0,
+        3,
+    )
 
 
 def test_towers_share_exactly_the_shared_experts():
@@ -92,7 +95,7 @@ def test_adapt_gives_the_neutral_vector_whatever_the_encoding():
     adaptor = make(6, 4, 3, 2, 1)
     x = torch.randn(3, 6).double()
     x[1] = float("nan")
-    out = adaptor.adapt(x, torch.tensor([True, False, True]), "user")
+    out = adaptor.adapt({"user": (x, torch.tensor([True, False, True]))})["user"]
     torch.testing.assert_close(out[[0, 2]], adaptor.tower(x[[0, 2]], "user"))
     torch.testing.assert_close(out[1], adaptor.user_neutral)
     out.sum().backward()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tritonclient.grpc import InferenceServerClient, InferInput
 
-from kar_kernels import HybridExpertAdaptor
+from kar_kernels import TOWERS, HybridExpertAdaptor
 from kar_model_repository.render import Backbone, Sizes, render
 from kar_offline.models import BACKBONES, RERANKERS, Field, InputSpec, build_backbone
 from kar_offline.models.onnx import export_onnx
@@ -63,15 +63,16 @@ class Models:
     def knowledge(self, tensors):
         """What the adaptor makes of one request's encodings."""
         with torch.inference_mode():
-            user, item = (
-                self.adaptor.adapt(
-                    torch.from_numpy(tensors[f"{tower}_encoding"]).reshape(-1, DIM),
-                    torch.from_numpy(tensors[f"{tower}_present"]).reshape(-1),
-                    tower,
-                ).numpy()
-                for tower in ("user", "item")
+            vectors = self.adaptor.adapt(
+                {
+                    tower: (
+                        torch.from_numpy(tensors[f"{tower}_encoding"]).reshape(-1, DIM),
+                        torch.from_numpy(tensors[f"{tower}_present"]).reshape(-1),
+                    )
+                    for tower in TOWERS
+                }
             )
-        return {"user_knowledge": user[0], "item_knowledge": item}
+        return {"user_knowledge": vectors["user"][0].numpy(), "item_knowledge": vectors["item"].numpy()}
 
     def score(self, name, tensors):
         """Scores [C] by the torch model."""

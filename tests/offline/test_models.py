@@ -296,7 +296,7 @@ def test_identity_passes_encodings_and_learns_the_neutral_one():
     identity = Identity(2, ("item",))
     with torch.no_grad():
         identity.missing["item"].copy_(torch.tensor([7.0, 8.0]))
-    found = identity.adapt(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([True, False]), "item")
+    found = identity.adapt({"item": (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([True, False]))})["item"]
     assert found.tolist() == [[1, 2], [7, 8]]
 
 

@@ -29,19 +29,23 @@ class TritonPythonModel:
         dims = {one["name"]: int(one["dims"][-1]) for one in config["input"]}
         self.towers = [one["name"].removesuffix("_knowledge") for one in config["output"]]
         try:
-            self.adaptor = HybridExpertAdaptor.load(path).to(self.device)
-            for tower in self.towers:
-                self._adapt(tower, torch.zeros(1, dims[f"{tower}_encoding"]), torch.ones(1, dtype=torch.bool))
+            self.adaptor = HybridExpertAdaptor.load(path).to(self.device).freeze()
+            shapes = {f"{tower}_encoding": (1, dims[f"{tower}_encoding"]) for tower in self.towers}
+            self._vectors(
+                [
+                    {name: torch.zeros(shape) for name, shape in shapes.items()}
+                    | {f"{tower}_present": torch.ones(1, dtype=torch.bool) for tower in self.towers}
+                ]
+            )
         except Exception as error:
             raise pb_utils.TritonModelException(f"{path} is no adaptor that fits config.pbtxt: {error}") from error
 
     def execute(self, requests):
-        """Answer every request; rows of all requests run together."""
+        """Answer every request; rows of all requests, of users and of items, run together."""
         read = [self._read(request) for request in requests]
         good = [one for one in read if isinstance(one, dict)]
-        vectors = zip(*(self._vectors(good, tower) for tower in self.towers), strict=True)
-        named = (dict(zip(self.towers, of_request, strict=True)) for of_request in vectors)
-        return [_response(one if isinstance(one, str) else next(named)) for one in read]
+        answers = iter(self._vectors(good) if good else ())
+        return [_response(one if isinstance(one, str) else next(answers)) for one in read]
 
     def _read(self, request):
         """Tensors of one request by name, or the reason why it cannot be answered."""
@@ -55,19 +59,22 @@ class TritonPythonModel:
             return f"item_encoding has {encoded[1]} candidates, item_present {present[1]}: send as many, at least one"
         return tensors
 
-    def _vectors(self, batch, tower):
-        """Knowledge vectors of one tower for each request, [b, K] or [b, C, K]."""
-        if not batch:
-            return []
-        shapes = [one[f"{tower}_encoding"].shape[:-1] for one in batch]
-        encoding = torch.cat([one[f"{tower}_encoding"].flatten(0, -2) for one in batch])
-        present = torch.cat([one[f"{tower}_present"].flatten() for one in batch])
-        parts = self._adapt(tower, encoding, present).split([shape.numel() for shape in shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    @torch.inference_mode()
-    def _adapt(self, tower, encoding, present):
-        return self.adaptor.adapt(encoding.to(self.device), present.to(self.device), tower).float().cpu()
+    def _vectors(self, batch):
+        """Knowledge vectors of each request by tower, [b, K] or [b, C, K]."""
+        encodings = {
+            tower: (
+                torch.cat([one[f"{tower}_encoding"].flatten(0, -2) for one in batch]).to(self.device),
+                torch.cat([one[f"{tower}_present"].flatten() for one in batch]).to(self.device),
+            )
+            for tower in self.towers
+        }
+        answers = [{} for _ in batch]
+        for tower, vectors in self.adaptor.adapt(encodings).items():
+            shapes = [one[f"{tower}_encoding"].shape[:-1] for one in batch]
+            parts = vectors.float().cpu().split([shape.numel() for shape in shapes])
+            for answer, part, shape in zip(answers, parts, shapes, strict=True):
+                answer[tower] = part.unflatten(0, shape)
+        return answers
 
 
 def _response(vectors):

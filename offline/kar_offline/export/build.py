@@ -18,7 +18,7 @@ import torch
 from google.protobuf import json_format
 
 from kar.records.v1 import records_pb2
-from kar_kernels import HybridExpertAdaptor
+from kar_kernels import HybridExpertAdaptor, Tower
 from kar_model_repository.render import TARGETS, Backbone, Sizes, render
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate import read_knowledge
@@ -47,8 +47,7 @@ from kar_sidecar.release import (
 __all__ = ["export"]
 
 DTYPE: Final = "float32"
-CHUNK_ROWS: Final = 4096
-KINDS: Final = ("user", "item")
+KINDS: Final[tuple[Tower, ...]] = ("user", "item")
 SERVED_TEXTS: Final = ("knowledge", "raw")
 ADAPTOR: Final = "adaptor_{release}"
 
@@ -150,6 +149,7 @@ def _write_files(
         export_onnx(trained.backbone, draft / "backbones" / f"{name}.onnx")
     adaptor = _adaptor(knowledge)
     adaptor.save(draft / "adaptor.safetensors")
+    frozen = adaptor.freeze()
     _write_ids(draft / "item_ids.txt", knowledge.item_ids)
     entities: dict[str, Sequence[Entity]] = {"user": dataset.users, "item": dataset.items}
     for kind in KINDS:
@@ -158,8 +158,7 @@ def _write_files(
         _write_ids(draft / "vectors" / f"{kind}_ids.txt", [entity.id for entity in compress(entities[kind], present)])
         np.save(draft / "vectors" / f"{kind}_encoded.npy", encoded.numpy())
         if kind in adaptor.towers:
-            with torch.inference_mode():
-                adapted = torch.cat([adaptor.tower(rows, kind) for rows in encoded.split(CHUNK_ROWS)])
+            adapted = frozen.adapt({kind: (encoded, torch.ones(len(encoded), dtype=torch.bool))})[kind]
             np.save(draft / "vectors" / f"{kind}_adapted.npy", adapted.numpy())
         source = texts / f"{kind}.jsonl"
         if not source.is_file():

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kar_kernels import HybridExpertAdaptor, Tower
+from kar_kernels import Encoded, HybridExpertAdaptor, Tower
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import Inputs
 
@@ -34,9 +34,12 @@ class Identity(nn.Module):
         self.towers, self.out = towers, dim
         self.missing = nn.ParameterDict({tower: nn.Parameter(torch.zeros(dim)) for tower in towers})
 
-    def adapt(self, encoding: Tensor, present: Tensor, tower: Tower) -> Tensor:
-        """`encoding` [B, D] where `present` [B] bool is True, else the neutral vector."""
-        return torch.where(present.unsqueeze(1), encoding, self.missing[tower])
+    def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
+        """Encodings [B, D] where `present` [B] bool is True, else the neutral vector."""
+        return {
+            tower: torch.where(present.unsqueeze(1), encoding, self.missing[tower])
+            for tower, (encoding, present) in encodings.items()
+        }
 
 
 Adaptor = HybridExpertAdaptor | Identity
@@ -58,10 +61,8 @@ class CTRModel(nn.Module):
         """Knowledge inputs of the backbone. Each distinct entity passes through the adaptor once, then is gathered."""
         if self.adaptor is None:
             return {}
-        return {
-            KNOWLEDGE_OF[tower]: self.adaptor.adapt(part.encoding, part.present, tower)[part.row]
-            for tower, part in encodings.items()
-        }
+        vectors = self.adaptor.adapt({tower: (part.encoding, part.present) for tower, part in encodings.items()})
+        return {KNOWLEDGE_OF[tower]: vectors[tower][part.row] for tower, part in encodings.items()}
 
     def forward(self, inputs: Inputs, encodings: Mapping[Tower, Encodings] | None = None) -> Tensor:
         """Log-odds [N] of the backbone's `inputs`, those from knowledge computed from `encodings` where given."""

@@ -106,7 +106,7 @@ def knowledge_vectors(model: CTRModel, given: Given) -> dict[str, Tensor]:
     for tower in model.adaptor.towers:
         vectors, present = given.known(tower)
         parts = zip(vectors.split(ADAPTED_ROWS), present.split(ADAPTED_ROWS), strict=True)
-        tables[tower] = torch.cat([model.adaptor.adapt(v.to(device), p.to(device), tower) for v, p in parts])
+        tables[tower] = torch.cat([model.adaptor.adapt({tower: (v.to(device), p.to(device))})[tower] for v, p in parts])
     return tables
 
 

@@ -1,0 +1,72 @@
+"""Owns the implementation for processors: few, large matrix products by oneDNN, rows in chunks that stay in the cache.
+
+All first layers of a tower are one product with ReLU fused into it, all second layers one batched product. torch's own
+`linear` goes to MKL in float32, which on an AMD processor reaches under half of what oneDNN does with the same AVX-512
+instructions (docs/kernels.md); in bfloat16 both are oneDNN.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kar_kernels import eager
+from kar_kernels.eager import Kept
+from kar_kernels.layout import PackedWeights, Shape
+
+__all__ = ["CHUNK_ROWS", "cpu_backward", "cpu_forward", "has_bfloat16"]
+
+CHUNK_ROWS: Final = 2048
+ONEDNN: Final = (torch.float32, torch.bfloat16)
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 by AMX or AVX512-BF16; without, torch emulates it slowly."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """`eager.Linear` by oneDNN where this torch has it and the dtype is one of its own."""
+    if x.dtype in ONEDNN and torch.backends.mkldnn.is_available() and len(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+    return eager.linear(x, weight, bias, relu)
+
+
+def cpu_forward(
+    user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape, *, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Vectors [users + items, K] in `user`'s dtype and, with `save`, what `cpu_backward` reads."""
+    result = user.new_empty(len(user) + len(item), shape.out)
+    saved: list[Tensor] = []
+    for number, (x, out) in enumerate(zip((user, item), result.split([len(user), len(item)]), strict=True)):
+        if save:
+            kept = eager.forward_kept(x, weights, shape, number, linear)
+            out.copy_(eager.mixed(kept))
+            saved += kept
+        else:
+            for at in range(0, len(x), CHUNK_ROWS):
+                rows = slice(at, at + CHUNK_ROWS)
+                out[rows] = eager.mixed(eager.forward_kept(x[rows], weights, shape, number, linear))
+    return result, saved
+
+
+def cpu_saved(user: Tensor, item: Tensor, first: Tensor, shape: Shape) -> list[Tensor]:
+    """Room for what is kept of both towers."""
+    wide = torch.promote_types(first.dtype, torch.float32)
+    return [
+        room
+        for x in (user, item)
+        for room in (
+            first.new_empty(len(x), shape.seen, dtype=wide),
+            first.new_empty(len(x), shape.seen * shape.hidden),
+            first.new_empty(shape.seen, len(x), shape.out),
+        )
+    ]
+
+
+def cpu_backward(
+    grad: Tensor, user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape, saved: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `first`, `bias1`, `weight2`, `bias2` for those of the vectors, `grad` [users + items, K]."""
+    kept = [Kept(*saved[at : at + 3]) if len(x) else None for at, x in ((0, user), (3, item))]
+    return eager.backward(grad, (user, item), (kept[0], kept[1]), weights, shape, linear)

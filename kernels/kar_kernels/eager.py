@@ -1,0 +1,131 @@
+"""Owns the plain implementation: the frozen loop of `kar_kernels.reference`, and its gradients as formulas.
+
+    du_k = [v_k > 0] g_k dy          dW2_k = du_k^T h_k
+    dz_k = [h_k > 0] du_k W2_k       dW1_k = dz_k^T x
+    a_k  = <dy, v_k>                 dl    = g (a - <g, a>)       dG = dl^T x       dx = dz W1 + dl G
+
+It runs anywhere and in any dtype; every other implementation is measured against the loop.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kar_kernels.layout import PackedWeights, Shape
+from kar_kernels.reference import Expert, hybrid_expert_reference
+
+__all__ = ["Kept", "Linear", "backward", "eager_backward", "eager_forward", "input_gradient"]
+
+Linear = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
+"""x [n, i], weight [o, i], bias [o] or None, whether ReLU follows -> [n, o]."""
+
+
+class Kept(NamedTuple):
+    """What a tower's backward reads: gates [n, G] float32 or wider, hidden [n, G H], values [G, n, K]."""
+
+    gates: Tensor
+    hidden: Tensor
+    values: Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """`Linear` by torch."""
+    out = F.linear(x, weight, bias)
+    return out.relu_() if relu else out
+
+
+def eager_forward(user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape) -> Tensor:
+    """Vectors [users + items, K] in `user`'s dtype."""
+    outs = []
+    for number, x in enumerate((user, item)):
+        rows, seen = weights.first[shape.tower(number)], shape.expert(number)
+        bias = weights.bias1[shape.tower(number)]
+        experts = zip(
+            rows[shape.hiddens(number)].unflatten(0, (shape.seen, shape.hidden)),
+            bias[shape.hiddens(number)].unflatten(0, (shape.seen, shape.hidden)),
+            weights.weight2[seen],
+            weights.bias2[seen],
+            strict=True,
+        )
+        gates = (rows[shape.gates(number)], bias[shape.gates(number)])
+        out = hybrid_expert_reference(x.to(rows.dtype), [Expert(*one) for one in experts], *gates)
+        outs.append(out.to(user.dtype))
+    return torch.cat(outs)
+
+
+def forward_kept(x: Tensor, weights: PackedWeights, shape: Shape, number: int, linear: Linear = linear) -> Kept:
+    """One tower's gates, hidden layers and values for `x` [n, D]."""
+    first, bias = weights.first[shape.tower(number)], weights.bias1[shape.tower(number)]
+    gate, hidden = shape.gates(number), shape.hiddens(number)
+    x = x.to(first.dtype)
+    logit = linear(x, first[gate], bias[gate], False)
+    kept = linear(x, first[hidden], bias[hidden], True)
+    seen = shape.expert(number)
+    each = kept.unflatten(1, (shape.seen, shape.hidden)).transpose(0, 1)  # [G, n, H]
+    values = torch.baddbmm(weights.bias2[seen].unsqueeze(1), each, weights.weight2[seen].transpose(1, 2)).relu_()
+    return Kept(torch.softmax(logit.to(torch.promote_types(logit.dtype, torch.float32)), -1), kept, values)
+
+
+def mixed(kept: Kept) -> Tensor:
+    """Vectors [n, K]: the sum of values by gate, in the gates' dtype."""
+    return torch.sum(kept.values * kept.gates.t().unsqueeze(2), 0)
+
+
+def first_gradient(
+    grad: Tensor, kept: Kept, weights: PackedWeights, shape: Shape, number: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a tower's first layer's outputs, dz [n, W] in the weights' dtype, and du [G, n, K]."""
+    gates, values = kept.gates.t().unsqueeze(2), kept.values  # [G, n, 1], [G, n, K]
+    dy = grad.to(gates.dtype)
+    du = torch.where(values > 0, dy * gates, 0.0).to(values.dtype)
+    reward = (dy * values).sum(2).t()  # [n, G]
+    dl = kept.gates * (reward - (kept.gates * reward).sum(1, keepdim=True))
+    dz = torch.bmm(du, weights.weight2[shape.expert(number)]).transpose(0, 1).flatten(1)  # [n, G H]
+    gate, hidden = shape.gates(number), shape.hiddens(number)
+    out = dz.new_zeros(len(dz), shape.width)
+    out[:, gate] = dl.to(dz.dtype)
+    out[:, hidden] = torch.where(kept.hidden > 0, dz, 0.0)
+    return out, du
+
+
+def backward(
+    grad: Tensor,
+    towers: tuple[Tensor, Tensor],
+    kept: tuple[Kept | None, Kept | None],
+    weights: PackedWeights,
+    shape: Shape,
+    linear: Linear = linear,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `first`, `bias1`, `weight2`, `bias2` from what each tower kept; None: it has no rows."""
+    first_grad, bias1_grad, weight2_grad, bias2_grad = (
+        torch.zeros_like(one) for one in (weights.first, weights.bias1, weights.weight2, weights.bias2)
+    )
+    parts = grad.split([len(x) for x in towers])
+    for number, (x, dy, one) in enumerate(zip(towers, parts, kept, strict=True)):
+        if one is None:
+            continue
+        dz, du = first_gradient(dy, one, weights, shape, number)
+        block, seen = shape.tower(number), shape.expert(number)
+        first_grad[block] += linear(dz.t(), x.to(dz.dtype).t(), None, False)
+        bias1_grad[block] += dz.sum(0)
+        each = one.hidden.unflatten(1, (shape.seen, shape.hidden)).transpose(0, 1)  # [G, n, H]
+        weight2_grad[seen] += torch.bmm(du.transpose(1, 2), each)
+        bias2_grad[seen] += du.sum(1)
+    return first_grad, bias1_grad, weight2_grad, bias2_grad
+
+
+def eager_backward(
+    grad: Tensor, user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `first`, `bias1`, `weight2`, `bias2` for those of the vectors, `grad` [users + items, K]."""
+    kept = [forward_kept(x, weights, shape, number) if len(x) else None for number, x in enumerate((user, item))]
+    return backward(grad, (user, item), (kept[0], kept[1]), weights, shape)
+
+
+def input_gradient(grad: Tensor, x: Tensor, weights: PackedWeights, shape: Shape, number: int) -> Tensor:
+    """Gradient [n, D] of one tower's input; text encodings are frozen, so nothing fast is needed."""
+    dz, _ = first_gradient(grad, forward_kept(x, weights, shape, number), weights, shape, number)
+    return (dz @ weights.first[shape.tower(number)]).to(x.dtype)

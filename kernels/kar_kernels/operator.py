@@ -1,0 +1,191 @@
+"""Owns the operator `kar::hybrid_expert_adaptor`: one adaptor, several implementations, for eager and compiled torch.
+
+The two operators below are opaque to `torch.compile`: which implementation runs is decided when they run, by
+`kar_kernels.dispatch`. What the forward saves for the backward is a list of tensors that is each implementation's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kar_kernels import cpu, eager
+from kar_kernels.dispatch import BULK_ROWS, Path, choose
+from kar_kernels.layout import PackedWeights, Shape
+
+__all__ = ["hybrid_expert_adaptor"]
+
+
+def hybrid_expert_adaptor(
+    user: Tensor, item: Tensor, weights: PackedWeights, *, path: Path | None = None
+) -> tuple[Tensor, Tensor]:
+    """Knowledge vectors of both towers in one call; formula and source in `kar_kernels.reference`.
+
+    Args:
+        user: [Nu, D] encodings, of any float dtype; computed in the weights'.
+        item: [Ni, D], of the same dtype; either may have no rows.
+        weights: Made by `pack`; where gradients are wanted, from parameters.
+        path: The implementation; None: chosen (`kar_kernels.dispatch`).
+
+    Returns:
+        [Nu, K] and [Ni, K] in the encodings' dtype. Differentiable once, to weights and encodings.
+
+    Raises:
+        ValueError: sizes do not fit, or `path` (or KAR_ADAPTOR) cannot run here.
+    """
+    shape = Shape.of(weights.first, weights.weight2, weights.seen)
+    user, item = _rows(user, shape, weights.dim), _rows(item, shape, weights.dim)
+    tensors = (weights.first, weights.bias1, weights.weight2, weights.bias2)
+    save = torch.is_grad_enabled() and any(one.requires_grad for one in (user, item, *tensors))
+    out, _ = _forward(user, item, *tensors, weights.seen, path or "", save)
+    if shape.out != weights.out:
+        out = out[:, : weights.out]
+    first, second = out.split([user.shape[0], item.shape[0]])
+    return first, second
+
+
+def _rows(x: Tensor, shape: Shape, dim: int) -> Tensor:
+    """Row-major rows of 16-byte alignment, D padded."""
+    if x.dim() != 2 or x.shape[1] != dim:
+        raise ValueError(f"encodings are {list(x.shape)}: this adaptor takes [rows, {dim}]")
+    if shape.dim != dim:
+        return F.pad(x, (0, shape.dim - dim))
+    return x if x.stride(1) == 1 and x.stride(0) % 16 == 0 else x.contiguous()
+
+
+def _path(path: str, first: Tensor, shape: Shape, rows: int, save: bool) -> Path:
+    return cast(Path, path) if path else choose(first.device, first.dtype, shape, rows, training=save).path
+
+
+@torch.library.custom_op("kar::hybrid_expert_adaptor", mutates_args=())
+def _forward(
+    user: Tensor,
+    item: Tensor,
+    first: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    seen: int,
+    path: str,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    weights = PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
+    shape = Shape.of(first, weight2, seen)
+    rows = len(user) + len(item)
+    chosen = _path(path, first, shape, rows, save)
+    if chosen == "cpu":
+        return cpu.cpu_forward(user, item, weights, shape, save=save)
+    if chosen == "eager" or not rows:
+        return eager.eager_forward(user, item, weights, shape), _saved(user, item, first, shape, chosen, save)
+    from kar_kernels import pair, split, tail
+
+    if chosen == "tail":
+        return tail.tail_forward(user, item, weights, shape, save=save)
+    if not save and rows > BULK_ROWS and pair.takes(first.dtype, shape):
+        return pair.pair_forward(user, item, weights, shape), []
+    return split.split_forward(user, item, weights, shape, save=save)
+
+
+def _saved(user: Tensor, item: Tensor, first: Tensor, shape: Shape, path: Path, save: bool) -> list[Tensor]:
+    if not save or path == "eager":
+        return []
+    if path == "cpu":
+        return cpu.cpu_saved(user, item, first, shape)
+    from kar_kernels import split, tail
+
+    if path == "fused":
+        return split.split_saved(user, item, first, shape)
+    return tail.tail_saved(user, first, shape) + tail.tail_saved(item, first, shape)
+
+
+@_forward.register_fake
+def _forward_fake(
+    user: Tensor,
+    item: Tensor,
+    first: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    seen: int,
+    path: str,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    shape = Shape.of(first, weight2, seen)
+    rows = user.shape[0] + item.shape[0]
+    chosen = _path(path, first, shape, rows, save)
+    return user.new_empty(rows, shape.out), _saved(user, item, first, shape, chosen, save)
+
+
+@torch.library.custom_op("kar::hybrid_expert_adaptor_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    user: Tensor,
+    item: Tensor,
+    first: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    saved: Sequence[Tensor],
+    seen: int,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
+    shape = Shape.of(first, weight2, seen)
+    rows = len(user) + len(item)
+    chosen = _path(path, first, shape, rows, True)
+    kept, grad = list(saved), grad.contiguous()
+    if chosen == "cpu":
+        return cpu.cpu_backward(grad, user, item, weights, shape, kept)
+    if chosen == "eager" or not rows:
+        return eager.eager_backward(grad, user, item, weights, shape)
+    from kar_kernels import split, tail
+
+    if chosen == "tail":
+        return tail.tail_backward(grad, user, item, weights, shape, kept)
+    return split.split_backward(grad, user, item, weights, shape, kept)
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad: Tensor,
+    user: Tensor,
+    item: Tensor,
+    first: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    saved: Sequence[Tensor],
+    seen: int,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(first), torch.empty_like(bias1), torch.empty_like(weight2), torch.empty_like(bias2)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    *tensors, seen, path, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1])
+    ctx.seen, ctx.path = seen, path
+
+
+def _gradients(ctx: Any, grad: Tensor, _: list[Tensor]) -> tuple[Tensor | None, ...]:
+    user, item, first, bias1, weight2, bias2, *saved = ctx.saved_tensors
+    weights = PackedWeights(first, bias1, weight2, bias2, ctx.seen, first.shape[1], weight2.shape[1])
+    shape = Shape.of(weights.first, weights.weight2, ctx.seen)
+    inputs = [
+        eager.input_gradient(dy, x, weights, shape, number) if needed else None
+        for number, (x, dy, needed) in enumerate(
+            zip((user, item), grad.split([user.shape[0], item.shape[0]]), ctx.needs_input_grad, strict=False)
+        )
+    ]
+    return (
+        *inputs,
+        *_backward(grad, user, item, first, bias1, weight2, bias2, saved, ctx.seen, ctx.path),
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
