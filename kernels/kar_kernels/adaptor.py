@@ -128,7 +128,10 @@ class HybridExpertAdaptor(nn.Module):
 
     def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
         """Knowledge vectors [B, K] of each tower given: its own where `present` [B] bool is True, else the neutral."""
-        return _adapt(self.packed(), {tower: self.neutral(tower) for tower in self.towers}, encodings)
+        # What an absent encoding holds, NaN even, must not reach a gradient.
+        known = {tower: x.masked_fill(~present.unsqueeze(1), 0.0) for tower, (x, present) in encodings.items()}
+        neutral = {tower: self.neutral(tower) for tower in encodings}
+        return _known_or_neutral(_towers(self.packed(), self.towers, known), neutral, encodings)
 
     def freeze(self) -> "FrozenAdaptor":
         """This adaptor for inference, its weights packed once, in the dtype that `precision` and its device allow."""
@@ -194,7 +197,8 @@ class FrozenAdaptor:
     @torch.no_grad()
     def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
         """As `HybridExpertAdaptor.adapt`, without gradients."""
-        return _adapt(self.weights, self._neutral, encodings)
+        vectors = _towers(self.weights, self.towers, {tower: encoding for tower, (encoding, _) in encodings.items()})
+        return _known_or_neutral(vectors, self._neutral, encodings)
 
 
 def _towers(weights: PackedWeights, towers: Sequence[Tower], x: Mapping[Tower, Tensor]) -> dict[Tower, Tensor]:
@@ -210,10 +214,10 @@ def _towers(weights: PackedWeights, towers: Sequence[Tower], x: Mapping[Tower, T
     }
 
 
-def _adapt(weights: PackedWeights, neutral: Mapping[Tower, Tensor], encodings: Encoded) -> dict[Tower, Tensor]:
-    known = {tower: present.unsqueeze(1) for tower, (_, present) in encodings.items()}
-    filled = {tower: encoding.masked_fill(~known[tower], 0.0) for tower, (encoding, _) in encodings.items()}
-    vectors = _towers(weights, tuple(neutral), filled)
+def _known_or_neutral(
+    vectors: Mapping[Tower, Tensor], neutral: Mapping[Tower, Tensor], encodings: Encoded
+) -> dict[Tower, Tensor]:
     return {
-        tower: torch.where(known[tower], vector, neutral[tower].to(vector.dtype)) for tower, vector in vectors.items()
+        tower: torch.where(encodings[tower][1].unsqueeze(1), vector, neutral[tower].to(vector.dtype))
+        for tower, vector in vectors.items()
     }

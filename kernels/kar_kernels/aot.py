@@ -160,6 +160,8 @@ def _compile(variant: Variant, arch: int) -> Compiled:
             types[name] = "*" + (variant.input_dtype if name in INPUTS or name == "result" else variant.dtype)
         elif name in COUNTS or name in ALIGNED:
             types[name] = "i32"
+    if anew := [one.name for one in function.params if one.name in COUNTS and not one.do_not_specialize]:
+        raise ValueError(f"{variant.function} would be compiled anew for values of {', '.join(anew)}")
     aligned = [name for name in types if types[name][0] == "*" or name in ALIGNED]
     compiled = triton.compile(
         ASTSource(

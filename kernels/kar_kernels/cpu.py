@@ -17,7 +17,9 @@ from kar_kernels.layout import PackedWeights, Shape
 __all__ = ["CHUNK_ROWS", "cpu_backward", "cpu_forward", "has_bfloat16"]
 
 CHUNK_ROWS: Final = 2048
-ONEDNN: Final = (torch.float32, torch.bfloat16)
+ONEDNN: Final = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+"""What torch's compiler emits for a linear layer; it is no public name, so a torch may come without."""
+ONEDNN_DTYPES: Final = (torch.float32, torch.bfloat16)
 
 
 def has_bfloat16() -> bool:
@@ -27,9 +29,10 @@ def has_bfloat16() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """`eager.Linear` by oneDNN where this torch has it and the dtype is one of its own."""
-    if x.dtype in ONEDNN and torch.backends.mkldnn.is_available() and len(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
-    return eager.linear(x, weight, bias, relu)
+    if ONEDNN is None or x.dtype not in ONEDNN_DTYPES or not len(x):
+        return eager.linear(x, weight, bias, relu)
+    out: Tensor = ONEDNN(x, weight, bias, "relu" if relu else "none", [], "")
+    return out
 
 
 def cpu_forward(

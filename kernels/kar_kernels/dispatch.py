@@ -46,8 +46,11 @@ def choose(device: torch.device, dtype: torch.dtype, shape: Shape, rows: int, *,
     Raises:
         ValueError: `KAR_ADAPTOR` names none, or one that cannot run here; the text says why.
     """
+    named = os.environ.get(ENVIRONMENT)
+    if device.type == "cpu" and not named:
+        return _said(Choice("cpu", "tensors are on the processor"))
     obstacle = _obstacle(device, dtype, shape)
-    if named := os.environ.get(ENVIRONMENT):
+    if named:
         if named not in PATHS:
             raise ValueError(f"{ENVIRONMENT}={named} is no implementation: choose from {', '.join(PATHS)}")
         if named == "cpu" and device.type != "cpu":
@@ -57,8 +60,6 @@ def choose(device: torch.device, dtype: torch.dtype, shape: Shape, rows: int, *,
         if named == "fused" and (spills := _fused_obstacle(device, dtype)):
             raise ValueError(f"{ENVIRONMENT}=fused cannot run: {spills}")
         choice = Choice(named, f"{ENVIRONMENT} says so")
-    elif device.type == "cpu":
-        choice = Choice("cpu", "tensors are on the processor")
     elif obstacle:
         choice = Choice("eager", obstacle)
     elif spills := _fused_obstacle(device, dtype):
@@ -69,13 +70,14 @@ def choose(device: torch.device, dtype: torch.dtype, shape: Shape, rows: int, *,
         choice = Choice("tail", f"more than {BULK_ROWS} rows of more than {BULK_DIM} components")
     else:
         choice = Choice("fused", "a GPU with tensor cores")
-    _say(choice)
-    return choice
+    return _said(choice)
 
 
 @cache
-def _say(choice: Choice) -> None:
+def _said(choice: Choice) -> Choice:
+    """The same, once logged."""
     log.info("adaptor runs %s: %s", choice.path, choice.reason)
+    return choice
 
 
 @cache

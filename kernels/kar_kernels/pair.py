@@ -49,7 +49,7 @@ def second_layer(
     return tl.maximum(v + tl.load(bias2 + expert * OUT + out)[None, :], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users", "items"])
 def pair_forward_kernel(
     user,
     item,

@@ -17,6 +17,9 @@ Backward. Program (tile of D, expert e or gate t) loops over the rows of the tow
 
 and one more column of programs takes dW2_e += du^T h and the biases. Recomputing dz for each tile of D costs
 K / (K + tile) of the work, and saves a launch and the bytes of a dz that is written and read.
+
+Row counts are arguments that Triton must not compile anew for where they are 1, or a multiple of 16: a server would,
+in the middle of a request, with the first batch of another size.
 """
 
 from typing import Final
@@ -46,7 +49,7 @@ BACKWARD: Final = {
 REDUCE_ROWS: Final = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users", "items"])
 def split_forward_kernel(
     user,
     item,
@@ -117,7 +120,7 @@ def split_forward_kernel(
             tl.store(line + gate[None, :], logit, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def split_reduce_kernel(partial, result, total, SEEN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr):
     """Grid (row tiles): result [total, OUT] is the sum of partial [SEEN, total, OUT] in gate order."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -191,7 +194,7 @@ def gate_rows(
     return gates * (reward - tl.sum(gates * reward, 1)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users", "items"])
 def split_backward_kernel(
     user,
     item,

@@ -41,7 +41,7 @@ CHUNKS: Final = 16
 """Of rows, in the backward: times 14 programs, they fill a chip of 132 multiprocessors."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first_expert"])
 def tail_forward_kernel(
     z,
     weight2,
@@ -82,7 +82,7 @@ def tail_forward_kernel(
     tl.store(result + row[:, None] * OUT + out[None, :], mixed, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunk_rows", "first_expert"])
 def tail_backward_kernel(
     z,
     value,

@@ -13,6 +13,8 @@ from pathlib import Path
 from string import Template
 from typing import Final, Literal, get_args
 
+from kar_kernels import Precision
+
 __all__ = ["TARGETS", "Backbone", "Resources", "Sizes", "Target", "render"]
 
 Target = Literal["cpu", "gpu"]
@@ -99,12 +101,14 @@ def render(
     adaptor_weights: Path,
     backbones: Sequence[Backbone],
     sizes: Sizes,
+    precision: Precision = "float32",
     cores: int | None = None,
 ) -> list[Path]:
     """Write the repository `folder` for one target and return its files, sorted.
 
     Model files are hard links to those of the release where the file system allows, else copies: the folder is
-    complete either way when it is copied to a server. `cores` defaults to those that this process may use.
+    complete either way when it is copied to a server. `precision` is the one that the adaptor's file says. `cores`
+    defaults to those that this process may use.
     """
     resources = Resources.of(target, cores or len(os.sched_getaffinity(0)))
     tensors = _tensors(sizes)
@@ -127,7 +131,7 @@ def render(
     encoding = tuple(f"{name}_{part}" for name in sizes.towers for part in ("encoding", "present"))
     adapted = tuple(f"{name}_knowledge" for name in sizes.towers)
     optional = tuple(name for name in OPTIONAL if 0 not in tensors[name][1])
-    version = write(adaptor, "adaptor", encoding, adapted)
+    version = write(adaptor, "adaptor", encoding, adapted, precision=precision)
     shutil.copyfile(HERE / "adaptor" / "model.py", version / "model.py")
     _link(adaptor_weights, version / "adaptor.safetensors")
     for backbone in backbones:

@@ -72,7 +72,9 @@ class ServedRelease:
         return self.release.triton_name(template)
 
     def models(self) -> tuple[str, ...]:
-        """Names of all models that this mode needs, those that others depend on first."""
+        """Names of all models that this mode needs, in the order to load them."""
         if self.mode == ENCODED:
-            return tuple(self.release.triton_models())
+            # Triton loads what an ensemble consists of along with it, and anew where that was loaded before: the model
+            # processes that are replaced then would look like lost ones.
+            return tuple(self.release.triton_models())[::-1]
         return tuple(self.model(arm) for arm in ARMS)

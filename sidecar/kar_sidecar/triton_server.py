@@ -199,6 +199,9 @@ class TritonRuntime:
             "shm-growth-byte-size": SHARED_MEMORY_BYTES,
         }
         arguments = [
+            # Our configurations are complete. Completing costs each model one more start of its Python process, which
+            # imports torch, and the end of that process would look like a lost one (`TritonProcess.ready`).
+            "--disable-auto-complete-config",
             *(f"--{key}={value}" for key, value in options.items()),
             *(f"--backend-config=python,{key}={value}" for key, value in backend.items()),
             *(f"--load-model={model}" for model in models),

@@ -55,8 +55,9 @@ MODELS = {
 }
 
 
-def render_in(folder, target, cores=2, sizes=SIZES):
+def render_in(folder, target, cores=2, sizes=SIZES, **more):
     files = {name: folder / name for name in ("adaptor.safetensors", "knowledge.onnx", "control.onnx")}
+    folder.mkdir(exist_ok=True)
     for name, path in files.items():
         path.write_text(name)
     written = render(
@@ -70,6 +71,7 @@ def render_in(folder, target, cores=2, sizes=SIZES):
         ],
         sizes=sizes,
         cores=cores,
+        **more,
     )
     assert written == sorted(path for path in (folder / target).rglob("*") if path.is_file())
     return folder / target
@@ -140,6 +142,12 @@ def test_the_gpu_repository_has_one_instance_a_gpu_and_gathers_batches(tmp_path)
     [group] = config.instance_group
     assert (group.kind, group.count) == (config_pb2.ModelInstanceGroup.KIND_GPU, 1)
     assert config.dynamic_batching.max_queue_delay_microseconds == 200
+
+
+def test_the_adaptor_says_its_precision(tmp_path):
+    assert parse(render_in(tmp_path / "one", "cpu"), "adaptor_r").parameters["precision"].string_value == "float32"
+    config = parse(render_in(tmp_path / "other", "gpu", precision="bfloat16"), "adaptor_r")
+    assert config.parameters["precision"].string_value == "bfloat16"
 
 
 def test_folders_are_complete(tmp_path):

@@ -1,11 +1,13 @@
 """A real Triton server scores as the torch models do, whatever it batches and whoever sends nonsense."""
 
 import asyncio
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 from kar_kernels import TOWERS, HybridExpertAdaptor
+from kar_kernels.cpu import has_bfloat16
 from kar_model_repository.render import Backbone, Sizes, render
 from kar_offline.models import BACKBONES, RERANKERS, Field, InputSpec, build_backbone
 from kar_offline.models.onnx import export_onnx
@@ -375,3 +378,57 @@ def test_a_model_is_added_to_a_running_server_and_loading_it_again_does_nothing(
     before, after, scores = asyncio.run(run())
     assert (before, after) == (False, True)
     np.testing.assert_allclose(scores, models.score("dcnv2_control", tensors), rtol=0, atol=1e-5)
+
+
+def told_of(server, model):
+    """Labels of every `kar_adaptor_info` of a model on the server's Prometheus page; each must be 1."""
+    with urlopen(f"http://127.0.0.1:{server.ports.metrics}/metrics") as answer:
+        page = answer.read().decode()
+    found = re.findall(r"^kar_adaptor_info\{(.*)\} (\S+)$", page, flags=re.MULTILINE)
+    assert all(value == "1" for _, value in found)
+    labels = [dict(re.findall(r'(\w+)="([^"]*)"', text)) for text, _ in found]
+    return [one for one in labels if one["model"] == model]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_server_tells_which_adaptor_runs_while_it_is_loaded(precision, models, server, live, tmp_path):
+    name = f"adaptor_of_{precision}"
+    adaptor = HybridExpertAdaptor.load(models.repository / ADAPTOR / "1" / "adaptor.safetensors")
+    adaptor.precision = precision
+    adaptor.save(tmp_path / "adaptor.safetensors")
+    repository = tmp_path / "repository"
+    files = tmp_path / "adaptor.safetensors"
+    render(
+        "cpu", repository, adaptor=name, adaptor_weights=files, backbones=[], sizes=SIZES, precision=precision, cores=4
+    )
+    link_models(repository, live)
+    assert told_of(server, name) == []
+    with InferenceServerClient(server.grpc_target) as client:
+        client.load_model(name)
+        told = {
+            "model": name,
+            "device": "cpu",
+            "path": "cpu",
+            "reason": "tensors are on the processor",
+            "dtype": "bfloat16" if precision == "bfloat16" and has_bfloat16() else "float32",
+        }
+        instances = [f"{name}_0_0", f"{name}_0_1"]
+        assert sorted(told_of(server, name), key=lambda one: one["instance"]) == [
+            told | {"instance": instance} for instance in instances
+        ]
+        assert client.get_model_config(name).config.parameters["precision"].string_value == precision
+        log = server.log_file.read_text()
+        for instance in instances:
+            assert log.count(f"{instance}: adaptor runs cpu: tensors are on the processor") == 1
+        tensors = request(np.random.default_rng(8), 50)
+        result = infer(server, name, {one: tensors[one][None] for one in ADAPTOR_INPUTS})
+        expected, atol = models.knowledge(tensors), 1e-5 if precision == "float32" else 1e-2
+        for one in KNOWLEDGE_INPUTS:
+            np.testing.assert_allclose(result.as_numpy(one)[0], expected[one], rtol=0, atol=atol)
+        assert len(told_of(server, name)) == len(instances)
+        client.unload_model(name)
+    deadline = time.monotonic() + 30
+    while told_of(server, name):
+        assert time.monotonic() < deadline, "a model that is unloaded is still on the metrics page"
+        time.sleep(0.1)
+    assert told_of(server, ADAPTOR)

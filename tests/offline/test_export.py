@@ -8,11 +8,15 @@ import onnxruntime
 import pytest
 import torch
 from google.protobuf import json_format
+from typer import Typer
+from typer.testing import CliRunner
 
 from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
+from kar_kernels.cpu import has_bfloat16
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.export import export
+from kar_offline.export.command import export as export_command
 from kar_offline.train.checkpoint import build_model, load_trained, run_folder, save_trained
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.given import AffinityInput
@@ -316,6 +320,41 @@ def test_models_of_different_features_are_refused(work):
     config.write_text(json.dumps(content))
     with pytest.raises(IntegrityError, match="read different features"):
         export(work, "dcnv2")
+
+
+def test_the_precision_is_of_both_modes_and_its_error_is_told(work):
+    exact, rough = (export(work, "dcnv2", precision=one) for one in ("float32", "bfloat16"))
+    assert (exact.report["precision"], exact.report["vector_error"]) == ("float32", 0.0)
+    assert rough.report["precision"] == "bfloat16"
+    assert rough.report["release_id"] != exact.report["release_id"]
+    assert export(work, "dcnv2").report["release_id"] == exact.report["release_id"]
+    old, new = (Release.load(work / "releases", one.report["release_id"]) for one in (exact, rough))
+    assert old.manifest.adapted_space.space_id != new.manifest.adapted_space.space_id
+    assert HybridExpertAdaptor.load(new.folder / "adaptor.safetensors").precision == "bfloat16"
+    moved = [
+        np.load(new.folder / "vectors" / f"{kind}_adapted.npy")
+        - np.load(old.folder / "vectors" / f"{kind}_adapted.npy")
+        for kind in ("user", "item")
+    ]
+    assert rough.report["vector_error"] == max(np.abs(one).max() for one in moved)
+    assert (0 < rough.report["vector_error"] < 0.01) is has_bfloat16()
+    for target in ("cpu", "gpu"):
+        config = new.folder / "triton" / target / f"adaptor_{new.release_id}" / "config.pbtxt"
+        assert 'key: "precision" value { string_value: "bfloat16" }' in config.read_text()
+
+
+def test_an_unknown_precision_is_refused_with_those_that_are_known(work):
+    with pytest.raises(InputError, match="choose from float32, bfloat16"):
+        export(work, "dcnv2", precision="float16")
+    app = Typer()
+    app.command()(export_command)
+    options = ["--work", str(work), "--backbone", "dcnv2", "--precision"]
+    refused = CliRunner().invoke(app, [*options, "float16"], env={"COLUMNS": "200"})
+    assert refused.exit_code == 2
+    assert "'float32', 'bfloat16'" in refused.output
+    told = CliRunner().invoke(app, [*options, "bfloat16"], env={"COLUMNS": "200"})
+    assert told.exit_code == 0
+    assert "dcnv2: bfloat16 moves" in told.output
 
 
 def test_missing_stages_are_named(work, tmp_path):

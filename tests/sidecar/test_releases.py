@@ -88,14 +88,14 @@ def test_it_can_serve_only_after_every_model_was_loaded_and_has_scored(world):
     assert [model for model, _ in world.scorer.calls] == names
 
 
-def test_encoded_mode_loads_what_the_ensemble_depends_on_first(world):
+def test_encoded_mode_loads_the_ensemble_before_what_it_brings_along(world):
     async def body(releases):
         await releases.open()
         await releases.restore()
 
     with_releases(world, body, "encoded")
     kinds = [model.split("_")[0] for model in world.scorer.loaded]
-    assert kinds == ["knowledge", "control", "adaptor", "encoded"]
+    assert kinds == ["encoded", "adaptor", "control", "knowledge"]
     assert [model.split("_")[0] for model, _ in world.scorer.calls] == ["control", "encoded"]
 
 

@@ -14,14 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kar_offline.bench.direct import measure_direct
 from kar_offline.bench.jobs import Job, Protocol, default_jobs, possible_arms
+from kar_offline.bench.kernels import Device, measure_kernels, write_docs
 from kar_offline.bench.prepare import DATASETS, prepare
 from kar_offline.bench.quality import measure, train_jobs
-from kar_offline.bench.report import direct_table, quality_table, training_table, write_quality_report
+from kar_offline.bench.report import direct_table, modes_table, quality_table, training_table, write_quality_report
 from kar_offline.bench.training import Options, measure_training
 from kar_offline.dataset.samples import FOLDS
 from kar_offline.generate.local import MODEL, LocalChat
 from kar_offline.models import BACKBONES, RERANKERS
-from kar_offline.options import JsonFile, Work, once, refuse_unknown, write_json
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
 from kar_sidecar.errors import InputError
@@ -48,7 +49,7 @@ def _typed() -> str:
 
 @bench.callback()
 def _bench() -> None:
-    """Measure the quality of models, the speed of training, and asking a language model instead."""
+    """Measure the quality of models, the speed of training and serving, and asking a language model instead."""
 
 
 @bench.command()
@@ -205,4 +206,57 @@ def direct(
         )
     report |= {"command": _typed()}
     console.print(direct_table(report))
+    write_json(json_file, report)
+
+
+@bench.command()
+def modes(
+    work: Work = DEFAULT_WORK,
+    candidates: Annotated[
+        list[int] | None, typer.Option(min=1, help="Candidates of a request; default: 100 and 500.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of each mode and number of candidates.")] = 1000,
+    model: Annotated[
+        str, typer.Option(help="Trained model that follows the served one; default: the first other one.")
+    ] = "",
+    json_file: JsonFile = None,
+) -> None:
+    """Serve the active release in both modes, in turns: latency, bytes in the store, and time to a new model."""
+    # It needs what serving needs, an LMDB store and an index, which no other benchmark does.
+    from kar_offline.bench.modes import Options as Modes
+    from kar_offline.bench.modes import measure_modes
+
+    refuse_unknown("model", [model] if model else [], (*BACKBONES, *RERANKERS))
+    console = Console()
+    torch.set_num_threads(1)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("serve", total=None)
+        report = measure_modes(
+            work,
+            Modes(once(candidates) or (100, 500), requests, model),
+            on_step=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )
+    report |= {"command": _typed()}
+    console.print(modes_table(report))
+    write_json(json_file, report)
+
+
+@bench.command()
+def kernels(
+    device: Annotated[Device, typer.Option(help="Where forms are compared.")] = Device.CPU,
+    rows: Annotated[int, typer.Option(min=1, help="cpu: vectors to prestore.")] = 1_000_000,
+    seconds: Annotated[float, typer.Option(min=0.01, help="cpu: that each form is measured for.")] = 1.5,
+    budget: Annotated[float, typer.Option(min=1, help="cuda: seconds; what has not begun by then is left out.")] = 420,
+    plots: Annotated[Path | None, typer.Option(help="cuda: folder for pictures and CSV files.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="Put the tables into this page's blocks: docs/kernels.md.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare the adaptor's implementations, and compile every kernel ahead of time for two GPU generations."""
+    console = Console()
+    report = measure_kernels(device, console, rows=rows, seconds=seconds, budget_s=budget, plots=plots)
+    report |= {"command": _typed()}
+    if docs is not None:
+        write_docs(report, docs)
     write_json(json_file, report)

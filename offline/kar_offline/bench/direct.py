@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kar_kernels.benchmark.machine import machine
 from kar_offline.bench.jobs import Protocol, split_dataset
-from kar_offline.bench.machine import machine
 from kar_offline.dataset.lists import LIST_LENGTH, rerank_lists
 from kar_offline.dataset.samples import TEST, Dataset
 from kar_offline.evaluate.ranking import average_precision, hit, ndcg

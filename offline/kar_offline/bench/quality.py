@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kar_kernels.benchmark.machine import machine
 from kar_offline.bench.jobs import RUNGS, Job, Protocol, run_job, split_dataset, train_ranker
-from kar_offline.bench.machine import machine
 from kar_offline.dataset.lists import rerank_lists
 from kar_offline.dataset.samples import TEST, TRAIN, Dataset
 from kar_offline.evaluate.caveats import caveats_of

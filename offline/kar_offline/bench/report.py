@@ -18,7 +18,7 @@ from rich.text import Text
 
 from kar_offline.bench.quality import LIST_METRICS, METRICS
 
-__all__ = ["direct_table", "quality_table", "training_table", "write_quality_report"]
+__all__ = ["direct_table", "modes_table", "quality_table", "training_table", "write_quality_report"]
 
 COLOURS: Final = {
     "control": "#9aa5b1",
@@ -115,6 +115,36 @@ def direct_table(report: Mapping[str, Any]) -> Group:
         quality = [f"{row[name]:.4f}" for name in ("map", "ndcg", "hits_at_1")]
         table.add_row(row["ranker"], *quality, *times, complete)
     return Group(table, Text("A toy: the model is one that runs anywhere.", style="dim"))
+
+
+def modes_table(report: Mapping[str, Any]) -> Group:
+    """What each serving mode costs: latency, bytes, and time to a new model, ready to print."""
+    title = f"{report['dataset']}: {report['requests']:,} requests each, one client, ms"
+    latency = _table(title, ("candidates", "mode"), ("p50", "p95", "p99", "errors"))
+    for row in report["rows"]:
+        times = [f"{row[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms")]
+        latency.add_row(str(row["candidates"]), row["mode"], *times, str(row["errors"]))
+    brought = report["checkpoint_to_serving"]
+    some = next(iter(brought.values()))
+    costs = _table(
+        f"bytes an entity, and seconds from trained to serving ({some['model']} after {some['served']})",
+        ("mode",),
+        ("record", "in LMDB", "export", "publish", "load", "in all"),
+    )
+    for mode, found in brought.items():
+        bytes_ = [f"{report['bytes_per_entity'][mode][name]:,.0f}" for name in ("record_bytes", "lmdb_bytes")]
+        seconds = [f"{found[name]:.2f}" for name in ("export_s", "publish_s", "load_s", "total_s")]
+        costs.add_row(mode, *bytes_, *seconds)
+    lines = [
+        f"{mode}: published {found['entities']:,} entities, {found['vectors_per_s']:,.0f} vectors a second; "
+        f"a million would take {1e6 / found['vectors_per_s']:,.0f} s"
+        for mode, found in brought.items()
+        if found["vectors_per_s"]
+    ]
+    busy = max(report["others_busy_cores"].values())
+    if busy > IDLE_CORES:
+        lines.append(f"others kept {busy:.1f} cores busy: measure again on an idle machine")
+    return Group(latency, costs, *(Text(line) for line in lines))
 
 
 def plot_forest(summary: Sequence[Mapping[str, Any]]) -> Figure:

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import torch
 
+from kar_kernels.benchmark.machine import machine, others_busy
 from kar_offline.bench.fuxictr_process import FuxiCTR, Loader, install, write_task
 from kar_offline.bench.jobs import Protocol, split_dataset
-from kar_offline.bench.machine import machine, others_busy
 from kar_offline.bench.per_sample import score_seconds, train_seconds
 from kar_offline.dataset.samples import TEST, TRAIN, Dataset
 from kar_offline.evaluate.metrics import auc

@@ -12,6 +12,7 @@ from typing import Final
 
 from kar_offline.demo.replay import ServingAddresses
 from kar_sidecar.errors import InputError, UnavailableError
+from kar_sidecar.served import Mode
 
 __all__ = ["read_ready_file", "serving"]
 
@@ -34,8 +35,8 @@ def read_ready_file(path: Path) -> ServingAddresses:
 
 
 @contextmanager
-def serving(work: Path) -> Iterator[ServingAddresses]:
-    """Serve the active release of a work folder until the block ends.
+def serving(work: Path, mode: Mode | None = None) -> Iterator[ServingAddresses]:
+    """Serve the active release of a work folder until the block ends, in `mode` or as the settings say.
 
     Raises:
         UnavailableError: it did not get ready; the text names its log.
@@ -45,6 +46,7 @@ def serving(work: Path) -> Iterator[ServingAddresses]:
     ready, log = folder / "ready.json", folder / "serve.log"
     ready.unlink(missing_ok=True)
     serve = ["serve", "--work", str(work), "--port", "0", "--ready-file", str(ready)]
+    serve += ["--mode", mode] if mode else []
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "kar_sidecar", *serve],

@@ -18,7 +18,7 @@ import torch
 from google.protobuf import json_format
 
 from kar.records.v1 import records_pb2
-from kar_kernels import HybridExpertAdaptor, Tower
+from kar_kernels import PRECISIONS, FrozenAdaptor, HybridExpertAdaptor, Precision, Tower
 from kar_model_repository.render import TARGETS, Backbone, Sizes, render
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate import read_knowledge
@@ -57,6 +57,7 @@ def export(
     backbone: str,
     arm: str = "knowledge",
     *,
+    precision: Precision = "float32",
     activate: bool = False,
     cores: int | None = None,
     now_s: Callable[[], float] = time.time,
@@ -67,15 +68,17 @@ def export(
         work: Holds `dataset`, `knowledge`, `encoding` and `training`.
         backbone: A trained backbone, in lower case.
         arm: The training arm whose model becomes the knowledge model; one with an adaptor. The control comes along.
+        precision: What the adaptor multiplies in, for prestored vectors and in Triton, where the device can.
         activate: Serve this release from now on; the first one is activated anyway.
         cores: What the CPU repository may use together; default: the cores of this process.
         now_s: Seconds since the epoch, for the manifest's creation time.
 
     Returns:
-        The release's folder, and a report with `release_id`, `backbone`, `active`, `files` and `bytes`.
+        The release's folder, and a report with `release_id`, `backbone`, `arm`, `active`, `files`, `bytes`,
+        `precision` and `vector_error`, the largest absolute difference of an adapted vector's component to float32's.
 
     Raises:
-        InputError: no such backbone or arm, or an arm without an adaptor.
+        InputError: no such backbone, arm or precision, or an arm without an adaptor.
         PreconditionError: an earlier stage is missing.
         IntegrityError: what the stages made is corrupt or does not belong together.
     """
@@ -85,6 +88,8 @@ def export(
     able = [name for name, one in ARMS.items() if one.towers and one.adaptor != "none" and one.texts in SERVED_TEXTS]
     if arm not in able:
         raise InputError(f"arm {arm!r} has no adaptor of real texts to release: choose from {', '.join(able)}")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is not known: choose from {', '.join(PRECISIONS)}")
     texts = ARMS[arm].texts
     knowledge, control = (load_trained(work, backbone, name) for name in (arm, "control"))
     dataset = Dataset.load(work / "dataset")
@@ -96,10 +101,11 @@ def export(
     if list(control.encodings) != list(knowledge.encodings) or control.item_ids != knowledge.item_ids:
         raise IntegrityError(f"the two models of {backbone} read different features: train them again")
 
+    _adaptor(knowledge).precision = precision
     releases = work / "releases"
     draft = releases / f".{backbone}_{arm}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors)
+    vector_error = _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors)
     manifest = _manifest(draft, knowledge, control, dataset, vectors, texts)
     manifest.release_id = manifest_id(manifest)
     folder = releases / manifest.release_id
@@ -124,6 +130,8 @@ def export(
         "active": read_active(releases) == manifest.release_id,
         "files": len(manifest.files),
         "bytes": sum(entry.bytes for entry in manifest.files),
+        "precision": precision,
+        "vector_error": vector_error,
     }
     return StageResult(f"export {backbone}", folder, ran, time.perf_counter() - began, report)
 
@@ -141,15 +149,16 @@ def _write_files(
     control: TrainedModel,
     dataset: Dataset,
     vectors: TextVectors,
-) -> None:
-    """Write every file that the manifest lists."""
+) -> float:
+    """Write every file that the manifest lists; returns how far the precision moves an adapted vector."""
     for name in ("backbones", "vectors", "knowledge"):
         (draft / name).mkdir(parents=True)
     for name, trained in (("knowledge", knowledge), ("control", control)):
         export_onnx(trained.backbone, draft / "backbones" / f"{name}.onnx")
     adaptor = _adaptor(knowledge)
     adaptor.save(draft / "adaptor.safetensors")
-    frozen = adaptor.freeze()
+    frozen, exact = adaptor.freeze(), _exact(adaptor)
+    vector_error = 0.0
     _write_ids(draft / "item_ids.txt", knowledge.item_ids)
     entities: dict[str, Sequence[Entity]] = {"user": dataset.users, "item": dataset.items}
     for kind in KINDS:
@@ -158,7 +167,10 @@ def _write_files(
         _write_ids(draft / "vectors" / f"{kind}_ids.txt", [entity.id for entity in compress(entities[kind], present)])
         np.save(draft / "vectors" / f"{kind}_encoded.npy", encoded.numpy())
         if kind in adaptor.towers:
-            adapted = frozen.adapt({kind: (encoded, torch.ones(len(encoded), dtype=torch.bool))})[kind]
+            given = {kind: (encoded, torch.ones(len(encoded), dtype=torch.bool))}
+            adapted = frozen.adapt(given)[kind]
+            if exact is not None and len(encoded):
+                vector_error = max(vector_error, float((adapted - exact.adapt(given)[kind]).abs().max()))
             np.save(draft / "vectors" / f"{kind}_adapted.npy", adapted.numpy())
         source = texts / f"{kind}.jsonl"
         if not source.is_file():
@@ -172,6 +184,16 @@ def _write_files(
         known = table.any(1)
         _write_ids(draft / "vectors" / "affinity_ids.txt", [item.id for item in compress(dataset.items, known)])
         np.save(draft / "vectors" / "affinity.npy", table[known].numpy())
+    return vector_error
+
+
+def _exact(adaptor: HybridExpertAdaptor) -> FrozenAdaptor | None:
+    """The same weights in float32, to compare with; None where they are multiplied in it anyway."""
+    if adaptor.precision == "float32":
+        return None
+    asked, adaptor.precision = adaptor.precision, "float32"
+    frozen, adaptor.precision = adaptor.freeze(), asked
+    return frozen
 
 
 def _write_ids(path: Path, ids: Sequence[str]) -> None:
@@ -291,6 +313,7 @@ def _render(
             adaptor_weights=draft / "adaptor.safetensors",
             backbones=backbones,
             sizes=sizes,
+            precision=_adaptor(knowledge).precision,
             cores=cores,
         )
     rendered = records_pb2.Manifest(release_id=manifest.release_id, files=list_files(draft, files))

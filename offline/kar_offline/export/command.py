@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kar_kernels import Precision
 from kar_offline.export.build import export as export_release
 from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 
@@ -21,6 +22,9 @@ def export(
     activate: Annotated[
         bool, typer.Option("--activate", help="Serve the first of them from now on; the first ever is served anyway.")
     ] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="What the adaptor multiplies in, where the device can; its vectors stay float32.")
+    ] = "float32",
     cores: Annotated[
         int | None, typer.Option(min=1, help="Cores that Triton and the sidecar share; default: this machine's.")
     ] = None,
@@ -32,7 +36,9 @@ def export(
     reports = []
     for number, name in enumerate(backbone):
         with console.status(f"exporting {name}"):
-            result = export_release(work, name, arm, activate=activate and number == 0, cores=cores)
+            result = export_release(
+                work, name, arm, precision=precision, activate=activate and number == 0, cores=cores
+            )
         report = result.report
         reports.append(report)
         table.add_row(
@@ -44,4 +50,8 @@ def export(
             result.outcome,
         )
     console.print(table)
+    for report in reports if precision != "float32" else ():
+        moved = f"moves an adapted vector's component by {report['vector_error']:.1g} at most"
+        told = moved if report["vector_error"] else "moves nothing: this processor multiplies float32 instead"
+        console.print(f"{report['backbone']}: {precision} {told}", highlight=False)
     write_json(json_file, reports)

@@ -1,0 +1,211 @@
+"""Owns the comparison on processors: all forms in turn, in one run, on an idle machine."""
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+
+from kar_kernels import cpu
+from kar_kernels.adaptor import HybridExpertAdaptor
+from kar_kernels.benchmark.forms import BASELINES, COMPILED, Form, baseline, operator_form
+from kar_kernels.benchmark.machine import others_busy
+from kar_kernels.layout import Shape
+
+__all__ = ["BATCHES", "DIM", "has_compiler", "measure_prestoring", "measure_processor", "wait_until_idle"]
+
+BATCHES: Final = (1, 128, 512, 65_536)
+"""Rows of each tower."""
+DIM: Final = 768
+SECONDS: Final = 1.5
+"""That each form is measured for, at every batch and dtype."""
+ROUNDS: Final = (5, 300)
+"""At least and at most."""
+BUSY_CORES: Final = 0.15
+PATIENCE_S: Final = 60.0
+
+OnRow = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Quantiles of a form's times."""
+
+    p20_ms: float
+    median_ms: float
+    p80_ms: float
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> "Times":
+        """Of at least two measurements."""
+        cuts = statistics.quantiles(seconds, n=10, method="inclusive")
+        return Times(cuts[1] * 1e3, statistics.median(seconds) * 1e3, cuts[7] * 1e3)
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can make code for this processor."""
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+def wait_until_idle(patience_s: float = PATIENCE_S) -> float:
+    """Wait for other processes to pause, so long at most; cores that they keep busy when it ends.
+
+    Two threads on a core that a third wants are not 1.5 but up to 20 times slower.
+    """
+    deadline = time.monotonic() + patience_s
+    while (busy := others_busy()) > BUSY_CORES and time.monotonic() < deadline:
+        pass
+    return busy
+
+
+def in_turns(forms: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
+    """Times of every form; they take turns, so that what disturbs one disturbs all."""
+    for form in forms.values():
+        form()
+    began = time.perf_counter()
+    for form in forms.values():
+        form()
+    turn = time.perf_counter() - began
+    rounds = min(ROUNDS[1], max(ROUNDS[0], int(seconds * len(forms) / turn)))
+    taken: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            began = time.perf_counter()
+            form()
+            taken[name].append(time.perf_counter() - began)
+    return {name: Times.of(each) for name, each in taken.items()}
+
+
+@torch.inference_mode()
+def measure_processor(
+    batches: Sequence[int] = BATCHES,
+    dim: int = DIM,
+    *,
+    seconds: float = SECONDS,
+    compiled: bool | None = None,
+    patience_s: float = PATIENCE_S,
+    on_row: OnRow = lambda text: None,
+) -> dict[str, Any]:
+    """Forward of both towers, default sizes, in float32 and bfloat16.
+
+    Args:
+        batches: Rows of each tower.
+        dim: D.
+        seconds: That each form is measured for.
+        compiled: Whether to include compiled forms; None: where there is a compiler.
+        patience_s: To wait for an idle machine before each batch.
+        on_row: Told what comes next.
+
+    Returns:
+        `cpu`, a list of rows as the README of `kar bench kernels` says, and `busy_cores`, the most that other processes
+        took at the start of a batch.
+    """
+    compiled = has_compiler() if compiled is None else compiled
+    torch.manual_seed(0)
+    single = HybridExpertAdaptor(dim).eval()
+    half = HybridExpertAdaptor(dim).eval()
+    half.load_state_dict(single.state_dict())
+    adaptors = {torch.float32: single, torch.bfloat16: half.to(torch.bfloat16)}
+    allowed = HybridExpertAdaptor(dim)
+    allowed.precision = "bfloat16"
+    chosen = allowed.freeze()
+    forms: dict[tuple[torch.dtype, str], Form] = {}
+    for dtype, adaptor in adaptors.items():
+        for name in BASELINES:
+            if compiled or name not in COMPILED:
+                forms[dtype, name] = baseline(name, adaptor)
+        forms[dtype, "cpu"] = operator_form("cpu", adaptor)
+    rows, busiest = [], 0.0
+    for batch in batches:
+        user, item = torch.randn(batch, dim), torch.randn(batch, dim)
+        inputs = {dtype: (user.to(dtype), item.to(dtype)) for dtype in adaptors}
+        calls: dict[str, Callable[[], object]] = {}
+        for (dtype, name), form in forms.items():
+            on_row(f"{batch:,} rows, {_text(dtype)}, {name}")
+            x = inputs[dtype]
+            form.run(*x)  # compiles
+            calls[f"{_text(dtype)} {name}"] = partial(form.run, *x)
+        on_row(f"{batch:,} rows, waiting for an idle machine")
+        busiest = max(busiest, wait_until_idle(patience_s))
+        on_row(f"{batch:,} rows, measuring")
+        times = in_turns(calls, seconds)
+        for dtype, name in forms:
+            own = times[f"{_text(dtype)} {name}"]
+            selected = name == chosen.choice(2 * batch).path and dtype == chosen.weights.first.dtype
+            rows.append(
+                {
+                    "batch": batch,
+                    "dim": dim,
+                    "dtype": _text(dtype),
+                    "implementation": name,
+                    "median_ms": own.median_ms,
+                    "p20_ms": own.p20_ms,
+                    "p80_ms": own.p80_ms,
+                    "speedup_vs_eager_fp32": times["float32 eager"].median_ms / own.median_ms,
+                    "speedup_vs_eager_same_dtype": times[f"{_text(dtype)} eager"].median_ms / own.median_ms,
+                    "selected": selected,
+                }
+            )
+    return {"cpu": rows, "busy_cores": busiest}
+
+
+@torch.inference_mode()
+def measure_prestoring(
+    rows: int = 1_000_000,
+    dim: int = 384,
+    *,
+    repeats: int = 3,
+    patience_s: float = PATIENCE_S,
+    on_row: OnRow = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Vectors a second of the frozen adaptor on `rows` items, and the share of what its bare products allow.
+
+    The bare products are the same oneDNN calls on the same chunks, without bias, ReLU, gates and mixing.
+    """
+    x = torch.randn(rows, dim)
+    present = torch.ones(rows, dtype=torch.bool)
+    found = []
+    for precision in ("float32", "bfloat16"):
+        adaptor = HybridExpertAdaptor(dim)
+        adaptor.precision = precision
+        frozen = adaptor.freeze()
+        weights = frozen.weights
+        dtype = weights.first.dtype
+        if precision != _text(dtype):
+            continue
+        shape = Shape.of(weights.first, weights.weight2, weights.seen)
+        first = weights.first[shape.tower(1)]
+        seconds: dict[str, list[float]] = {"adapt": [], "products": []}
+        on_row(f"prestoring {rows:,} vectors in {precision}, waiting for an idle machine")
+        wait_until_idle(patience_s)
+        on_row(f"prestoring {rows:,} vectors in {precision}")
+        for _ in range(repeats):
+            began = time.perf_counter()
+            frozen.adapt({"item": (x, present)})
+            seconds["adapt"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for chunk in x.split(cpu.CHUNK_ROWS):
+                hidden = cpu.linear(chunk.to(dtype), first, None, False)[:, shape.hiddens(1)]
+                each = hidden.unflatten(1, (shape.seen, shape.hidden)).transpose(0, 1)
+                torch.bmm(each, weights.weight2[shape.expert(1)].transpose(1, 2))
+            seconds["products"].append(time.perf_counter() - began)
+        ours, bare = (statistics.median(seconds[name]) for name in ("adapt", "products"))
+        found.append(
+            {
+                "rows": rows,
+                "dim": dim,
+                "dtype": precision,
+                "rows_per_s": rows / ours,
+                "products_rows_per_s": rows / bare,
+                "share_of_products": bare / ours,
+            }
+        )
+    return found
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,182 @@
+"""Owns `kar bench kernels`: what it measures where, and what it says; the measuring is in `kar_kernels.benchmark`."""
+
+import os
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich import box
+from rich.console import Console, Group
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kar_kernels.benchmark import gpu, processor
+from kar_kernels.benchmark.machine import machine
+from kar_kernels.benchmark.plots import write_plots
+from kar_kernels.benchmark.report import compile_report, device_name, kernel_table, roofline_table, write_block
+from kar_sidecar.errors import InputError, PreconditionError
+
+__all__ = ["Device", "measure_kernels", "write_docs"]
+
+PAGE: Final = Path("docs/kernels.md")
+
+
+class Device(StrEnum):
+    """Where forms are compared."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def measure_kernels(
+    device: Device, console: Console, *, rows: int, seconds: float, budget_s: float, plots: Path | None = None
+) -> dict[str, Any]:
+    """Compare all forms on the device and compile every kernel ahead of time.
+
+    Args:
+        device: Where.
+        console: Shows progress and the tables.
+        rows: Vectors to prestore.
+        seconds: On the processor, that each form is measured for.
+        budget_s: On a GPU, after which no further case begins.
+        plots: A folder for the GPU's pictures and CSV files.
+
+    Raises:
+        InputError: there is no such device.
+        PreconditionError: a kernel is wrong, or cannot be compiled.
+    """
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here: use --device cpu, or kernels/benchmarks/run_on_gpu.sh on one")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("kernels", total=None)
+
+        def say(text: str) -> None:
+            progress.update(task, description=text)
+
+        if device is Device.CPU:
+            report = processor.measure_processor(seconds=seconds, on_row=say)
+            report["prestoring"] = processor.measure_prestoring(rows, on_row=say)
+        else:
+            chip = torch.device("cuda", torch.cuda.current_device())
+            if wrong := gpu.check(chip, on_row=say):
+                raise PreconditionError(f"kernels differ from float64 more than they may: {'; '.join(wrong)}")
+            report = gpu.measure_gpu(chip, budget_s=budget_s, on_row=say)
+            report |= {"device": device_name(chip), "verdict": gpu.verdict(report["cuda"])}
+        try:
+            report["aot"] = compile_report(lambda text: say(f"compiling kernels, {text}"))
+        except RuntimeError as error:
+            raise PreconditionError(str(error)) from error
+    report |= {"machine": machine(), "torch": torch.__version__}
+    console.print(_processor_tables(report) if device is Device.CPU else _verdict_table(report))
+    console.print(_compiled_line(report["aot"]))
+    if device is Device.CUDA and plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+        gpu.write_csv(report["cuda"], report["device"], plots / "cuda.csv")
+        gpu.write_csv(report["verdict"], report["device"], plots / "verdict.csv")
+        for path in write_plots(report, plots):
+            console.print(f"{path}")
+    return report
+
+
+def write_docs(report: Mapping[str, Any], page: Path = PAGE) -> None:
+    """Put the report's tables into their blocks of docs/kernels.md.
+
+    Raises:
+        InputError: the page is missing, or has no such block.
+    """
+    blocks = {"aot": kernel_table(report["aot"]), "roofline": roofline_table()}
+    if "cpu" in report:
+        about = f"{report['machine']}, torch {report['torch']}:"
+        blocks |= {"cpu": f"{about}\n\n{_markdown(report['cpu'])}", "prestoring": _prestoring(report["prestoring"])}
+    try:
+        for name, text in blocks.items():
+            write_block(page, name, text)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write the tables into {page}: {error}") from error
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| rows a tower | dtype | form | ms | over eager, float32 | over eager, same dtype |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = f"**{row['implementation']}** (chosen)" if row["selected"] else row["implementation"]
+        lines.append(
+            f"| {row['batch']:,} | {row['dtype']} | {name} | {row['median_ms']:.3g} "
+            f"| {row['speedup_vs_eager_fp32']:.2f}x | {row['speedup_vs_eager_same_dtype']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def _prestoring(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| rows | D | dtype | rows/s | bare products, rows/s | share |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row['rows']:,} | {row['dim']} | {row['dtype']} | {row['rows_per_s']:,.0f} "
+        f"| {row['products_rows_per_s']:,.0f} | {row['share_of_products']:.0%} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _processor_tables(report: Mapping[str, Any]) -> Group:
+    table = Table("rows a tower", "dtype", "form", title="Forward of both towers, D = 768", box=box.ROUNDED)
+    for name in ("ms", "over eager, float32", "over eager, same dtype"):
+        table.add_column(name, justify="right")
+    for last, row in zip([*report["cpu"][1:], None], report["cpu"], strict=True):
+        table.add_row(
+            f"{row['batch']:,}",
+            row["dtype"],
+            row["implementation"] + (" (chosen)" if row["selected"] else ""),
+            f"{row['median_ms']:.3f}",
+            f"{row['speedup_vs_eager_fp32']:.2f}x",
+            f"{row['speedup_vs_eager_same_dtype']:.2f}x",
+            style="bold" if row["selected"] else "",
+            end_section=last is None or last["batch"] != row["batch"],
+        )
+    lines = [
+        f"prestoring {row['rows']:,} vectors, D = {row['dim']}, {row['dtype']}: {row['rows_per_s']:,.0f} rows/s, "
+        f"{row['share_of_products']:.0%} of what its bare matrix products allow"
+        for row in report["prestoring"]
+    ]
+    if report["busy_cores"] > processor.BUSY_CORES:
+        lines.append(f"others kept {report['busy_cores']:.1f} cores busy: these times mean little, run it again")
+    if not processor.has_compiler():
+        lines.append("no C++ compiler here: compiled forms were left out")
+    return Group(table, *lines)
+
+
+def _verdict_table(report: Mapping[str, Any]) -> Group:
+    table = Table(title=f"Operator over the best unfused baseline, {report['device']}", box=box.ROUNDED)
+    names = ("users", "items", "D", "dtype", "direction", "graph", "path", "ms", "baseline", "ms", "speed-up", "chosen")
+    for name in names:
+        table.add_column(name, justify="right" if name in ("users", "items", "D", "ms", "speed-up") else "left")
+    for row in report["verdict"]:
+        table.add_row(
+            f"{row['users']:,}",
+            f"{row['batch']:,}",
+            str(row["dim"]),
+            row["dtype"],
+            row["direction"],
+            "yes" if row["graph"] else "no",
+            row["best_path"],
+            f"{row['path_ms']:.4f}",
+            row["best_baseline"],
+            f"{row['baseline_ms']:.4f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['selected']} {row['selected_speedup']:.2f}x",
+        )
+    lines = [f"not measured, out of time: {label}" for label in report["left_out"]]
+    return Group(table, *lines, *(f"failed: {text}" for text in report["failed"]))
+
+
+def _compiled_line(compiled: Sequence[Mapping[str, Any]]) -> str:
+    spilled = [one for one in compiled if one["spill_bytes"]]
+    cores = all(one["tensor_core_instructions"] for one in compiled if one["uses_dot"])
+    return (
+        f"{len(compiled)} kernel variants compiled for sm_80 and sm_90: {len(spilled)} spill registers, "
+        f"{'every' if cores else 'NOT every'} dot runs on tensor cores"
+    )
