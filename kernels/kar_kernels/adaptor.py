@@ -29,6 +29,7 @@ Precision = Literal["float32", "bfloat16"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 Encoded = Mapping[Tower, tuple[Tensor, Tensor]]
 """Encodings [B, D] of each tower, and which of them are present, [B] bool."""
+NO_TOWER: Final = "this adaptor has no {} tower: train one with it"
 FORMAT: Final = "kar.hybrid_expert_adaptor/1"
 FORMATS: Final[Mapping[Precision, str]] = {"float32": FORMAT, "bfloat16": f"{FORMAT} bfloat16"}
 """The file's only metadata: safetensors writes several in random order, and a release's id is the hash of its files."""
@@ -95,7 +96,7 @@ class HybridExpertAdaptor(nn.Module):
 
     def _number(self, tower: Tower) -> int:
         if tower not in self.towers:
-            raise ValueError(f"this adaptor has no {tower} tower: train one with it")
+            raise ValueError(NO_TOWER.format(tower))
         return self.towers.index(tower)
 
     def _slice(self, tower: Tower) -> slice:
@@ -118,6 +119,8 @@ class HybridExpertAdaptor(nn.Module):
 
     def forward(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
         """Knowledge vectors ([Nu, K], [Ni, K]) of user encodings [Nu, D] and item encodings [Ni, D]."""
+        for tower in TOWERS:
+            self._number(tower)
         vectors = _towers(self.packed(), self.towers, {"user": user, "item": item})
         return vectors["user"], vectors["item"]
 
@@ -187,7 +190,7 @@ class FrozenAdaptor:
         fast = adaptor.precision == "bfloat16" and (device.type != "cpu" or has_bfloat16())
         self.weights = weights.to(torch.bfloat16 if fast else weights.first.dtype)
         self.towers, self.out = adaptor.towers, adaptor.out
-        self._neutral = {tower: adaptor.neutral(tower).detach() for tower in adaptor.towers}
+        self._neutral = {tower: adaptor.neutral(tower).detach().clone() for tower in adaptor.towers}
 
     def choice(self, rows: int) -> Choice:
         """The implementation that `rows` of both towers get, and why."""
@@ -197,6 +200,9 @@ class FrozenAdaptor:
     @torch.no_grad()
     def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
         """As `HybridExpertAdaptor.adapt`, without gradients."""
+        for tower in encodings:
+            if tower not in self.towers:
+                raise ValueError(NO_TOWER.format(tower))
         vectors = _towers(self.weights, self.towers, {tower: encoding for tower, (encoding, _) in encodings.items()})
         return _known_or_neutral(vectors, self._neutral, encodings)
 

@@ -45,7 +45,8 @@ SUMS: Final = ("partial", "part")
 COUNTS: Final = ("users", "items", "total", "rows", "chunk_rows", "first_expert")
 ALIGNED: Final = ("user_stride", "item_stride", "dim", "logit_at", "hidden_at")
 """Multiples of 16, which Triton specialises for."""
-INPUTS: Final = ("user", "item")
+INPUTS: Final = ("user", "item", "result", "grad")
+"""Of the encodings' dtype."""
 SIZES: Final = {"EXPERTS": 12, "SEEN": 7, "HIDDEN": 128, "OUT": 32, "GATE_ROWS": 16}
 """The product's default adaptor."""
 LARGEST: Final = {"EXPERTS": 62, "SEEN": 32, "GATE_ROWS": 32}
@@ -157,7 +158,7 @@ def _compile(variant: Variant, arch: int) -> Compiled:
         if name in SUMS:
             types[name] = "*fp32"
         elif name in POINTERS or name in GRADS:
-            types[name] = "*" + (variant.input_dtype if name in INPUTS or name == "result" else variant.dtype)
+            types[name] = "*" + (variant.input_dtype if name in INPUTS else variant.dtype)
         elif name in COUNTS or name in ALIGNED:
             types[name] = "i32"
     if anew := [one.name for one in function.params if one.name in COUNTS and not one.do_not_specialize]:
@@ -227,6 +228,8 @@ def compile_all(processes: int, on_compiled: Callable[[int, int], None] = lambda
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET is set: unset it, interpreted kernels cannot be compiled")
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m kar_kernels.aot FILE")
     found = compile_all(
         len(os.sched_getaffinity(0)), lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr)
     )

@@ -85,7 +85,7 @@ def first_gradient(
     dl = kept.gates * (reward - (kept.gates * reward).sum(1, keepdim=True))
     dz = torch.bmm(du, weights.weight2[shape.expert(number)]).transpose(0, 1).flatten(1)  # [n, G H]
     gate, hidden = shape.gates(number), shape.hiddens(number)
-    out = dz.new_zeros(len(dz), shape.width)
+    out = dz.new_zeros(dz.shape[0], shape.width)
     out[:, gate] = dl.to(dz.dtype)
     out[:, hidden] = torch.where(kept.hidden > 0, dz, 0.0)
     return out, du
@@ -103,7 +103,7 @@ def backward(
     first_grad, bias1_grad, weight2_grad, bias2_grad = (
         torch.zeros_like(one) for one in (weights.first, weights.bias1, weights.weight2, weights.bias2)
     )
-    parts = grad.split([len(x) for x in towers])
+    parts = grad.split([x.shape[0] for x in towers])
     for number, (x, dy, one) in enumerate(zip(towers, parts, kept, strict=True)):
         if one is None:
             continue
@@ -121,7 +121,7 @@ def eager_backward(
     grad: Tensor, user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `first`, `bias1`, `weight2`, `bias2` for those of the vectors, `grad` [users + items, K]."""
-    kept = [forward_kept(x, weights, shape, number) if len(x) else None for number, x in enumerate((user, item))]
+    kept = [forward_kept(x, weights, shape, number) if x.shape[0] else None for number, x in enumerate((user, item))]
     return backward(grad, (user, item), (kept[0], kept[1]), weights, shape)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PackedWeights", "Shape", "pack"]
+__all__ = ["STEP", "PackedWeights", "Shape", "pack"]
 
 SMALLEST: Final = 16
 """Rows and columns below which a tensor core has no instruction."""
@@ -106,7 +106,7 @@ class PackedWeights:
     def to(self, dtype: torch.dtype) -> "PackedWeights":
         """The same weights in another dtype, outside of autograd."""
         first, bias1, weight2, bias2 = (
-            one.detach().to(dtype) for one in (self.first, self.bias1, self.weight2, self.bias2)
+            one.detach().to(dtype, copy=True) for one in (self.first, self.bias1, self.weight2, self.bias2)
         )
         return PackedWeights(first, bias1, weight2, bias2, self.seen, self.dim, self.out)
 
@@ -136,4 +136,5 @@ def pack(
     first = torch.cat([gate_weight[0], zeros, weight1.flatten(0, 1), gate_weight[-1], zeros])
     zero = bias1.new_zeros(more_gates)
     bias = torch.cat([gate_bias[0], zero, bias1.flatten(), gate_bias[-1], zero])
-    return PackedWeights(first, bias, weight2, bias2, seen, dim, out)
+    # The kernels read rows that lie one after another.
+    return PackedWeights(first, bias, weight2.contiguous(), bias2.contiguous(), seen, dim, out)

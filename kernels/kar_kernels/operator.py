@@ -5,17 +5,19 @@ The two operators below are opaque to `torch.compile`: which implementation runs
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kar_kernels import cpu, eager
-from kar_kernels.dispatch import BULK_ROWS, Path, choose
-from kar_kernels.layout import PackedWeights, Shape
+from kar_kernels.dispatch import BULK_ROWS, Path, choose, takes_pairs
+from kar_kernels.layout import STEP, PackedWeights, Shape
 
 __all__ = ["hybrid_expert_adaptor"]
+
+ALIGNMENT_BYTES: Final = 16
 
 
 def hybrid_expert_adaptor(
@@ -49,16 +51,19 @@ def hybrid_expert_adaptor(
 
 
 def _rows(x: Tensor, shape: Shape, dim: int) -> Tensor:
-    """Row-major rows of 16-byte alignment, D padded."""
     if x.dim() != 2 or x.shape[1] != dim:
         raise ValueError(f"encodings are {list(x.shape)}: this adaptor takes [rows, {dim}]")
-    if shape.dim != dim:
-        return F.pad(x, (0, shape.dim - dim))
-    return x if x.stride(1) == 1 and x.stride(0) % 16 == 0 else x.contiguous()
+    return F.pad(x, (0, shape.dim - dim)) if shape.dim != dim else x
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The same rows where 16 bytes at a time can be copied, and where Triton has no other alignment to compile for."""
+    fits = x.stride(1) == 1 and x.stride(0) % STEP == 0 and x.data_ptr() % ALIGNMENT_BYTES == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _path(path: str, first: Tensor, shape: Shape, rows: int, save: bool) -> Path:
-    return cast(Path, path) if path else choose(first.device, first.dtype, shape, rows, training=save).path
+    return choose(first.device, first.dtype, shape, rows, training=save, named=path).path
 
 
 def _run(
@@ -74,7 +79,7 @@ def _run(
 ) -> tuple[Tensor, list[Tensor]]:
     weights = PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
     shape = Shape.of(first, weight2, seen)
-    rows = len(user) + len(item)
+    rows = user.shape[0] + item.shape[0]
     chosen = _path(path, first, shape, rows, save)
     if chosen == "cpu":
         return cpu.cpu_forward(user, item, weights, shape, save=save)
@@ -82,11 +87,13 @@ def _run(
         return eager.eager_forward(user, item, weights, shape), _saved(user, item, first, shape, chosen, save)
     from kar_kernels import pair, split, tail
 
-    if chosen == "tail":
-        return tail.tail_forward(user, item, weights, shape, save=save)
-    if not save and rows > BULK_ROWS and pair.takes(first.dtype, shape):
-        return pair.pair_forward(user, item, weights, shape), []
-    return split.split_forward(user, item, weights, shape, save=save)
+    with torch.cuda.device_of(first):  # Triton launches on the current device.
+        if chosen == "tail":
+            return tail.tail_forward(user, item, weights, shape, save=save)
+        user, item = _aligned(user), _aligned(item)
+        if not save and rows > BULK_ROWS and takes_pairs(first.dtype, shape):
+            return pair.pair_forward(user, item, weights, shape), []
+        return split.split_forward(user, item, weights, shape, save=save)
 
 
 _forward = torch.library.custom_op("kar::hybrid_expert_adaptor", _run, mutates_args=())
@@ -137,7 +144,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
     shape = Shape.of(first, weight2, seen)
-    rows = len(user) + len(item)
+    rows = user.shape[0] + item.shape[0]
     chosen = _path(path, first, shape, rows, True)
     kept, grad = list(saved), grad.contiguous()
     if chosen == "cpu":
@@ -146,9 +153,10 @@ def _backward(
         return eager.eager_backward(grad, user, item, weights, shape)
     from kar_kernels import split, tail
 
-    if chosen == "tail":
-        return tail.tail_backward(grad, user, item, weights, shape, kept)
-    return split.split_backward(grad, user, item, weights, shape, kept)
+    with torch.cuda.device_of(first):
+        if chosen == "tail":
+            return tail.tail_backward(grad, user, item, weights, shape, kept)
+        return split.split_backward(grad, _aligned(user), _aligned(item), weights, shape, kept)
 
 
 @_backward.register_fake
@@ -169,6 +177,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     *tensors, seen, path, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1])
     ctx.seen, ctx.path = seen, path
 

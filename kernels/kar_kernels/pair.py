@@ -17,15 +17,13 @@ from torch import Tensor
 from kar_kernels.layout import PackedWeights, Shape
 from kar_kernels.tiles import INTERPRETED, Tiles, arithmetic, column_of, constants, load_tile, softmax_rows
 
-__all__ = ["FORWARD", "pair_forward", "takes"]
+__all__ = ["FORWARD", "pair_forward"]
 
 FORWARD: Final = {
     "half": Tiles(128, 64, 8, 3),
     "tf32": Tiles(128, 32, 8, 3),
     "double": Tiles(16, 32, 4, 1),
 }
-GATE_ROWS: Final = 16
-"""At most: with more, two experts' sums do not fit into the registers."""
 
 
 @triton.jit
@@ -119,11 +117,6 @@ def pair_forward_kernel(
                 mixed += v * column_of(gates, k + 1, GATE_ROWS)[:, None]
         to = result + (second * users + row)[:, None] * OUT + out[None, :]
         tl.store(to, mixed, mask=(row < rows)[:, None])
-
-
-def takes(dtype: torch.dtype, shape: Shape) -> bool:
-    """Whether two experts' sums and the gates fit into the registers."""
-    return arithmetic(dtype) in FORWARD and shape.gate_rows <= GATE_ROWS
 
 
 def pair_forward(user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape) -> Tensor:

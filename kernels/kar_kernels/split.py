@@ -325,7 +325,7 @@ def split_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Vectors [users + items, K] in `user`'s dtype and, with `save`, what `split_backward` reads."""
     tiles = FORWARD[arithmetic(weights.first.dtype)]
-    total = len(user) + len(item)
+    total = user.shape[0] + item.shape[0]
     partial = user.new_empty(
         shape.seen, total, shape.out, dtype=torch.promote_types(weights.first.dtype, torch.float32)
     )
@@ -334,7 +334,7 @@ def split_forward(
     layer, value = saved or (partial, partial)
     if save:
         user, item = user.to(weights.first.dtype), item.to(weights.first.dtype)
-    row_tiles = triton.cdiv(len(user), tiles.rows) + triton.cdiv(len(item), tiles.rows)
+    row_tiles = triton.cdiv(user.shape[0], tiles.rows) + triton.cdiv(item.shape[0], tiles.rows)
     split_forward_kernel[(row_tiles, shape.seen)](
         user,
         item,
@@ -345,8 +345,8 @@ def split_forward(
         partial,
         layer,
         value,
-        len(user),
-        len(item),
+        user.shape[0],
+        item.shape[0],
         user.stride(0),
         item.stride(0),
         shape.dim,
@@ -365,7 +365,7 @@ def split_forward(
 
 def split_saved(user: Tensor, item: Tensor, first: Tensor, shape: Shape) -> list[Tensor]:
     """Room for first-layer outputs [users + items, W], logits first, and values [users + items, G, K]."""
-    total = len(user) + len(item)
+    total = user.shape[0] + item.shape[0]
     return [first.new_empty(total, shape.width), first.new_empty(total, shape.seen, shape.out)]
 
 
@@ -389,8 +389,8 @@ def split_backward(
         bias1_grad,
         weight2_grad,
         bias2_grad,
-        len(user),
-        len(item),
+        user.shape[0],
+        item.shape[0],
         user.stride(0),
         item.stride(0),
         shape.dim,

@@ -191,33 +191,33 @@ def _mix(z: Tensor, weights: PackedWeights, shape: Shape, number: int, result: T
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    return (slice(at, at + SAVED_ROWS) for at in range(0, len(x), SAVED_ROWS))
+    return (slice(at, at + SAVED_ROWS) for at in range(0, x.shape[0], SAVED_ROWS))
 
 
 def tail_forward(
     user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape, *, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Vectors [users + items, K] in `user`'s dtype and, with `save`, what `tail_backward` reads."""
-    result = user.new_empty(len(user) + len(item), shape.out)
+    result = user.new_empty(user.shape[0] + item.shape[0], shape.out)
     saved: list[Tensor] = []
-    for number, (x, to) in enumerate(zip((user, item), result.split([len(user), len(item)]), strict=True)):
-        keep = save and len(x) <= SAVED_ROWS
-        value = weights.first.new_empty(len(x), shape.seen, shape.out) if keep else None
+    for number, (x, to) in enumerate(zip((user, item), result.split([user.shape[0], item.shape[0]]), strict=True)):
+        keep = save and x.shape[0] <= SAVED_ROWS
+        value = weights.first.new_empty(x.shape[0], shape.seen, shape.out) if keep else None
         for rows in _chunks(x):
             z = _first_layer(x[rows], weights, shape, number)
             _mix(z, weights, shape, number, to[rows], value)
             if value is not None:
                 saved += [z, value]
-        if value is not None and not len(x):
+        if value is not None and not x.shape[0]:
             saved += tail_saved(x, weights.first, shape)
     return result, saved
 
 
 def tail_saved(x: Tensor, first: Tensor, shape: Shape) -> list[Tensor]:
     """Room for what is saved of a tower: first-layer outputs [rows, W] and values [rows, G, K]."""
-    if len(x) > SAVED_ROWS:
+    if x.shape[0] > SAVED_ROWS:
         return []
-    return [first.new_empty(len(x), shape.width), first.new_empty(len(x), shape.seen, shape.out)]
+    return [first.new_empty(x.shape[0], shape.width), first.new_empty(x.shape[0], shape.seen, shape.out)]
 
 
 def tail_backward(
@@ -231,8 +231,8 @@ def tail_backward(
         torch.zeros_like(one, dtype=kind) for one in tensors
     )
     left = list(saved)
-    for number, (x, dy) in enumerate(zip((user, item), grad.split([len(user), len(item)]), strict=True)):
-        kept = (left.pop(0), left.pop(0)) if len(x) <= SAVED_ROWS else None
+    for number, (x, dy) in enumerate(zip((user, item), grad.split([user.shape[0], item.shape[0]]), strict=True)):
+        kept = (left.pop(0), left.pop(0)) if x.shape[0] <= SAVED_ROWS else None
         block, experts = shape.tower(number), shape.expert(number)
         for rows in _chunks(x):
             if kept is None:

@@ -15,7 +15,7 @@ from typing import Final, Literal, get_args
 
 from kar_kernels import Precision
 
-__all__ = ["TARGETS", "Backbone", "Resources", "Sizes", "Target", "render"]
+__all__ = ["TARGETS", "Backbone", "Resources", "Sizes", "Target", "is_current", "render"]
 
 Target = Literal["cpu", "gpu"]
 TARGETS: Final[tuple[Target, ...]] = get_args(Target)
@@ -151,6 +151,12 @@ def render(
                 backbone_maps=_maps(inputs, SCORE),
             )
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def is_current(folder: Path) -> bool:
+    """Whether the model code below `folder` is this package's: it runs against the packages that are installed."""
+    own = {(HERE / kind / "model.py").read_bytes() for kind in ("adaptor", "backbone")}
+    return all(path.read_bytes() in own for path in folder.rglob("model.py"))
 
 
 def _tensors(sizes: Sizes) -> Mapping[str, tuple[str, tuple[int, ...]]]:

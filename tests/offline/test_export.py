@@ -22,6 +22,7 @@ from kar_offline.train.features import encode_dataset
 from kar_offline.train.given import AffinityInput
 from kar_sidecar.affinity import affinity_columns
 from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
+from kar_sidecar.hashing import file_sha256
 from kar_sidecar.release import Release, list_releases, read_active
 from kar_sidecar.store import ITEM, USER
 
@@ -288,6 +289,23 @@ def test_a_spoiled_file_is_named_and_mended_by_exporting_again(place, work):
     assert export(work, "dcnv2").ran
     Release.load(work / "releases", id_)
     assert file.read_bytes() == content
+
+
+def test_a_release_with_the_model_code_of_another_version_is_exported_again(work):
+    id_ = export(work, "dcnv2").report["release_id"]
+    release = work / "releases" / id_
+    code = release / "triton" / "cpu" / f"adaptor_{id_}" / "1" / "model.py"
+    own = code.read_bytes()
+    code.write_bytes(b"# as another version wrote it\n" + own)
+    listed = json.loads((release / "triton" / "files.json").read_text())
+    for file in listed["files"]:
+        if (release / file["path"]) == code:
+            file |= {"bytes": str(code.stat().st_size), "sha256": file_sha256(code)}
+    (release / "triton" / "files.json").write_text(json.dumps(listed))
+    Release.load(work / "releases", id_)
+    assert export(work, "dcnv2").ran
+    assert code.read_bytes() == own
+    assert not export(work, "dcnv2").ran
 
 
 def test_a_release_without_its_list_of_rendered_files_is_refused(work):

@@ -1,4 +1,4 @@
-"""Owns what is compared: the frozen loop, the same weights concatenated, both compiled, and the operator's paths.
+"""Owns what is compared: the loop over experts, the same weights concatenated, both compiled, and the operator's paths.
 
 Every form takes user and item encodings and gives both towers' vectors, from weights of the encodings' dtype.
 """
@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from kar_kernels.adaptor import HybridExpertAdaptor, Tower
 from kar_kernels.dispatch import Path
 from kar_kernels.operator import hybrid_expert_adaptor
-from kar_kernels.reference import hybrid_expert_reference
 
 __all__ = ["BASELINES", "COMPILED", "Form", "baseline", "form", "operator_form"]
 
@@ -65,9 +64,15 @@ def _used(adaptor: HybridExpertAdaptor) -> Sequence[nn.Parameter]:
 
 
 def _loop(adaptor: HybridExpertAdaptor) -> Run:
+    """`kar_kernels.reference` as one writes it with `nn.Linear`: bias in the product, one sum at the end."""
+
     def tower(x: Tensor, tower: Tower, number: int) -> Tensor:
-        gate = adaptor.gate_weight[number], adaptor.gate_bias[number]
-        return hybrid_expert_reference(x, adaptor.experts(tower), *gate)
+        gates = torch.softmax(F.linear(x, adaptor.gate_weight[number], adaptor.gate_bias[number]), dim=-1)
+        values = []
+        for expert in adaptor.experts(tower):
+            hidden = torch.relu(F.linear(x, expert.weight1, expert.bias1))
+            values.append(torch.relu(F.linear(hidden, expert.weight2, expert.bias2)))
+        return torch.bmm(gates.unsqueeze(1), torch.stack(values, 1)).squeeze(1)
 
     return lambda user, item: (tower(user, "user", 0), tower(item, "item", 1))
 

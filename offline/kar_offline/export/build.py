@@ -19,7 +19,7 @@ from google.protobuf import json_format
 
 from kar.records.v1 import records_pb2
 from kar_kernels import PRECISIONS, FrozenAdaptor, HybridExpertAdaptor, Precision, Tower
-from kar_model_repository.render import TARGETS, Backbone, Sizes, render
+from kar_model_repository.render import TARGETS, Backbone, Sizes, is_current, render
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate import read_knowledge
 from kar_offline.generate.records import ENTITY
@@ -62,7 +62,7 @@ def export(
     cores: int | None = None,
     now_s: Callable[[], float] = time.time,
 ) -> StageResult:
-    """Make the release of one backbone and arm below `work`/releases, unless it is there and whole.
+    """Make the release of one backbone and arm below `work`/releases, unless it is there, whole and of this version.
 
     Args:
         work: Holds `dataset`, `knowledge`, `encoding` and `training`.
@@ -111,16 +111,17 @@ def export(
     folder = releases / manifest.release_id
     try:
         Release.load(releases, manifest.release_id)
+        whole = is_current(folder)
     except (NotFoundError, IntegrityError):
+        whole = False
+    if whole:
+        shutil.rmtree(draft)
+    else:
         manifest.created_at.FromNanoseconds(int(now_s() * 1e9))
         (draft / MANIFEST).write_text(_as_json(manifest))
         _render(draft, manifest, knowledge, dataset, vectors.dim, cores)
         shutil.rmtree(folder, ignore_errors=True)
         draft.replace(folder)
-        ran = True
-    else:
-        shutil.rmtree(draft)
-        ran = False
     if activate or not (releases / ACTIVE).is_file():
         write_active(releases, manifest.release_id)
     report = {
@@ -133,7 +134,7 @@ def export(
         "precision": precision,
         "vector_error": vector_error,
     }
-    return StageResult(f"export {backbone}", folder, ran, time.perf_counter() - began, report)
+    return StageResult(f"export {backbone}", folder, not whole, time.perf_counter() - began, report)
 
 
 def _adaptor(knowledge: TrainedModel) -> HybridExpertAdaptor:

@@ -1,0 +1,116 @@
+"""The compile gate: what the assembler makes of every kernel, without a GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kar_kernels.aot import SHARED_LIMIT_BYTES, Compiled
+
+pytestmark = [
+    pytest.mark.service,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+COMMAND = [sys.executable, "-m", "kar_kernels.aot"]
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """All variants, compiled once."""
+    file = tmp_path_factory.mktemp("aot") / "compiled.json"
+    done = run(file, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    return [Compiled(**one) for one in json.loads(file.read_text())]
+
+
+def names(compiled):
+    return [f"{one.kernel} {one.direction}, {one.variant}, {one.arch}" for one in compiled]
+
+
+def test_no_register_is_spilled(compiled):
+    assert names(one for one in compiled if one.spill_bytes) == []
+    # 255 is what an instruction can name: a wrong reading of the tools would give more, or nothing.
+    assert names(one for one in compiled if not 16 <= one.registers <= 255) == []
+
+
+def test_a_block_has_the_shared_memory(compiled):
+    # From the CUDA C++ Programming Guide, "Compute Capabilities".
+    assert SHARED_LIMIT_BYTES == {80: 166912, 90: 232448}
+    assert names(one for one in compiled if one.shared_bytes > SHARED_LIMIT_BYTES[one.arch]) == []
+    assert names(one for one in compiled if one.uses_dot and one.shared_bytes < 4096) == []
+
+
+def test_products_run_on_tensor_cores(compiled):
+    assert names(one for one in compiled if one.uses_dot and not one.tensor_core_instructions) == []
+    assert {one.kernel for one in compiled if not one.uses_dot} == {"split reduce"}
+
+
+def test_encodings_come_in_copies_of_16_bytes(compiled):
+    gemms = [one for one in compiled if one.kernel in ("split", "pair") and one.direction == "forward"]
+    assert gemms
+    assert names(one for one in gemms if not one.wide_copies) == []
+
+
+def test_registers_let_a_block_run(compiled):
+    # 65,536 registers a multiprocessor of both, for 32 threads a warp.
+    assert names(one for one in compiled if one.registers * 32 * one.warps > 65_536) == []
+
+
+def test_nothing_that_ships_is_left_out(compiled):
+    seen = {(one.kernel, one.direction, one.arch, one.variant) for one in compiled}
+    assert len(seen) == len(compiled)
+    for arch in (80, 90):
+        for dtype in ("bf16", "fp16", "tf32"):
+            for kernel, direction in (
+                ("split", "forward"),
+                ("split", "backward"),
+                ("pair", "forward"),
+                ("split reduce", "forward"),
+                ("tail", "forward"),
+                ("tail", "backward"),
+            ):
+                assert (kernel, direction, arch, dtype) in seen
+            for kernel in ("split", "tail"):
+                assert (kernel, "forward", arch, f"{dtype}, saving") in seen
+                assert (kernel, "forward", arch, f"{dtype}, largest, saving") in seen
+                assert (kernel, "backward", arch, f"{dtype}, largest") in seen
+        assert {("tail", "forward", arch, "tf32x3"), ("tail", "backward", arch, "tf32x3")} <= seen
+    assert {("split", "forward", 90, "tf32x3"), ("split", "backward", 90, "tf32x3")} <= seen
+    # Where `kar_kernels.dispatch` gives exact float32 to `tail`, nothing else is compiled.
+    assert {one.kernel for one in compiled if one.arch == 80 and one.variant.startswith("tf32x3")} == {"tail"}
+
+
+def test_hopper_multiplies_by_warp_group(compiled):
+    # One HGMMA does the work of many HMMA: with the older instruction there were as many as on the older chip.
+    count = {(one.kernel, one.arch): one.tensor_core_instructions for one in compiled if one.variant == "bf16"}
+    for kernel in ("split", "pair"):
+        assert count[kernel, 90] < count[kernel, 80]
+
+
+def test_interpreted_kernels_are_not_compiled(tmp_path):
+    file = tmp_path / "compiled.json"
+    done = run(file, TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert done.stderr == "TRITON_INTERPRET is set: unset it, interpreted kernels cannot be compiled\n"
+    assert not file.exists()
+
+
+def test_a_forgotten_file_is_told_before_anything_is_compiled():
+    done = run(TRITON_INTERPRET="0")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "FILE" in done.stderr

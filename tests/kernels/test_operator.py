@@ -1,0 +1,196 @@
+"""The operator as torch sees it: its schema, its shapes without data, `torch.compile`, and what it refuses."""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from kar_kernels import hybrid_expert_adaptor, operator, pack
+
+pytestmark = pytest.mark.unit
+
+INTERPRETS = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+interpreted = pytest.mark.skipif(not INTERPRETS, reason="kernels are interpreted with triton, where there is no GPU")
+KERNELS = [pytest.param("fused", marks=interpreted), pytest.param("tail", marks=interpreted)]
+PATHS = [*KERNELS, "cpu", "eager"]
+FP64, FP32, FP16 = torch.float64, torch.float32, torch.float16
+SMALL = {"users": 3, "items": 6, "hidden": 16, "dedicated": 1}
+
+
+def arguments(problem, path, *, save):
+    user, item, weights, _ = problem.packed()
+    tensors = [user, item, weights.first, weights.bias1, weights.weight2, weights.bias2]
+    return (*(one.requires_grad_(save) for one in tensors), weights.seen, path, save)
+
+
+@pytest.mark.parametrize("rows", [(3, 6), (0, 4), (0, 0)])
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_opcheck(make, path, save, rows):
+    problem = make(**SMALL | dict(zip(("users", "items"), rows, strict=True)))
+    # With no rows, torch's own check cannot make a dynamic shape of them.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.kar.hybrid_expert_adaptor.default,
+        arguments(problem, path, save=save),
+        test_utils=checks if rows == (3, 6) else checks[:3],
+    )
+
+
+@pytest.mark.parametrize(("dtype", "x_dtype"), [(FP64, FP64), (FP16, FP16), (FP16, FP32)])
+@pytest.mark.parametrize("path", PATHS)
+def test_opcheck_of_the_backward(make, path, dtype, x_dtype):
+    problem = make(**SMALL, dtype=dtype, x_dtype=x_dtype)
+    *tensors, seen, _, _ = arguments(problem, path, save=False)
+    torch.library.opcheck(
+        torch.ops.kar.hybrid_expert_adaptor.default, (*tensors, seen, path, True), test_utils="test_faketensor"
+    )
+    out, saved = torch.ops.kar.hybrid_expert_adaptor(*tensors, seen, path, True)
+    torch.library.opcheck(
+        torch.ops.kar.hybrid_expert_adaptor_backward.default,
+        (torch.ones_like(out), *tensors, saved, seen, path),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [(5, 6), (6, 7), (7, 5)])
+def test_opcheck_of_what_tail_saves(make, monkeypatch, rows):
+    from kar_kernels import tail
+
+    monkeypatch.setattr(tail, "SAVED_ROWS", 6)
+    problem = make(**SMALL | dict(zip(("users", "items"), rows, strict=True)))
+    *tensors, seen, _, _ = arguments(problem, "tail", save=False)
+    torch.library.opcheck(
+        torch.ops.kar.hybrid_expert_adaptor.default, (*tensors, seen, "tail", True), test_utils="test_faketensor"
+    )
+
+
+def adaptor(path):
+    return lambda user, item, *raw: hybrid_expert_adaptor(user, item, pack(*raw), path=path)
+
+
+@pytest.fixture
+def compiler():
+    """`torch.compile`, without what it remembers of other tests."""
+    torch._dynamo.reset()
+    yield torch.compile
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("path", [None, *PATHS])
+def test_compiled_equals_eager(make, compiler, path):
+    problem = make(**SMALL)
+    problem.exact(problem.solve(compiler(adaptor(path), fullgraph=True, backend="aot_eager"), FP64, FP64))
+
+
+# Torch's own compiler uses what torch deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("path", [None, pytest.param("fused", marks=interpreted)])
+def test_compiled_by_inductor_equals_eager(make, compiler, path):
+    problem = make(**SMALL)
+    problem.exact(problem.solve(compiler(adaptor(path), fullgraph=True), FP64, FP64))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("path", [None, *PATHS])
+def test_compiled_once_for_any_number_of_rows(make, compiler, path, gradients):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = compiler(adaptor(path), fullgraph=True, backend=counter)
+    # No number of rows equals another size, which torch would take for the same.
+    for users, items in ((9, 11), (12, 21), (10, 13), (8, 15)):
+        problem = make(**SMALL | {"users": users, "items": items})
+        if gradients:
+            problem.exact(problem.solve(compiled, FP64, FP64))
+        else:
+            with torch.no_grad():
+                vectors = compiled(*problem.leaves(FP64, FP64))
+            problem.exact(dict(zip(("user", "item"), vectors, strict=True)))
+    # Once for the first number, once for all others.
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_may_be_declared_dynamic(make, compiler, path):
+    problem = make(**SMALL | {"users": 9, "items": 11})
+    user, item, *raw = problem.leaves(FP64, FP64)
+    for one in (user, item):
+        # Torch refuses where the code takes their number for a constant.
+        torch._dynamo.mark_dynamic(one, 0)
+    vectors = compiler(adaptor(path), fullgraph=True, backend="aot_eager")(user, item, *raw)
+    problem.exact(dict(zip(("user", "item"), (one.detach() for one in vectors), strict=True)))
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 49), torch.ones(2, 64), torch.ones(50), torch.ones(1, 2, 50)])
+@pytest.mark.parametrize("tower", [0, 1])
+def test_encodings_of_another_size_are_refused(make, x, tower):
+    _, _, weights, _ = make(**SMALL, dtype=FP32).packed()
+    given = [torch.ones(2, 50), torch.ones(2, 50)]
+    given[tower] = x
+    sizes = ", ".join(map(str, x.shape))
+    with pytest.raises(ValueError, match=rf"encodings are \[{sizes}\]: this adaptor takes \[rows, 50\]"):
+        hybrid_expert_adaptor(*given, weights)
+
+
+def test_unpacked_weights_are_refused(make):
+    user, item, weights, _ = make(**SMALL).packed()
+    with pytest.raises(ValueError, match="use `pack`"):
+        hybrid_expert_adaptor(user, item, dataclasses.replace(weights, first=weights.first[1:]))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_unknown_path_is_refused(make, gradients):
+    problem = make(**SMALL)
+    user, item, *raw = problem.leaves(FP64, FP64)
+    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=r"split.*fused, tail, cpu, eager"):
+        hybrid_expert_adaptor(user, item, pack(*raw), path="split")
+
+
+@interpreted
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("path", ["fused", "tail"])
+def test_a_path_that_cannot_run_is_refused(make, monkeypatch, path, gradients):
+    problem = make(**SMALL)
+    user, item, *raw = problem.leaves(torch.bfloat16, torch.bfloat16)
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
+            hybrid_expert_adaptor(user, item, pack(*raw), path=path)
+        monkeypatch.delenv("TRITON_INTERPRET")
+        user, item, *raw = problem.leaves(FP64, FP64)
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            hybrid_expert_adaptor(user, item, pack(*raw), path=path)
+
+
+@pytest.mark.parametrize("named", [*KERNELS, "cpu", "eager"])
+def test_the_environment_names_the_path(make, monkeypatch, launches, named):
+    monkeypatch.setenv("KAR_ADAPTOR", named)
+    problem = make(**SMALL)
+    problem.exact(problem.by(None))
+    kernels = {
+        "fused": ["split_forward_kernel", "split_reduce_kernel", "split_backward_kernel"],
+        "tail": 2 * ["tail_forward_kernel"] + 2 * ["tail_backward_kernel"],
+    }
+    assert launches == kernels.get(named, [])
+
+
+def test_the_processor_runs_cpu(make, launches, monkeypatch):
+    called = []
+    forward, backward = operator.cpu.cpu_forward, operator.cpu.cpu_backward
+    monkeypatch.setattr(operator.cpu, "cpu_forward", lambda *a, **k: called.append("forward") or forward(*a, **k))
+    monkeypatch.setattr(operator.cpu, "cpu_backward", lambda *a, **k: called.append("backward") or backward(*a, **k))
+    problem = make(**SMALL)
+    problem.exact(problem.by(None))
+    assert (called, launches) == (["forward", "backward"], [])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_runs_in_inference_mode(make, path):
+    problem = make(**SMALL)
+    with torch.inference_mode():
+        vectors = problem.served_by(path)
+    problem.exact(vectors)
