@@ -53,9 +53,8 @@ def cpu_forward(
             out.copy_(eager.mixed(kept))
             saved += kept
         else:
-            for at in range(0, x.shape[0], CHUNK_ROWS):
-                rows = slice(at, at + CHUNK_ROWS)
-                out[rows] = eager.mixed(eager.forward_kept(x[rows], weights, shape, number, linear))
+            for rows, part in zip(x.split(CHUNK_ROWS), out.split(CHUNK_ROWS), strict=True):
+                part.copy_(eager.mixed(eager.forward_kept(rows, weights, shape, number, linear)))
     return result, saved
 
 

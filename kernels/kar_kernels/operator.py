@@ -42,8 +42,10 @@ def hybrid_expert_adaptor(
     tensors = (weights.first, weights.bias1, weights.weight2, weights.bias2)
     save = torch.is_grad_enabled() and any(one.requires_grad for one in (user, item, *tensors))
     # Torch's way to an operator of ours takes 0.1 ms, as much as all else that a request of one user does here.
-    run = _forward if save or torch.compiler.is_compiling() else _run
-    out, _ = run(user, item, *tensors, weights.seen, path or "", save)
+    if save or torch.compiler.is_compiling():
+        out, _ = _forward(user, item, *tensors, weights.seen, path or "", save)
+    else:
+        out, _ = _run(user, item, weights, shape, path or "", save)
     if shape.out != weights.out:
         out = out[:, : weights.out]
     first, second = out.split([user.shape[0], item.shape[0]])
@@ -67,6 +69,27 @@ def _path(path: str, first: Tensor, shape: Shape, rows: int, save: bool) -> Path
 
 
 def _run(
+    user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape, path: str, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    rows = user.shape[0] + item.shape[0]
+    chosen = _path(path, weights.first, shape, rows, save)
+    if chosen == "cpu":
+        return cpu.cpu_forward(user, item, weights, shape, save=save)
+    if chosen == "eager" or not rows:
+        return eager.eager_forward(user, item, weights, shape), _saved(user, item, weights.first, shape, chosen, save)
+    from kar_kernels import pair, split, tail
+
+    with torch.cuda.device_of(weights.first):  # Triton launches on the current device.
+        if chosen == "tail":
+            return tail.tail_forward(user, item, weights, shape, save=save)
+        user, item = _aligned(user), _aligned(item)
+        if not save and rows > BULK_ROWS and takes_pairs(weights.first.dtype, shape):
+            return pair.pair_forward(user, item, weights, shape), []
+        return split.split_forward(user, item, weights, shape, save=save)
+
+
+@torch.library.custom_op("kar::hybrid_expert_adaptor", mutates_args=())
+def _forward(
     user: Tensor,
     item: Tensor,
     first: Tensor,
@@ -78,25 +101,7 @@ def _run(
     save: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     weights = PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
-    shape = Shape.of(first, weight2, seen)
-    rows = user.shape[0] + item.shape[0]
-    chosen = _path(path, first, shape, rows, save)
-    if chosen == "cpu":
-        return cpu.cpu_forward(user, item, weights, shape, save=save)
-    if chosen == "eager" or not rows:
-        return eager.eager_forward(user, item, weights, shape), _saved(user, item, first, shape, chosen, save)
-    from kar_kernels import pair, split, tail
-
-    with torch.cuda.device_of(first):  # Triton launches on the current device.
-        if chosen == "tail":
-            return tail.tail_forward(user, item, weights, shape, save=save)
-        user, item = _aligned(user), _aligned(item)
-        if not save and rows > BULK_ROWS and takes_pairs(first.dtype, shape):
-            return pair.pair_forward(user, item, weights, shape), []
-        return split.split_forward(user, item, weights, shape, save=save)
-
-
-_forward = torch.library.custom_op("kar::hybrid_expert_adaptor", _run, mutates_args=())
+    return _run(user, item, weights, Shape.of(first, weight2, seen), path, save)
 
 
 def _saved(user: Tensor, item: Tensor, first: Tensor, shape: Shape, path: Path, save: bool) -> list[Tensor]:

@@ -160,9 +160,12 @@ TILES = {
     "rows beyond the last": ("row[:, None] < rows", "row[:, None] < rows + 16"),
 }
 EAGER = {
-    "no ReLU after the second layer": (".transpose(1, 2)).relu_()", ".transpose(1, 2))"),
-    "no mask of the hidden layer backward": ("torch.where(kept.hidden > 0, dz, 0.0)", "dz"),
-    "no mask of the values backward": ("torch.where(values > 0, dy * gates, 0.0)", "(dy * gates)"),
+    "no ReLU after the second layer": ("own.second).relu_()", "own.second)"),
+    "no mask of the hidden layer backward": (
+        "masked(torch.bmm(du, weights.weight2[shape.expert(number)]), shape.each(kept.hidden))",
+        "torch.bmm(du, weights.weight2[shape.expert(number)])",
+    ),
+    "no mask of the values backward": ("masked(dy * gates, values)", "(dy * gates)"),
     "no mean in the softmax's gradient": ("(reward - (kept.gates * reward).sum(1, keepdim=True))", "reward"),
     "a shared expert's users forgotten": ("first_grad[block] +=", "first_grad[block] ="),
 }

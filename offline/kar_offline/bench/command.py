@@ -247,7 +247,7 @@ def modes(
 def kernels(
     device: Annotated[Device, typer.Option(help="Where forms are compared.")] = Device.CPU,
     rows: Annotated[int, typer.Option(min=1, help="cpu: vectors to prestore.")] = 1_000_000,
-    seconds: Annotated[float, typer.Option(min=0.01, help="cpu: that each form is measured for.")] = 1.5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="cpu: that each form is measured for.")] = 1.0,
     budget: Annotated[float, typer.Option(min=1, help="cuda: seconds; what has not begun by then is left out.")] = 420,
     plots: Annotated[Path | None, typer.Option(help="cuda: folder for pictures and CSV files.")] = None,
     docs: Annotated[Path | None, typer.Option(help="Put the tables into this page's blocks: docs/kernels.md.")] = None,

@@ -1,8 +1,10 @@
 """Owns `kar bench kernels`: what it measures where, and what it says; the measuring is in `kar_kernels.benchmark`."""
 
+import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +23,7 @@ from kar_sidecar.errors import InputError, PreconditionError
 __all__ = ["Device", "measure_kernels", "write_docs"]
 
 PAGE: Final = Path("docs/kernels.md")
+WAIT: Final = "OMP_WAIT_POLICY"
 
 
 class Device(StrEnum):
@@ -49,7 +52,6 @@ def measure_kernels(
     """
     if device is Device.CUDA and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here: use --device cpu, or kernels/benchmarks/run_on_gpu.sh on one")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("kernels", total=None)
 
@@ -57,8 +59,7 @@ def measure_kernels(
             progress.update(task, description=text)
 
         if device is Device.CPU:
-            report = processor.measure_processor(seconds=seconds, on_row=say)
-            report["prestoring"] = processor.measure_prestoring(rows, on_row=say)
+            report = _measured_elsewhere(rows, seconds, say)
         else:
             chip = torch.device("cuda", torch.cuda.current_device())
             if wrong := gpu.check(chip, on_row=say):
@@ -79,6 +80,42 @@ def measure_kernels(
         for path in write_plots(report, plots):
             console.print(f"{path}")
     return report
+
+
+def _measured_elsewhere(rows: int, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """What a process of its own measures, whose threads spin for a moment before they sleep, as torch's do by default.
+
+    Threads of the `kar` command sleep at once between products, since on shared cores spinning costs up to 20x; waking
+    them takes as long as a small product.
+
+    Raises:
+        PreconditionError: it broke down.
+    """
+    context = multiprocessing.get_context("spawn")
+    hear, tell = context.Pipe(duplex=False)
+    before = os.environ.pop(WAIT, None)
+    process = context.Process(target=_measure, args=(tell, rows, seconds), daemon=True)
+    try:
+        process.start()
+    finally:
+        os.environ |= {} if before is None else {WAIT: before}
+    tell.close()
+    try:
+        while isinstance(heard := hear.recv(), str):
+            say(heard)
+    except EOFError as error:
+        process.join()
+        raise PreconditionError(f"measuring ended early, with code {process.exitcode}: its error is above") from error
+    process.join()
+    return dict(heard)
+
+
+def _measure(tell: Connection, rows: int, seconds: float) -> None:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    report = processor.measure_processor(seconds=seconds, on_row=tell.send)
+    sizes = ((rows, 384), (min(rows, 131_072), 768))
+    report["prestoring"] = [row for size in sizes for row in processor.measure_prestoring(*size, on_row=tell.send)]
+    tell.send(report | {"threads": torch.get_num_threads()})
 
 
 def write_docs(report: Mapping[str, Any], page: Path = PAGE) -> None:
