@@ -11,7 +11,7 @@ import torch
 
 from kar_kernels.layout import Shape
 
-__all__ = ["ENVIRONMENT", "PATHS", "Choice", "Path", "choose", "takes_pairs"]
+__all__ = ["ENVIRONMENT", "PATHS", "Choice", "ImplementationError", "Path", "choose", "takes_pairs"]
 
 Path = Literal["fused", "tail", "cpu", "eager"]
 PATHS: Final[tuple[Path, ...]] = get_args(Path)
@@ -31,6 +31,13 @@ LARGEST: Final = {"hidden": 128, "out": 32, "gate_rows": 32}
 log = logging.getLogger("kar_kernels")
 
 
+class ImplementationError(ValueError):
+    """The implementation that is asked for does not exist or cannot run here; the text says why."""
+
+    exit_code = 2
+    """Of a command that ends for it: wrong usage."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """An implementation and why."""
@@ -47,7 +54,7 @@ def choose(
     Logs each choice once. `named`, or else `KAR_ADAPTOR`, overrides it.
 
     Raises:
-        ValueError: what is named does not exist, or cannot run here; the text says why.
+        ImplementationError: what is named does not exist, or cannot run here; the text says why.
     """
     by = "path" if named else ENVIRONMENT
     named = named or os.environ.get(ENVIRONMENT, "")
@@ -56,13 +63,13 @@ def choose(
     obstacle = _obstacle(device, dtype, shape)
     if named:
         if named not in PATHS:
-            raise ValueError(f"{by}={named} is no implementation: choose from {', '.join(PATHS)}")
+            raise ImplementationError(f"{by}={named} is no implementation: choose from {', '.join(PATHS)}")
         if named == "cpu" and device.type != "cpu":
-            raise ValueError(f"{by}=cpu, but the tensors are on {device}: leave it out")
+            raise ImplementationError(f"{by}=cpu, but the tensors are on {device}: leave it out")
         if obstacle and (named == "tail" or named == "fused"):
-            raise ValueError(f"{by}={named} cannot run: {obstacle}")
+            raise ImplementationError(f"{by}={named} cannot run: {obstacle}")
         if named == "fused" and (spills := _fused_obstacle(device, dtype)):
-            raise ValueError(f"{by}=fused cannot run: {spills}")
+            raise ImplementationError(f"{by}=fused cannot run: {spills}")
         choice = Choice(named, f"{by} says so")
     elif obstacle:
         choice = Choice("eager", obstacle)

@@ -35,7 +35,8 @@ def hybrid_expert_adaptor(
         [Nu, K] and [Ni, K] in the encodings' dtype. Differentiable once, to weights and encodings.
 
     Raises:
-        ValueError: sizes do not fit, or `path` (or KAR_ADAPTOR) cannot run here.
+        ValueError: sizes do not fit.
+        ImplementationError: `path`, or KAR_ADAPTOR, cannot run here.
     """
     shape = Shape.of(weights.first, weights.weight2, weights.seen)
     user, item = _rows(user, shape, weights.dim), _rows(item, shape, weights.dim)

@@ -104,6 +104,13 @@ def main() -> None:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         _complain(console, f"{what}: name another path or make it usable")
         sys.exit(1)
+    except ValueError as error:
+        # Kernels know nothing of our errors; theirs that are for the reader say how a command should end.
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        _complain(console, str(error))
+        sys.exit(code)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             console.print("interrupted: finished stages are kept; run the same command to go on", soft_wrap=True)

@@ -1,7 +1,11 @@
 """A work folder of a dozen entities becomes a release that verifies, is reproducible and names what was spoiled."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -306,6 +310,15 @@ def test_a_release_with_the_model_code_of_another_version_is_exported_again(work
     assert export(work, "dcnv2").ran
     assert code.read_bytes() == own
     assert not export(work, "dcnv2").ran
+
+
+@pytest.mark.service
+def test_an_implementation_that_cannot_run_here_is_one_line(work):
+    command = [Path(sys.executable).with_name("kar"), "export", "--work", work, "--backbone", "dcnv2"]
+    environment = os.environ | {"KAR_ADAPTOR": "nonsense"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: KAR_ADAPTOR=nonsense is no implementation: choose from fused, tail, cpu, eager\n"
 
 
 def test_a_release_without_its_list_of_rendered_files_is_refused(work):

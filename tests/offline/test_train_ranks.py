@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from kar_offline.train.ranks import Ranks
 
-ranks = Ranks.start()
+joining = Ranks.joined()
+ranks = joining.__enter__()
 torch.manual_seed(0)
 model, rows, labels = nn.Linear(3, 1), torch.randn(10, 3), torch.rand(10)
 def loss(at):
@@ -47,7 +48,8 @@ model.register_buffer("fixed", torch.full((2,), float(ranks.rank)))
 ranks.level(model)
 assert model.mean.tolist() == [0.5, 0.5] and model.fixed.tolist() == [float(ranks.rank)] * 2
 open(f"{sys.argv[1]}/rank{ranks.rank}", "w").close()
-torch.distributed.destroy_process_group()
+joining.__exit__(None, None, None)
+assert not torch.distributed.is_initialized()
 """
 
 

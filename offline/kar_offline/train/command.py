@@ -61,11 +61,11 @@ def train(
 
     Under `torchrun --nproc-per-node N --no-python kar train ...`, N processes share each batch.
     """
-    ranks = Ranks.start()
-    console = Console(quiet=not ranks.first)
     settings = TrainSettings(seed=seed, epochs=epochs)
     names = once(backbone) or list(DEFAULT_BACKBONES), once(arm) or list(DEFAULT_ARMS)
-    result = train_with_progress(work, *names, settings, workers if ranks.count == 1 else 0, console)
+    with Ranks.joined() as ranks:
+        console = Console(quiet=not ranks.first)
+        result = train_with_progress(work, *names, settings, workers if ranks.count == 1 else 0, console)
     if not ranks.first:
         return
     table = Table("model", "validation loss", "best epoch")

@@ -1,7 +1,8 @@
 """Owns data-parallel training: how the processes that torchrun started share batches and gradients."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,13 +30,20 @@ class Ranks:
         return Ranks(distributed.get_rank(), distributed.get_world_size())
 
     @staticmethod
-    def start() -> "Ranks":
+    @contextmanager
+    def joined() -> Iterator["Ranks"]:
         """Join the processes that torchrun started, over nccl on GPUs and gloo elsewhere; alone without torchrun."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return Ranks.current()
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+            yield Ranks.current()
+            return
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            yield Ranks.current()
+        finally:
+            # Its threads must end before the interpreter does: those that outlive it may abort the process.
+            distributed.destroy_process_group()
 
     @property
     def device(self) -> torch.device:
