@@ -18,7 +18,7 @@ __all__ = ["CHUNK_ROWS", "cpu_backward", "cpu_forward", "has_bfloat16"]
 
 CHUNK_ROWS: Final = 2048
 ONEDNN: Final = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-"""What torch's compiler emits for a linear layer; it is no public name, so a torch may come without."""
+"""A linear layer with ReLU fused. It is no public name, so a torch may come without."""
 ONEDNN_DTYPES: Final = (torch.float32, torch.bfloat16)
 NARROW: Final = 16
 """Outputs of a layer below which MKL is as fast."""
