@@ -1,14 +1,17 @@
 """How many kernels a forward and a backward launch, at the default sizes."""
 
 import importlib.util
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kar_kernels import HybridExpertAdaptor, hybrid_expert_adaptor
 from kar_kernels.benchmark.forms import baseline
+from kar_kernels.benchmark.processor import has_compiler
 
 pytestmark = pytest.mark.unit
 
@@ -61,6 +64,20 @@ def test_baseline_loop_launches_as_many_as_nn_linear_would():
     # A tower: gate and softmax, stack and weighted sum, an expert two products and two ReLUs.
     assert len(forward.names) == 2 * (2 + 2 + 7 * 4)
     assert len(backward.names) >= 80
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler here")
+@pytest.mark.parametrize(("name", "products"), [("compiled", 2 * (1 + 7 * 2)), ("compiled concatenated", 2 * 3)])
+def test_compiled_baselines_launch_more_than_the_fused_kernel_and_fewer_than_eager(name, products):
+    """Inductor's code for a processor: its products are those of a GPU, its fused kernels may be a few more or less."""
+    form = baseline(name, HybridExpertAdaptor(64))
+    with torch.no_grad():
+        _, codes = run_and_get_code(form.run, torch.ones(3, 64), torch.ones(4, 64))
+    body = codes[0][codes[0].index("def call(") :]
+    calls = re.findall(r"^\s+(extern_kernels|cpp_fused)\w*(?:\.\w+)?\(", body, re.MULTILINE)
+    assert calls.count("extern_kernels") == products
+    assert products < len(calls) < 64
 
 
 def test_loop_launches_more_than_a_hundred(make):
