@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kar_kernels.cpu import has_bfloat16
 from kar_kernels.dispatch import Choice, choose
-from kar_kernels.layout import PackedWeights, Shape, pack
+from kar_kernels.layout import PackedWeights, pack
 from kar_kernels.operator import hybrid_expert_adaptor
 from kar_kernels.reference import Expert
 
@@ -115,12 +115,10 @@ class HybridExpertAdaptor(nn.Module):
 
     def tower(self, x: Tensor, tower: Tower) -> Tensor:
         """Knowledge vectors [B, K] of encodings `x` [B, D]; B may be 0."""
-        return _towers(self.packed(), self.towers, {self.towers[self._number(tower)]: x})[tower]
+        return _towers(self.packed(), self.towers, {tower: x})[tower]
 
     def forward(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
         """Knowledge vectors ([Nu, K], [Ni, K]) of user encodings [Nu, D] and item encodings [Ni, D]."""
-        for tower in TOWERS:
-            self._number(tower)
         vectors = _towers(self.packed(), self.towers, {"user": user, "item": item})
         return vectors["user"], vectors["item"]
 
@@ -194,21 +192,20 @@ class FrozenAdaptor:
 
     def choice(self, rows: int) -> Choice:
         """The implementation that `rows` of both towers get, and why."""
-        shape = Shape.of(self.weights.first, self.weights.weight2, self.weights.seen)
-        return choose(self.weights.first.device, self.weights.first.dtype, shape, rows, training=False)
+        first = self.weights.first
+        return choose(first.device, first.dtype, self.weights.shape, rows, training=False)
 
     @torch.no_grad()
     def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
         """As `HybridExpertAdaptor.adapt`, without gradients."""
-        for tower in encodings:
-            if tower not in self.towers:
-                raise ValueError(NO_TOWER.format(tower))
         vectors = _towers(self.weights, self.towers, {tower: encoding for tower, (encoding, _) in encodings.items()})
         return _known_or_neutral(vectors, self._neutral, encodings)
 
 
 def _towers(weights: PackedWeights, towers: Sequence[Tower], x: Mapping[Tower, Tensor]) -> dict[Tower, Tensor]:
     """Vectors of each tower given; the operator takes two, of which one may be empty or not exist."""
+    if missing := [tower for tower in x if tower not in towers]:
+        raise ValueError(NO_TOWER.format(missing[0]))
     if not x:
         return {}
     nothing = next(iter(x.values()))[:0]

@@ -125,10 +125,15 @@ class PackedWeights:
     dim: int
     out: int
 
+    @property
+    def shape(self) -> Shape:
+        """Their sizes; raises as `Shape.of` does."""
+        return Shape.of(self.first, self.weight2, self.seen)
+
     @cached_property
     def towers(self) -> tuple[TowerWeights, TowerWeights]:
         """Of user and item; making the views takes a request of one user a tenth of its time."""
-        shape = Shape.of(self.first, self.weight2, self.seen)
+        shape = self.shape
         return self._tower(shape, 0), self._tower(shape, 1)
 
     def _tower(self, shape: Shape, number: int) -> TowerWeights:

@@ -38,7 +38,7 @@ def hybrid_expert_adaptor(
         ValueError: sizes do not fit.
         ImplementationError: `path`, or KAR_ADAPTOR, cannot run here.
     """
-    shape = Shape.of(weights.first, weights.weight2, weights.seen)
+    shape = weights.shape
     user, item = _rows(user, shape, weights.dim), _rows(item, shape, weights.dim)
     tensors = (weights.first, weights.bias1, weights.weight2, weights.bias2)
     save = torch.is_grad_enabled() and any(one.requires_grad for one in (user, item, *tensors))
@@ -63,6 +63,11 @@ def _aligned(x: Tensor) -> Tensor:
     """The same rows where 16 bytes at a time can be copied, and where Triton has no other alignment to compile for."""
     fits = x.stride(1) == 1 and x.stride(0) % STEP == 0 and x.data_ptr() % ALIGNMENT_BYTES == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _weights(first: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, seen: int) -> PackedWeights:
+    """What the operators take apart, with padded sizes: callers have padded, and cut off after."""
+    return PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
 
 
 def _path(path: str, first: Tensor, shape: Shape, rows: int, save: bool) -> Path:
@@ -101,8 +106,8 @@ def _forward(
     path: str,
     save: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    weights = PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
-    return _run(user, item, weights, Shape.of(first, weight2, seen), path, save)
+    weights = _weights(first, bias1, weight2, bias2, seen)
+    return _run(user, item, weights, weights.shape, path, save)
 
 
 def _saved(user: Tensor, item: Tensor, first: Tensor, shape: Shape, path: Path, save: bool) -> list[Tensor]:
@@ -148,8 +153,8 @@ def _backward(
     seen: int,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
-    shape = Shape.of(first, weight2, seen)
+    weights = _weights(first, bias1, weight2, bias2, seen)
+    shape = weights.shape
     rows = user.shape[0] + item.shape[0]
     chosen = _path(path, first, shape, rows, True)
     kept, grad = list(saved), grad.contiguous()
@@ -190,8 +195,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
 
 def _gradients(ctx: Any, grad: Tensor, _: list[Tensor]) -> tuple[Tensor | None, ...]:
     user, item, first, bias1, weight2, bias2, *saved = ctx.saved_tensors
-    weights = PackedWeights(first, bias1, weight2, bias2, ctx.seen, first.shape[1], weight2.shape[1])
-    shape = Shape.of(weights.first, weights.weight2, ctx.seen)
+    weights = _weights(first, bias1, weight2, bias2, ctx.seen)
+    shape = weights.shape
     inputs = [
         eager.input_gradient(dy, x, weights, shape, number) if needed else None
         for number, (x, dy, needed) in enumerate(

@@ -4,7 +4,7 @@ Formula in `kar_kernels.reference`. The grid is as large as the chip; each progr
 tile it loops over D once for the gate and expert 0, then once for each further two experts, so that x is read from
 memory once (and from the L2 cache (G + 1) / 2 times), and hidden layers, gates and the sum over experts stay in
 registers. It writes K numbers a row, which is all that leaves the chip. Three TF32 products need more registers than
-there are for two experts: `kar_kernels.split` serves exact float32.
+there are for two experts: exact float32 goes to `kar_kernels.tail`.
 """
 
 from typing import Final

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kar_kernels.adaptor import HybridExpertAdaptor
 from kar_kernels.benchmark.forms import BASELINES, Form, baseline, form, operator_form
-from kar_kernels.benchmark.processor import Times
+from kar_kernels.benchmark.processor import Times, dtype_name
 from kar_kernels.benchmark.roofline import Chip, Work, forward_work
 from kar_kernels.dispatch import choose
 from kar_kernels.layout import Shape
@@ -53,7 +53,7 @@ class Case:
     @property
     def label(self) -> str:
         """In a few words."""
-        return f"{self.users:,} + {self.items:,} rows, D = {self.dim}, {_text(self.dtype)}"
+        return f"{self.users:,} + {self.items:,} rows, D = {self.dim}, {dtype_name(self.dtype)}"
 
 
 TRAINED: Final[tuple[Direction, ...]] = ("forward", "backward", "both")
@@ -105,7 +105,7 @@ def check(device: torch.device, *, tiny: bool = False, on_row: OnRow = lambda te
             given, grad = (x[0].to(dtype), x[1].to(dtype)), dy.to(dtype)
             eager = _results(baseline("eager", adaptor), given, grad)
             for path in ("fused", "tail"):
-                on_row(f"checking {path}, {users} + {items} rows, D = {dim}, {_text(dtype)}")
+                on_row(f"checking {path}, {users} + {items} rows, D = {dim}, {dtype_name(dtype)}")
                 found = _results(operator_form(path, adaptor, train=True), given, grad)
                 with torch.no_grad():
                     found["without gradients"] = torch.cat(operator_form(path, adaptor).run(*given))
@@ -116,7 +116,7 @@ def check(device: torch.device, *, tiny: bool = False, on_row: OnRow = lambda te
                     allowed = 2 * loop + torch.finfo(dtype).eps / 2 * right.abs().max().item()
                     if not own <= allowed:
                         wrong.append(
-                            f"{path}, {users} + {items} rows, D = {dim}, {_text(dtype)}: {name} is {own:.2e} from "
+                            f"{path}, {users} + {items} rows, D = {dim}, {dtype_name(dtype)}: {name} is {own:.2e} from "
                             f"float64, more than {allowed:.2e}"
                         )
     return wrong
@@ -224,13 +224,13 @@ def measure_gpu(
             left_out.append(case.label)
             continue
         if case.dtype not in chips:
-            on_row(f"copy and product, {_text(case.dtype)}")
+            on_row(f"copy and product, {dtype_name(case.dtype)}")
             chips[case.dtype] = measured_chip(clock, case.dtype, tiny)
         rows += _measure_case(case, clock, chips[case.dtype], failed, tiny=tiny, on_row=on_row)
     _add_speedups(rows)
     return {
         "cuda": rows,
-        "chip": {_text(dtype): asdict(chip) for dtype, chip in chips.items()},
+        "chip": {dtype_name(dtype): asdict(chip) for dtype, chip in chips.items()},
         "left_out": left_out,
         "failed": failed,
     }
@@ -244,7 +244,7 @@ def _measure_case(
     adaptor.to(device=clock.device, dtype=case.dtype)
     inputs = _pool(case, clock.device, tiny)
     packed = adaptor.packed()
-    shape = Shape.of(packed.first, packed.weight2, packed.seen)
+    shape = packed.shape
     element = torch.finfo(case.dtype).bits // 8
     work = forward_work(case.users, case.items, shape, element)
     rows = []
@@ -260,24 +260,28 @@ def _measure_case(
                 failed.append(f"{case.label}, {direction}, {name}: {type(error).__name__}: {error}")
                 continue
             for graphed, times, peak in taken:
-                rows.append(
-                    {
-                        "users": case.users,
-                        "batch": case.items,
-                        "dim": case.dim,
-                        "dtype": _text(case.dtype),
-                        "direction": direction,
-                        "implementation": name,
-                        "graph": graphed,
-                        **asdict(times),
-                        "peak_bytes": peak,
-                        "selected": name == selected,
-                        **(_achieved(work, times, chip) if direction == "forward" else {}),
-                    }
-                )
+                row = _row(case, direction, name, graphed, times, peak, selected=name == selected)
+                rows.append(row | (_achieved(work, times, chip) if direction == "forward" else {}))
         if direction == "forward":
             rows += _bare_products(case, clock, shape, adaptor, inputs, work, chip)
     return rows
+
+
+def _row(
+    case: Case, direction: Direction, name: str, graphed: bool, times: Times, peak_bytes: int, *, selected: bool
+) -> dict[str, Any]:
+    return {
+        "users": case.users,
+        "batch": case.items,
+        "dim": case.dim,
+        "dtype": dtype_name(case.dtype),
+        "direction": direction,
+        "implementation": name,
+        "graph": graphed,
+        **asdict(times),
+        "peak_bytes": peak_bytes,
+        "selected": selected,
+    }
 
 
 def _pool(case: Case, device: torch.device, tiny: bool) -> list[tuple[Tensor, Tensor]]:
@@ -373,21 +377,8 @@ def _bare_products(
     for graphed, timed in ((False, run), (True, clock.graph(run))):
         if timed is not None:
             times = clock.measure(timed, calls)
-            found.append(
-                {
-                    "users": case.users,
-                    "batch": case.items,
-                    "dim": case.dim,
-                    "dtype": _text(case.dtype),
-                    "direction": "forward",
-                    "implementation": "bare products",
-                    "graph": graphed,
-                    **asdict(times),
-                    "peak_bytes": 0,
-                    "selected": False,
-                    **_achieved(work, times, chip),
-                }
-            )
+            row = _row(case, "forward", "bare products", graphed, times, 0, selected=False)
+            found.append(row | _achieved(work, times, chip))
     return found
 
 
@@ -442,7 +433,3 @@ def write_csv(rows: Sequence[dict[str, Any]], device_name: str, path: Path) -> N
         writer = csv.DictWriter(file, ["device", *names])
         writer.writeheader()
         writer.writerows({"device": device_name, **row} for row in rows)
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

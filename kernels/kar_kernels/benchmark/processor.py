@@ -14,9 +14,8 @@ from kar_kernels import cpu
 from kar_kernels.adaptor import HybridExpertAdaptor
 from kar_kernels.benchmark.forms import BASELINES, COMPILED, Form, baseline, operator_form
 from kar_kernels.benchmark.machine import others_busy
-from kar_kernels.layout import Shape
 
-__all__ = ["BATCHES", "DIM", "has_compiler", "measure_prestoring", "measure_processor", "wait_until_idle"]
+__all__ = ["BATCHES", "DIM", "dtype_name", "has_compiler", "measure_prestoring", "measure_processor", "wait_until_idle"]
 
 BATCHES: Final = (1, 128, 512, 65_536)
 """Rows of each tower."""
@@ -138,28 +137,28 @@ def measure_processor(
         inputs = {dtype: (user.to(dtype), item.to(dtype)) for dtype in adaptors}
         calls: dict[str, Callable[[], object]] = {}
         for (dtype, name), form in forms.items():
-            on_row(f"{batch:,} rows, {_text(dtype)}, {name}")
+            on_row(f"{batch:,} rows, {dtype_name(dtype)}, {name}")
             x = inputs[dtype]
             form.run(*x)  # compiles
-            calls[f"{_text(dtype)} {name}"] = partial(form.run, *x)
+            calls[f"{dtype_name(dtype)} {name}"] = partial(form.run, *x)
         on_row(f"{batch:,} rows, waiting for an idle machine")
         busiest = max(busiest, wait_until_idle(patience_s))
         on_row(f"{batch:,} rows, measuring")
         times = in_turns(calls, seconds)
         for dtype, name in forms:
-            own = times[f"{_text(dtype)} {name}"]
+            own = times[f"{dtype_name(dtype)} {name}"]
             selected = name == chosen.choice(2 * batch).path and dtype == chosen.weights.first.dtype
             rows.append(
                 {
                     "batch": batch,
                     "dim": dim,
-                    "dtype": _text(dtype),
+                    "dtype": dtype_name(dtype),
                     "implementation": name,
                     "median_ms": own.median_ms,
                     "p20_ms": own.p20_ms,
                     "p80_ms": own.p80_ms,
                     "speedup_vs_eager_fp32": times["float32 eager"].median_ms / own.median_ms,
-                    "speedup_vs_eager_same_dtype": times[f"{_text(dtype)} eager"].median_ms / own.median_ms,
+                    "speedup_vs_eager_same_dtype": times[f"{dtype_name(dtype)} eager"].median_ms / own.median_ms,
                     "selected": selected,
                 }
             )
@@ -188,9 +187,9 @@ def measure_prestoring(
         frozen = adaptor.freeze()
         weights = frozen.weights
         dtype = weights.first.dtype
-        if precision != _text(dtype):
+        if precision != dtype_name(dtype):
             continue
-        shape = Shape.of(weights.first, weights.weight2, weights.seen)
+        shape = weights.shape
         first = weights.first[shape.tower(1)]
         seconds: dict[str, list[float]] = {"adapt": [], "products": []}
         on_row(f"prestoring {rows:,} vectors in {precision}, waiting for an idle machine")
@@ -220,5 +219,6 @@ def measure_prestoring(
     return found
 
 
-def _text(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch names it, without the module."""
     return str(dtype).removeprefix("torch.")

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -18,8 +18,6 @@ from kar_kernels.benchmark.roofline import H100, forward_work
 from kar_kernels.layout import Shape
 
 __all__ = ["compile_report", "kernel_table", "roofline_table", "write_block"]
-
-OURS: Final = ("cpu", "fused", "tail")
 
 
 def compile_report(on_line: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
