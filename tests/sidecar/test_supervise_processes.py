@@ -56,15 +56,18 @@ def test_output_goes_to_the_log_and_the_exit_code_is_told(tmp_path):
     assert child.reason() == f"x (log: {log})"
 
 
+# These children write whole lines at once; with PYTHONUNBUFFERED, `print` writes the end of a line apart.
+
+
 def test_stop_asks_first(tmp_path):
     log = tmp_path / "child.log"
     program = """
-import signal, sys
+import os, signal, sys
 def leave(*_):
-    print("leaving", flush=True)
+    os.write(1, b"leaving\\n")
     sys.exit(0)
 signal.signal(signal.SIGTERM, leave)
-print("up", flush=True)
+os.write(1, b"up\\n")
 signal.pause()
 """
     child = spawn([sys.executable, "-c", program], log, os.environ)
@@ -79,10 +82,8 @@ def test_stop_ends_a_deaf_child_and_its_children(tmp_path):
     program = """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if os.fork():
-    print(os.getpid(), flush=True)
-else:
-    print(os.getpid(), flush=True)
+os.fork()
+os.write(1, b"%d\\n" % os.getpid())
 while True:
     time.sleep(60)
 """
