@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml deploy/constraints.txt | $(VENV)/bin/python
 install-dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[sidecar,triton,offline,cpu,local-llm,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[sidecar,triton,offline,cpu,local-llm,ray,dev]'
 	@touch $@
 
 demo: install

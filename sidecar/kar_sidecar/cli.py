@@ -23,7 +23,7 @@ INTERRUPTED: Final = 130
 COMMANDS: Final = "kar.commands"
 """Entry points of this group are subcommands: name = "module:typer function"."""
 ORDER: Final = (
-    *("demo", "dataset", "prompts", "generate", "encode", "train", "evaluate", "export", "publish"),
+    *("demo", "dataset", "prompts", "generate", "knowledge", "encode", "train", "evaluate", "export", "publish"),
     *("serve", "sidecar", "rank"),
 )
 """How help lists them; others follow."""

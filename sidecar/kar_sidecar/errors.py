@@ -5,6 +5,7 @@ KarError                     INTERNAL             a fault of ours: report it
 ├── NotFoundError            NOT_FOUND            the named thing does not exist: name another
 ├── PreconditionError        FAILED_PRECONDITION  the system is not in the state needed: prepare it first
 │   └── IntegrityError       DATA_LOSS            a file or record is corrupt or mismatched: restore it
+├── BudgetError              RESOURCE_EXHAUSTED   the money set aside would not last: allow more
 ├── UnavailableError         UNAVAILABLE          a backend does not answer: retry later
 │   └── DeadlineError        DEADLINE_EXCEEDED    no time left: allow more
 └── UnsupportedError         UNIMPLEMENTED        not built, or an optional package is missing: install it
@@ -15,6 +16,7 @@ from typing import ClassVar
 import grpc
 
 __all__ = [
+    "BudgetError",
     "DeadlineError",
     "InputError",
     "IntegrityError",
@@ -57,6 +59,12 @@ class IntegrityError(PreconditionError):
     """A file or record is corrupt, or belongs to something else; the text names it."""
 
     status = grpc.StatusCode.DATA_LOSS
+
+
+class BudgetError(KarError):
+    """The next request could cost more than what is left of a budget."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class UnavailableError(KarError):

@@ -7,11 +7,13 @@
   adaptor.safetensors                expert, gate and neutral weights
   vectors/neutral.npy                [2, K] float32: user row, item row
   vectors/{user,item}_ids.txt        one id a line, row order of the arrays
+  vectors/{user,item}_lent.txt       those of them whose vector is lent by others
   vectors/{user,item}_adapted.npy    [n, K], of the adaptor's towers alone
   vectors/{user,item}_encoded.npy    [n, D]
   vectors/affinity_ids.txt           items with an affinity vector, where the model reads affinities
   vectors/affinity.npy               [n, V]
   knowledge/{user,item}.jsonl        KnowledgeRecord as JSON, one a line
+  knowledge/{user,item}_clusters.jsonl  the same about clusters, where entities borrow their texts
   triton/{cpu,gpu}/<model>/          Triton repository; names end in the release id
   triton/files.json                  Manifest with only the id and the files of triton/, which carry the id themselves
 <releases>/active                    the id that serving starts with

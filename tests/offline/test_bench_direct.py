@@ -50,7 +50,7 @@ def test_a_model_that_knows_the_labels_is_perfect_and_ours_stand_beside_it(title
         prompt: ", ".join(str(at + 1) for at in np.argsort(-labels, kind="stable"))
         for prompt, labels in zip(lists.prompts, lists.labels, strict=True)
     }
-    llm = ScriptedModel(best.__getitem__, provenance="oracle {}")
+    llm = ScriptedModel(best.__getitem__, model="oracle")
     report = measure_direct(titled, titled / "encoding", llm, model="dlcm", users=4, settings=SETTINGS)
     assert llm.asked == lists.prompts
     rows = {row["ranker"]: row for row in report["rows"]}

@@ -1,29 +1,36 @@
+import asyncio
 import json
 import re
 from pathlib import Path
 
 import pytest
 import typer
+from tests.offline.hostile import Notes
 from typer.testing import CliRunner
 
 from kar_offline.dataset.command import dataset as dataset_command
 from kar_offline.dataset.samples import SPLITS, Dataset
 from kar_offline.dataset.table import load_mapping, read_tables
-from kar_offline.generate import Pack
-from kar_offline.prompts import read_prompts, render_prompts
+from kar_offline.generate.model import Question, Reply
+from kar_offline.generate.pack import Pack
+from kar_offline.prompts import Prompt, read_prompts, render_prompts
+from kar_offline.prompts import scenario as scenarios
+from kar_offline.prompts.command import prompts as prompts_command
 from kar_sidecar.errors import IntegrityError, KarError, PreconditionError
 
 pytestmark = pytest.mark.unit
 
 TABLES = ("events", "users", "items")
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```$", DOC, re.DOTALL | re.MULTILINE))
+FOUND = re.findall(r"^```(\w+)\n(.*?)^```$", DOC, re.DOTALL | re.MULTILINE)
+MAPPING, SCENARIO = (text for language, text in FOUND if language == "toml")
+BLOCKS = dict(FOUND)
 CODE = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", DOC)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "mapping.toml").write_text(BLOCKS["toml"])
+    (tmp_path / "mapping.toml").write_text(MAPPING)
     for name, text in zip(TABLES, BLOCKS["csv"].split("\n\n"), strict=True):
         (tmp_path / f"{name}.csv").write_text(text.strip() + "\n")
     return tmp_path
@@ -32,6 +39,16 @@ def folder(tmp_path: Path) -> Path:
 def read(folder: Path) -> Dataset:
     files = [folder / f"{name}.csv" for name in TABLES]
     return read_tables(load_mapping(folder / "mapping.toml"), *files, history_length=30)
+
+
+def pack_texts(folder: Path, prompts: list[Prompt]) -> list[str]:
+    questions = [Question(p.entity, p.id, p.prompt, p.prompt_sha256, p.history_cutoff) for p in prompts]
+
+    async def main() -> list[str]:
+        answers = Pack.load(str(folder)).ask(questions, Notes())
+        return [outcome.text async for _, outcome in answers if isinstance(outcome, Reply)]
+
+    return asyncio.run(main())
 
 
 def rows(folder: Path, name: str) -> int:
@@ -90,6 +107,40 @@ def test_the_example_is_too_short_for_a_split_by_time(folder: Path) -> None:
     assert str(caught.value) in CODE
 
 
+def test_the_scenario_of_the_page_shows_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "shop.toml").write_text(SCENARIO)
+    (folder / "var" / "shop" / "dataset").mkdir(parents=True)
+    read(folder).save(folder / "var" / "shop" / "dataset")
+    app = typer.Typer()
+    app.command()(prompts_command)
+    (line,) = (code for code in CODE if code.startswith("kar prompts --scenario shop"))
+    result = CliRunner().invoke(app, line.split()[2:])
+    assert result.exit_code == 0, result.output
+    told = [line for line in result.output.splitlines() if line.startswith(("item facts", "user facts"))]
+    assert len(told) == 2
+    assert set(told) <= set(CODE)
+    item, *_, user = read_prompts(folder / "var" / "shop" / "prompts")
+    assert (item.title, item.context["season"]) == ("Trail shoe", "garden")
+    assert {item.expires_on, user.expires_on} == {"2026-06-15"}
+    assert "here after 2026-06-15" in " ".join(DOC.split())
+    assert "Bonn" not in user.prompt + user.raw_text
+    assert result.output.count("never an instruction") == 2
+
+
+def test_the_page_lists_the_keys_of_a_scenario() -> None:
+    table = DOC[DOC.index("## Scenarios") :]
+    keys = {
+        *scenarios.Question.model_fields,
+        *scenarios.Season.model_fields,
+        *scenarios.Limits.model_fields,
+        "language",
+        "title",
+    }
+    mentioned = set(re.findall(r"`(?:\[\[?)?(\w+)(?:\]\]?)?`", table))
+    assert keys - mentioned == {"name", "about", "events"}  # shown in the example
+
+
 def test_the_knowledge_texts_answer_the_prompts_of_the_example(folder: Path) -> None:
     (folder / "dataset").mkdir()
     read(folder).save(folder / "dataset")
@@ -100,9 +151,8 @@ def test_the_knowledge_texts_answer_the_prompts_of_the_example(folder: Path) -> 
     lines = {name: next(c for c in CODE if c.startswith('{"id"') and f'"{name}"' in c) for name in ("p3", "ana")}
     (notes / "item.jsonl").write_text(lines["p3"] + "\n")
     (notes / "user.jsonl").write_text(lines["ana"] + "\n")
-    records = Pack.load(str(notes)).records(prompts)
-    assert [record.text for record in records] == [json.loads(line)["text"] for line in lines.values()]
+    assert pack_texts(notes, prompts) == [json.loads(line)["text"] for line in lines.values()]
     (notes / "user.jsonl").write_text(lines["ana"].replace('"cutoff": 2', '"cutoff": 3') + "\n")
     with pytest.raises(IntegrityError) as caught:
-        Pack.load(str(notes)).records(prompts)
+        pack_texts(notes, prompts)
     assert str(caught.value) in CODE

@@ -1,6 +1,6 @@
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,10 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.encode import HashingEncoder, encode
 from kar_offline.encode import stage as encode_stage
-from kar_offline.generate import write_knowledge
+from kar_offline.encode.encoder import Encoded, gather
+from kar_offline.generate.records import write_knowledge
 from kar_sidecar.errors import PreconditionError
+from kar_sidecar.store import ITEM, USER
 
 pytestmark = pytest.mark.unit
 
@@ -20,26 +22,24 @@ ITEM_TEXTS = {"1": "a comedy", "3": "a long war drama"}
 
 
 class Counting(HashingEncoder):
-    """Remembers what it encoded; each text is reported so long that it fills a slice; may break off after some."""
+    """Remembers what it encoded; may break off after some texts."""
 
     def __init__(self, dim: int = 16, breaks_after: int | None = None) -> None:
         super().__init__(dim)
         self.encoded: list[str] = []
         self.breaks_after = breaks_after
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        return [encode_stage.SLICE_TOKENS + length for length in super().count_tokens(texts)]
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        if len(self.encoded) == self.breaks_after:
-            raise KeyboardInterrupt
-        self.encoded += texts
-        return super().encode(texts)
+    def stream(self, texts: Sequence[str]) -> Iterator[Encoded]:
+        for encoded in super().stream(texts):
+            if len(self.encoded) == self.breaks_after:
+                raise KeyboardInterrupt
+            self.encoded += [texts[row] for row in encoded.rows]
+            yield encoded
 
 
 def write_texts(work: Path, items: dict[str, str]) -> None:
-    kinds = [(records_pb2.ENTITY_KIND_ITEM, id_, text) for id_, text in items.items()]
-    kinds.append((records_pb2.ENTITY_KIND_USER, "7", "likes drama"))
+    kinds = [(ITEM, id_, text) for id_, text in items.items()]
+    kinds.append((USER, "7", "likes drama"))
     write_knowledge(work / "knowledge", [records_pb2.KnowledgeRecord(id=i, entity=e, text=t) for e, i, t in kinds])
 
 
@@ -65,6 +65,7 @@ def work(tmp_path: Path) -> Path:
     prompts = (
         {"id": id_, "kind": "factual", "entity": entity, "template": "t/1", "prompt": "?", "prompt_sha256": "x"}
         | {"history_cutoff": 0, "raw_text": text}
+        | {"title": "", "context": {}, "expires_after_days": None, "expires_on": None}
         for entity, id_, text in raw
     )
     (work / "prompts" / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
@@ -87,6 +88,7 @@ def test_rows_follow_the_dataset_and_have_zeros_where_there_is_no_text(work: Pat
         "dim": 16,
         "ids": ["1", "2", "3"],
         "text_sha256": [sha256("a comedy"), None, sha256("a long war drama")],
+        "lent": [],
     }
     raw = np.load(work / "encoding" / "raw_user.npy")
     np.testing.assert_array_equal(raw, [*HashingEncoder().encode(["age 24"]), np.zeros(16)])
@@ -148,12 +150,6 @@ def test_an_interrupted_run_resumes(work: Path) -> None:
     )
 
 
-def test_the_longest_texts_come_first(work: Path) -> None:
-    encoder = Counting()
-    encode(work, encoder)
-    assert encoder.encoded[0] == "a long war drama"
-
-
 def test_knowledge_about_others_is_refused(work: Path) -> None:
     write_texts(work, {"99": "a film of another dataset"})
     with pytest.raises(PreconditionError, match="knowledge texts are about '99'"):
@@ -163,4 +159,115 @@ def test_knowledge_about_others_is_refused(work: Path) -> None:
 def test_earlier_stages_are_needed(work: Path) -> None:
     (work / "knowledge").rename(work / "elsewhere")
     with pytest.raises(PreconditionError, match="run `kar generate` first"):
+        encode(work, HashingEncoder())
+
+
+DIRECTIONS = {"east": [1, 0], "north": [0, 1], "film one": [1, 0], "film three": [1, 0], "age 24": [1, 0]}
+
+
+class Compass:
+    """Knows a few texts."""
+
+    encoder_id = "compass"
+    dim = 2
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+
+    def stream(self, texts: Sequence[str]) -> Iterator[Encoded]:
+        self.encoded += texts
+        vectors = np.array([DIRECTIONS[text] for text in texts], np.float32).reshape(-1, 2)
+        yield Encoded(range(len(texts)), vectors, len(texts))
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return gather(self, texts)
+
+
+def record(entity: int, identity: str, text: str = "", **loans: float) -> records_pb2.KnowledgeRecord:
+    """`loans` are named without the slash: cluster0 is cluster/0, item1 is item 1."""
+    ids = {name: name.replace("cluster", "cluster/").removeprefix("item").removeprefix("user") for name in loans}
+    lent = [records_pb2.Loan(id=ids[name], weight=weight) for name, weight in loans.items()]
+    return records_pb2.KnowledgeRecord(id=identity, entity=entity, text=text, loans=lent)
+
+
+def header(work: Path, name: str = "knowledge_item") -> dict:
+    return json.loads((work / "encoding" / f"{name}.json").read_text())
+
+
+def test_who_borrows_has_the_weighted_mean_of_the_lenders(work: Path) -> None:
+    own = [record(ITEM, "1", "north"), record(ITEM, "2", item1=4 / 7, cluster0=3 / 7), record(ITEM, "3", cluster0=1)]
+    write_knowledge(work / "knowledge", [*own, record(USER, "7", cluster0=1)], [record(ITEM, "cluster/0", "east")])
+    report = encode(work, Compass()).report
+    vectors = np.load(work / "encoding" / "knowledge_item.npy")
+    # (3, 4) / 7 has the direction (0.6, 0.8).
+    np.testing.assert_allclose(vectors, [[0, 1], [0.6, 0.8], [1, 0]], atol=1e-6)
+    assert header(work)["lent"] == ["2", "3"]
+    assert encode_stage.lent_ids(work / "encoding", "knowledge", "item") == {"2", "3"}
+    assert encode_stage.lent_ids(work / "encoding", "raw", "item") == set()
+    assert header(work)["text_sha256"][0] == sha256("north")
+    # Items' clusters lend nothing to users.
+    assert header(work, "knowledge_user")["text_sha256"] == [None, None]
+    assert not np.load(work / "encoding" / "knowledge_user.npy").any()
+    assert np.load(work / "encoding" / "knowledge_item_clusters.npy").tolist() == [[1, 0]]
+    assert header(work, "knowledge_item_clusters")["ids"] == ["cluster/0"]
+    assert report["lent"] == {"knowledge_item": 2}
+    assert report["texts"]["knowledge_item"] == report["texts"]["knowledge_item_clusters"] == 1
+
+
+def test_a_lender_without_a_text_does_not_count(work: Path) -> None:
+    # Cluster 9 was quarantined, item 3 only borrows itself, cluster 1 is empty.
+    own = [
+        record(ITEM, "1", cluster0=0.2, cluster9=0.5, item3=0.3),
+        record(ITEM, "2", cluster9=0.5, cluster1=0.5),
+        record(ITEM, "3", cluster0=1),
+    ]
+    write_knowledge(work / "knowledge", own, [record(ITEM, "cluster/0", "north"), record(ITEM, "cluster/1")])
+    encode(work, Compass())
+    assert np.load(work / "encoding" / "knowledge_item.npy").tolist() == [[0, 1], [0, 0], [0, 1]]
+    assert header(work)["lent"] == ["1", "3"]
+    assert header(work)["text_sha256"][1] is None
+    assert header(work, "knowledge_item_clusters")["text_sha256"] == [sha256("north"), None]
+
+
+def test_an_own_text_goes_before_loans(work: Path) -> None:
+    own = [record(ITEM, "1", "north", cluster0=1)]
+    write_knowledge(work / "knowledge", own, [record(ITEM, "cluster/0", "east")])
+    encode(work, Compass())
+    assert np.load(work / "encoding" / "knowledge_item.npy")[0].tolist() == [0, 1]
+    assert header(work)["lent"] == []
+
+
+def test_a_changed_loan_changes_the_hash_and_encodes_nothing(work: Path) -> None:
+    clusters = [record(ITEM, "cluster/0", "east"), record(ITEM, "cluster/1", "north")]
+    hashes = []
+    for weight in (0.5, 0.25, 0.25):
+        own = [record(ITEM, "1", "north"), record(ITEM, "2", cluster0=weight, cluster1=1 - weight)]
+        write_knowledge(work / "knowledge", own, clusters)
+        encoder = Compass()
+        encode(work, encoder)
+        hashes.append(header(work)["text_sha256"][1])
+        # The text that a cluster and an item have in common is encoded once.
+        assert sorted(encoder.encoded) == ([] if len(hashes) > 1 else sorted(DIRECTIONS))
+    assert hashes[0] != hashes[1] == hashes[2]
+    write_knowledge(work / "knowledge", own, [clusters[0], record(ITEM, "cluster/1", "east")])
+    encode(work, Compass())
+    assert header(work)["text_sha256"][1] not in hashes
+
+
+def test_headers_of_before_there_were_loans_name_nobody(work: Path) -> None:
+    (work / "encoding").mkdir()
+    (work / "encoding" / "knowledge_item.json").write_text('{"ids": ["1"], "text_sha256": ["00"]}')
+    assert encode_stage.lent_ids(work / "encoding", "knowledge", "item") == set()
+
+
+def test_clusters_texts_are_cut_too(work: Path) -> None:
+    write_knowledge(work / "knowledge", [record(ITEM, "1", cluster0=1)], [record(ITEM, "cluster/0", "a long tale")])
+    encode(work, HashingEncoder(), words=2)
+    vectors = np.load(work / "encoding" / "knowledge_item.npy")
+    np.testing.assert_allclose(vectors[0], HashingEncoder().encode(["a long"])[0], atol=1e-6)
+
+
+def test_loans_of_unknown_entities_are_refused(work: Path) -> None:
+    write_knowledge(work / "knowledge", [record(ITEM, "99", item1=1)])
+    with pytest.raises(PreconditionError, match="knowledge texts are about '99'"):
         encode(work, HashingEncoder())

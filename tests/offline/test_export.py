@@ -160,7 +160,11 @@ def test_the_manifest_ties_everything(exported):
         "vectors/neutral.npy",
         "vectors/affinity.npy",
         "vectors/affinity_ids.txt",
-        *(f"vectors/{kind}_{part}" for kind in ("item", "user") for part in ("ids.txt", "adapted.npy", "encoded.npy")),
+        *(
+            f"vectors/{kind}_{part}"
+            for kind in ("item", "user")
+            for part in ("ids.txt", "lent.txt", "adapted.npy", "encoded.npy")
+        ),
     }
     assert dict(release.model("knowledge").metrics) == {"validation_loss": 0.5}
     assert release.towers == (USER, ITEM)
@@ -183,6 +187,24 @@ def test_a_release_of_one_tower_has_vectors_of_that_kind_alone(work):
     config = (release.folder / "triton" / "cpu" / f"dcnv2_encoded_{release.release_id}" / "config.pbtxt").read_text()
     assert "user_encoding" not in config
     assert 'name: "affinity"' in config
+
+
+def test_what_is_lent_and_clusters_texts_come_along(work):
+    header = work / "encoding" / "knowledge_item.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"lent": ["i6", "i3"]}))
+    loan = records_pb2.Loan(id="cluster/0", weight=1)
+    lines = (work / "knowledge" / "item.jsonl").read_text().splitlines()
+    borrowing = json_format.MessageToJson(records_pb2.KnowledgeRecord(id="i3", loans=[loan]), indent=None)
+    (work / "knowledge" / "item.jsonl").write_text("\n".join([lines[0], borrowing]) + "\n")
+    cluster = json.dumps({"id": "cluster/0", "text": "These films are short.", "template": "cluster/4"}) + "\n"
+    (work / "knowledge" / "item_clusters.jsonl").write_text(cluster)
+    release = Release.load(work / "releases", export(work, "dcnv2", cores=2).report["release_id"])
+    assert (release.folder / "vectors" / "item_lent.txt").read_text().split() == ["i3", "i6"]
+    assert (release.folder / "vectors" / "user_lent.txt").read_text() == ""
+    assert (release.folder / "vectors" / "item_ids.txt").read_text().split() == ["i1", "i3", "i4", "i5", "i6", "i7"]
+    assert (release.folder / "knowledge" / "item_clusters.jsonl").read_text() == cluster
+    assert "knowledge/item_clusters.jsonl" in {entry.path for entry in release.manifest.files}
+    assert dict(release.manifest.prompt_versions) == {"factual": "2", "reasoning": "2", "cluster": "4"}
 
 
 def test_an_arm_without_an_adaptor_is_refused(work):

@@ -1,12 +1,13 @@
+import asyncio
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from tests.offline.hostile import Notes
 
-from kar.records.v1 import records_pb2
-from kar_offline.generate import Pack
-from kar_offline.prompts import Prompt
+from kar_offline.generate.model import Answer, Failure, Origin, Question, Reply
+from kar_offline.generate.pack import Pack
 from kar_sidecar.errors import IntegrityError, NotFoundError
 
 pytestmark = pytest.mark.unit
@@ -18,8 +19,20 @@ created_at = 2026-11-01T00:00:00Z
 item = "factual/1"
 user = "reasoning/1"
 """
-STORY = Prompt("1", "factual", "item", "factual/1", "Introduce it.", "ab12", 0, "Story")
-ANN = Prompt("7", "reasoning", "user", "reasoning/1", "Analyse her.", "cd34", 2, "age: 24")
+STORY = Question("item", "1", "Introduce it.", "ab12")
+ANN = Question("user", "7", "Analyse her.", "cd34", 2)
+
+
+def ask(pack: Pack, *questions: Question) -> list[Answer]:
+    async def main() -> list[Answer]:
+        async with pack:
+            return [answer async for answer in pack.ask(questions, Notes(refuse=never))]
+
+    return asyncio.run(main())
+
+
+def never(questions: int) -> None:
+    raise AssertionError("a pack sends nothing")
 
 
 @pytest.fixture
@@ -30,31 +43,54 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_records_answer_the_prompts_in_their_order_with_provenance(folder: Path) -> None:
-    ann, story = Pack.load(str(folder)).records([ANN, STORY])
-    assert (ann.id, ann.entity, ann.text) == ("7", records_pb2.ENTITY_KIND_USER, "Likes drama.")
-    assert (ann.template, ann.prompt_sha256, ann.llm, ann.history_cutoff) == ("reasoning/1", "unknown", "A model", 2)
-    assert ann.created_at.ToDatetime(UTC) == datetime(2026, 11, 1, tzinfo=UTC)
-    assert (story.id, story.entity, story.text) == ("1", records_pb2.ENTITY_KIND_ITEM, "A comedy.")
-    assert (story.template, story.history_cutoff, story.confidence) == ("factual/1", 0, "low")
-    assert ann.confidence == ""
+def test_texts_answer_the_questions_in_their_order_and_cost_nothing(folder: Path) -> None:
+    written_at = datetime(2026, 11, 1, tzinfo=UTC)
+    pack = Pack.load(str(folder))
+    assert ask(pack, ANN, STORY) == [
+        Answer(ANN, Reply("Likes drama.", 0, 0, requests=0, origin=Origin("A model", "reasoning/1", written_at, ""))),
+        Answer(STORY, Reply("A comedy.", 0, 0, requests=0, origin=Origin("A model", "factual/1", written_at, "low"))),
+    ]
+    assert pack.cost_usd(10, 10) == pack.worst_usd(ANN) == 0
+
+
+def test_a_pack_says_what_it_is(folder: Path) -> None:
+    pack = Pack.load(str(folder))
+    assert (pack.provider, pack.model, pack.parameters, pack.concurrency) == ("pack", folder.name, {}, 1)
+    assert pack.provenance == f"A model sha256:{pack.sha256[:12]}"
+
+
+def test_a_pack_without_a_header_is_of_unknown_origin(folder: Path) -> None:
+    (folder / "pack.toml").unlink()
+    ((_, reply),) = ask(Pack.load(str(folder)), STORY)
+    assert isinstance(reply, Reply)
+    assert reply.origin == Origin("unknown", "unknown", None, "low")
 
 
 def test_a_text_may_hold_any_character(folder: Path) -> None:
-    (folder / "item.jsonl").write_text('{"id": "1", "text": "Amélie again"}\n\n', encoding="utf-8")
-    assert Pack.load(str(folder)).records([STORY])[0].text == "Amélie again"
+    (folder / "item.jsonl").write_text('{"id": "1", "text": "Amélie\u2028again"}\n\n', encoding="utf-8")
+    ((_, reply),) = ask(Pack.load(str(folder)), STORY)
+    assert isinstance(reply, Reply)
+    assert reply.text == "Amélie\u2028again"
 
 
-def test_entities_that_the_pack_does_not_know_are_left_out(folder: Path) -> None:
-    other = Prompt("8", "reasoning", "user", "reasoning/1", "Analyse him.", "ef56", 5, "age: 30")
-    assert [record.id for record in Pack.load(str(folder)).records([other, STORY])] == ["1"]
+def test_entities_that_the_pack_does_not_know_fail(folder: Path) -> None:
+    (folder / "item.jsonl").write_text('{"id": "1", "text": " "}\n')
+    other = ANN._replace(id="8", history_cutoff=5)
+    unknown = Failure("the pack does not know it", requests=0)
+    assert [outcome for _, outcome in ask(Pack.load(str(folder)), other, STORY)] == [unknown, unknown]
 
 
 @pytest.mark.parametrize("cutoff", [1, 3])
-def test_a_text_from_another_history_is_refused_as_leakage(folder: Path, cutoff: int) -> None:
-    ann = Prompt("7", "reasoning", "user", "reasoning/1", "Analyse her.", "cd34", cutoff, "age: 24")
+def test_a_text_from_another_history_is_refused_as_leakage_before_any_is_given(folder: Path, cutoff: int) -> None:
+    found: list[Answer] = []
+
+    async def main() -> None:
+        async for answer in Pack.load(str(folder)).ask([STORY, ANN._replace(history_cutoff=cutoff)], Notes()):
+            found.append(answer)
+
     with pytest.raises(IntegrityError, match=rf"user '7' from the first 2 .* shows {cutoff} \(leakage\)"):
-        Pack.load(str(folder)).records([ann])
+        asyncio.run(main())
+    assert found == []
 
 
 def test_an_unknown_name_lists_the_packs_there_are() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset, Entity
+from kar_offline.generate.records import record_line
 from kar_offline.publish import publish, publish_features
 from kar_offline.publish.command import publish as publish_command
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError
@@ -26,6 +28,8 @@ from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, schema_meta
 from kar_sidecar.store.open import open_store
 from kar_sidecar.store.records import FULL, NEUTRAL, STALE, decode_vectors
 
+NEIGHBOUR = records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR
+
 pytestmark = pytest.mark.service
 
 AFFINITY = "fffffffffffe"
@@ -33,6 +37,7 @@ ENCODED = "cccccccccccc"
 NOW_MS = 1_800_000_000_000
 LAST_EVENT_S = 900
 ITEMS = ("heat", "alien", "ran")
+COUNTS = {"users": 2, "items": 2, "lent": {"users": 0, "items": 0}}
 
 
 def schema_of(history_length: int = 4) -> records_pb2.FeatureSchema:
@@ -72,8 +77,13 @@ def make_release(
     scale: float = 1,
     created_s: int = 5,
     affinity: bool = False,
+    loans: tuple[str, ...] = (),
+    recipe: str = "",
 ) -> str:
-    """ann, bob, heat and alien have knowledge; heat's expires at 50 s. Vectors are multiples of `scale`."""
+    """ann, bob, heat and alien have knowledge; heat's expires at 50 s. Vectors are multiples of `scale`.
+
+    With `loans` alien borrows from those records, and cluster/0's expires at 40 s, cluster/1's never.
+    """
     draft = work / "releases" / "draft"
     for name in ("vectors", "knowledge"):
         (draft / name).mkdir(parents=True)
@@ -87,14 +97,23 @@ def make_release(
                 record = records_pb2.KnowledgeRecord(id=identity, text=f"{identity} is good", template="factual/1")
                 if identity == "heat":
                     record.expires_at.FromSeconds(50)
-                file.write(json.dumps(json_format.MessageToDict(record, preserving_proto_field_name=True)) + "\n")
-    more = {}
+                if identity == "alien" and loans:
+                    shares = [records_pb2.Loan(id=lender, weight=1 / len(loans)) for lender in loans]
+                    record = records_pb2.KnowledgeRecord(id=identity, loans=shares)
+                file.write(record_line(record) + "\n")
+    if loans:
+        (draft / "vectors" / "item_lent.txt").write_text("alien\n")
+        clusters = [records_pb2.KnowledgeRecord(id=f"cluster/{number}", text="good films") for number in range(2)]
+        clusters[0].expires_at.FromSeconds(40)
+        lines = (record_line(cluster) + "\n" for cluster in clusters)
+        (draft / "knowledge" / "item_clusters.jsonl").write_text("".join(lines))
+    more: dict[str, Any] = {"models": [records_pb2.ModelEntry(arm="knowledge", recipe=recipe)]}
     if affinity:
         (draft / "vectors" / "user_adapted.npy").unlink()
         (draft / "vectors" / "affinity_ids.txt").write_text("alien\n")
         np.save(draft / "vectors" / "affinity.npy", np.array([[0.6, 0.8]], np.float32))
         space = records_pb2.VectorSpace(space_id=AFFINITY, dim=2, dtype="float32")
-        more = {"towers": [ITEM], "affinity": records_pb2.Affinity(space=space, events=3)}
+        more |= {"towers": [ITEM], "affinity": records_pb2.Affinity(space=space, events=3)}
     (draft / "item_ids.txt").write_text("".join(f"{item}\n" for item in ITEMS))
     manifest = records_pb2.Manifest(
         dataset="tiny",
@@ -172,7 +191,7 @@ def assert_complete(world: World) -> None:
     assert heat is not None
     assert records_pb2.KnowledgeRecord.FromString(heat).text == "heat is good"
     assert ran is None
-    seal = {"release_id": world.release, "users": 2, "items": 2, "published_at_ms": NOW_MS}
+    seal = {"release_id": world.release, **COUNTS, "published_at_ms": NOW_MS}
     names = [space_meta("aaaaaaaaaaaa"), space_meta(ENCODED), schema_meta(schema_hash(schema_of()))]
     assert [world.meta(name) for name in names] == [seal] * 3
     index = FaissIndex.load(world.work / "index" / world.release / "item")
@@ -187,8 +206,7 @@ def test_everything_of_a_release_arrives(world: World) -> None:
     report = world.publish()
     assert report == {
         "release_id": world.release,
-        "users": 2,
-        "items": 2,
+        **COUNTS,
         "published_at_ms": NOW_MS,
         "store": world.url,
         "written": {"features": 5, "texts": 4, "adapted": 4, "encoded": 4},
@@ -233,6 +251,46 @@ def test_one_tower_and_affinity_vectors(world: World) -> None:
     assert found.vectors.tolist() == [pytest.approx([0.6, 0.8]), [0, 0]]
     assert world.meta(space_meta(AFFINITY))["release_id"] == release
     assert not world.publish(release)["ran"]
+
+
+def levels_of(world: World, at_ms: int, space: str = "aaaaaaaaaaaa", dim: int = 2, dtype: str = "float32") -> list[int]:
+    """Of heat, alien and ran."""
+    return world.vectors(ITEM, list(ITEMS), space, dim, dtype, at_ms=at_ms).levels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("loans", "stale_at_ms"),
+    [
+        (("heat", "cluster/0"), 40_000),
+        (("cluster/1", "heat"), 50_000),
+        (("cluster/1",), None),
+        (("cluster/1", "cluster/2"), None),  # cluster/2 has no text
+    ],
+)
+def test_a_lent_vector_is_a_neighbours_until_the_first_lender_expires(
+    world: World, loans: tuple[str, ...], stale_at_ms: int | None
+) -> None:
+    report = world.publish(make_release(world.work, schema_of(), loans=loans))
+    assert report["lent"] == {"users": 0, "items": 1}
+    assert report["items"] == 2
+    for of in (("aaaaaaaaaaaa", 2, "float32"), (ENCODED, 3, "float16")):
+        late = stale_at_ms or 50_000
+        assert levels_of(world, late - 1, *of) == [FULL, NEIGHBOUR, NEUTRAL]
+        stale = [STALE if late == 50_000 else FULL, STALE if stale_at_ms else NEIGHBOUR, NEUTRAL]
+        assert levels_of(world, late, *of) == stale
+    assert world.vectors(ITEM, ["alien"], "aaaaaaaaaaaa", 2, "float32").vectors.tolist() == [[3, 5]]
+    (blob,) = world.read(ITEM, ["alien"], TEXT)
+    assert tuple(loan.id for loan in records_pb2.KnowledgeRecord.FromString(blob).loans) == loans
+
+
+def test_affinity_of_a_lent_vector_is_a_neighbours(world: World) -> None:
+    world.publish(make_release(world.work, schema_of(), adapted="dddddddddddd", affinity=True, loans=("heat",)))
+    assert levels_of(world, 0, AFFINITY) == [NEUTRAL, NEIGHBOUR, NEUTRAL]
+
+
+def test_vectors_of_raw_texts_do_not_expire_with_the_language_models(world: World) -> None:
+    world.publish(make_release(world.work, schema_of(), recipe="raw_text"))
+    assert levels_of(world, 60_000) == [FULL, FULL, NEUTRAL]
 
 
 def test_an_older_release_does_not_take_back_newer_vectors_of_a_shared_space(world: World) -> None:
@@ -429,6 +487,9 @@ def test_the_command_publishes_the_active_release_into_the_work_folder(world: Wo
     assert json.loads(report.read_text())["written"] == {"features": 5, "texts": 4, "adapted": 4, "encoded": 4}
     again = CliRunner().invoke(app, ["--work", str(world.work), "--json", str(report)], catch_exceptions=False)
     assert "nothing done" in again.output
+    lent = ["--work", str(world.work), "--release", make_release(world.work, schema_of(), loans=("heat",))]
+    told = CliRunner().invoke(app, lent, catch_exceptions=False, env={"COLUMNS": "200"})
+    assert "2 users and 2 items (1 with borrowed knowledge)" in told.output
     assert json.loads(report.read_text())["ran"] is False
     (world.work / "fresh.jsonl").write_text(line())
     fresh = ["--work", str(world.work), "--features", str(world.work / "fresh.jsonl"), "--json", str(report)]

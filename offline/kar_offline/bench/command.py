@@ -12,13 +12,25 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kar_offline.bench.collective import Options as Collective
+from kar_offline.bench.collective import measure_collective
 from kar_offline.bench.direct import measure_direct
+from kar_offline.bench.gates import gates_table, measure_gates
 from kar_offline.bench.jobs import Job, Protocol, default_jobs, possible_arms
 from kar_offline.bench.kernels import Device, measure_kernels, write_docs
 from kar_offline.bench.prepare import DATASETS, prepare
 from kar_offline.bench.quality import measure, train_jobs
-from kar_offline.bench.report import direct_table, modes_table, quality_table, training_table, write_quality_report
+from kar_offline.bench.report import (
+    collective_table,
+    direct_table,
+    modes_table,
+    quality_table,
+    training_table,
+    write_collective_plot,
+    write_quality_report,
+)
 from kar_offline.bench.training import Options, measure_training
+from kar_offline.check import facts_table
 from kar_offline.dataset.samples import FOLDS
 from kar_offline.generate.local import MODEL, LocalChat
 from kar_offline.models import BACKBONES, RERANKERS
@@ -135,6 +147,47 @@ def quality(
 
 
 @bench.command()
+def collective(
+    dataset: Annotated[str, typer.Option(help="ml-100k; or 'prepared': WORK already holds the stages.")] = "ml-100k",
+    work: Work = Path("var/quality"),
+    model: Annotated[str, typer.Option(help="The model to train.")] = Collective().model,
+    share: Annotated[
+        list[float] | None, typer.Option(min=0.001, max=0.999, help="Calls by entities; default: 0.3, 0.1 and 0.03.")
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Folds that users are dealt into.")] = FOLDS,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of training and of clusters; default: 0.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="At most; early stopping ends sooner.")] = TrainSettings().epochs,
+    workers: Annotated[int, typer.Option(min=0, help="Processes, one thread each; 0: train in this one.")] = 2,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw AUC against calls into this picture.")] = None,
+) -> None:
+    """Tell what fewer calls to a language model cost in quality, with released texts in its place.
+
+    Killed and started again, it goes on where it was.
+    """
+    refuse_unknown("model", [model], BACKBONES)
+    console = Console()
+    base = "encoding" if dataset == PREPARED else prepare(work, dataset, None, "minilm", console=console)
+    options = Collective(model=model, shares=once(share) or Collective().shares, folds=folds, seeds=once(seed) or (0,))
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("train", total=None)
+
+        def on_epoch(job: Job, epoch: int, done: int, total: int) -> None:
+            what = f"{job.arm}, fold {job.fold}, epoch {epoch}" if epoch else None
+            progress.update(task, description=what, completed=done, total=total)
+
+        report = measure_collective(
+            work, base, options, TrainSettings(epochs=epochs), workers=workers, on_epoch=on_epoch
+        )
+    report |= {"command": _typed()}
+    console.print(collective_table(report))
+    write_json(json_file, report)
+    if plot is not None:
+        write_collective_plot(report, plot)
+        console.print(f"{plot}: AUC against calls")
+
+
+@bench.command()
 def train(
     dataset: Annotated[
         str, typer.Option(help=f"Of {', '.join(DATASETS)}; or 'prepared': WORK already holds dataset and vectors.")
@@ -240,6 +293,36 @@ def modes(
         )
     report |= {"command": _typed()}
     console.print(modes_table(report))
+    write_json(json_file, report)
+
+
+@bench.command()
+def gates(
+    work: Work = DEFAULT_WORK,
+    records: Annotated[
+        Path | None, typer.Option(help="Knowledge folder with generated texts about items, quarantined ones included.")
+    ] = None,
+    facts: Annotated[
+        str, typer.Option(help="Facts table: 'wikidata', a CSV or JSON Lines file, or '' for none.")
+    ] = "wikidata",
+    texts: Annotated[int, typer.Option(min=1, help="Texts that each fault is put into, at most.")] = 500,
+    json_file: JsonFile = None,
+) -> None:
+    """Judge the released pack, generated texts, and texts of the pack with one fault each: what quality gates find."""
+    console = Console()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("judge", total=None)
+        report = measure_gates(
+            work,
+            records=records,
+            facts=facts_table(facts) if facts else None,
+            most=texts,
+            on_text=lambda done, total: progress.update(task, completed=done, total=max(done, total)),
+        )
+    report |= {"command": _typed()}
+    console.print(gates_table(report))
     write_json(json_file, report)
 
 

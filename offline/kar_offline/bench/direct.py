@@ -23,9 +23,10 @@ from kar_offline.bench.jobs import Protocol, split_dataset
 from kar_offline.dataset.lists import LIST_LENGTH, rerank_lists
 from kar_offline.dataset.samples import TEST, Dataset
 from kar_offline.evaluate.ranking import average_precision, hit, ndcg
-from kar_offline.generate import LanguageModel
-from kar_offline.prompts.rendering import Renderer, quoted
+from kar_offline.generate.model import Failure, Open, Provider, Question
+from kar_offline.prompts.rendering import Renderer
 from kar_offline.prompts.scenario import load_scenario
+from kar_offline.prompts.untrusted import quoted
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.feed import Feed
 from kar_offline.train.fit import Epoch, TrainSettings, knowledge_vectors, predict_logits
@@ -78,7 +79,7 @@ def _prompt(dataset: Dataset, renderer: Renderer, event: int, candidates: Sequen
     shown = [f"{n}. {quoted(renderer.title(dataset.items[item]))}" for n, item in enumerate(candidates, 1)]
     return "\n".join(
         [
-            f"A user rated, with {renderer.scenario.ratings}:",
+            f"A user rated, with {renderer.scenario.words.ratings}:",
             *rated,
             "Candidates:",
             *shown,
@@ -103,13 +104,24 @@ def _latency(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-async def _ask(llm: LanguageModel, prompts: Sequence[str], on_answer: Callable[[], None]) -> list[tuple[str, float]]:
+class _Unnoted:
+    """A log that keeps nothing: the model is asked anew in each measurement."""
+
+    def sending(self, questions: Sequence[Question], handle: str = "") -> None:
+        pass
+
+    def opened(self) -> Sequence[Open]:
+        return ()
+
+
+async def _ask(llm: Provider, prompts: Sequence[str], on_answer: Callable[[], None]) -> list[tuple[str, float]]:
     answers = []
     async with llm:
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             began = time.perf_counter()
-            completion = await llm.complete(prompt)
-            answers.append((completion.text, time.perf_counter() - began))
+            async for _, outcome in llm.ask([Question("user", str(number), prompt, "")], _Unnoted()):
+                text = "" if isinstance(outcome, Failure) else outcome.text
+                answers.append((text, time.perf_counter() - began))
             on_answer()
     return answers
 
@@ -117,7 +129,7 @@ async def _ask(llm: LanguageModel, prompts: Sequence[str], on_answer: Callable[[
 def measure_direct(
     work: Path,
     encodings: Path,
-    llm: LanguageModel,
+    llm: Provider,
     *,
     model: str = "prm",
     users: int = 50,
@@ -143,7 +155,7 @@ def measure_direct(
     shuffled = np.random.default_rng(0).permuted(np.tile(np.arange(LIST_LENGTH), (len(lists.numbers), 1)), axis=1)
     rows: list[dict[str, Any]] = [
         {
-            "ranker": llm.provenance.split()[0],
+            "ranker": llm.model,
             **_metrics(lists.labels, said),
             **_latency([seconds for _, seconds in answers]),
             "complete": float(np.mean([complete for _, complete in orders])),

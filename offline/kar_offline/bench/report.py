@@ -18,7 +18,15 @@ from rich.text import Text
 
 from kar_offline.bench.quality import LIST_METRICS, METRICS
 
-__all__ = ["direct_table", "modes_table", "quality_table", "training_table", "write_quality_report"]
+__all__ = [
+    "collective_table",
+    "direct_table",
+    "modes_table",
+    "quality_table",
+    "training_table",
+    "write_collective_plot",
+    "write_quality_report",
+]
 
 COLOURS: Final = {
     "control": "#9aa5b1",
@@ -29,6 +37,13 @@ COLOURS: Final = {
     "cf_knowledge": "#7b2d8b",
 }
 FOREST: Final = ("raw_text", "knowledge")
+CURVES: Final = {
+    ("both_texts", "head"): ("raw text beside: frequent items, then clusters", "#7b2d8b", "s"),
+    ("knowledge", "head"): ("frequent items, then clusters", "#e4572e", "o"),
+    ("knowledge", "clusters"): ("clusters", "#e9b44c", "^"),
+    ("knowledge", "nearest"): ("clusters, of which only the nearest lends", "#2a9d8f", "v"),
+}
+"""What is drawn of shared calls, by arm and way: label, colour, marker."""
 IDLE_CORES: Final = 0.2
 FEWEST: Final = 100
 """Samples of a bucket that is drawn: the noise of fewer would set the scale."""
@@ -145,6 +160,54 @@ def modes_table(report: Mapping[str, Any]) -> Group:
     if busy > IDLE_CORES:
         lines.append(f"others kept {busy:.1f} cores busy: measure again on an idle machine")
     return Group(latency, costs, *(Text(line) for line in lines))
+
+
+def collective_table(report: Mapping[str, Any]) -> Group:
+    """What fewer calls cost in quality, ready to print."""
+    folds = f"{report['folds']} folds, {report['test_users']:,} test users"
+    title = f"{report['dataset']}, {report['model']}: calls about {report['entities']['item']:,} items; {folds}"
+    table = _table(title, ("arm", "texts"), ("calls", "AUC", "GAUC", "- control, 1e-4", "- raw_text"))
+    last = ""
+    for entry in report["summary"]:
+        if last not in ("", entry["way"]):
+            table.add_section()
+        last = entry["way"]
+        minus = [_signed(entry["minus"][name]) if name in entry["minus"] else "" for name in ("control", "raw_text")]
+        numbers = [f"{entry['item_calls']:,.0f}", f"{entry['auc']:.4f}", f"{entry['gauc']:.4f}"]
+        table.add_row(entry["arm"], entry["way"], *numbers, *minus)
+    return Group(table, Text("Released texts stand in for a language model.", style="dim"))
+
+
+def plot_collective(report: Mapping[str, Any]) -> Figure:
+    """AUC against the share of calls, with the 95 % intervals of the differences to the control."""
+    summary = report["summary"]
+    alone = {entry["arm"]: entry["auc"] for entry in summary if not entry["share"]}
+    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for arm, auc in alone.items():
+        axes.axhline(auc, color=COLOURS[arm], linewidth=1.2, linestyle="--", label=f"no calls: {arm}")
+    for number, ((arm, way), (label, colour, marker)) in enumerate(CURVES.items()):
+        points = sorted((e["share"], e) for e in summary if e["arm"] == arm and (e["way"] == way or e["share"] == 1))
+        if len(points) < 2:
+            continue
+        minus = [entry["minus"]["control"] for _, entry in points]
+        auc = [entry["auc"] for _, entry in points]
+        error = [[found["mean"] - found["low"] for found in minus], [found["high"] - found["mean"] for found in minus]]
+        at = [100 * share * 1.03 ** (number - 1.5) for share, _ in points]  # side by side, not on each other
+        axes.errorbar(at, auc, yerr=error, fmt=f"{marker}-", color=colour, capsize=2, linewidth=1.4, label=label)
+    shares = sorted({entry["share"] for entry in summary if entry["share"]})
+    axes.set_xscale("log")
+    axes.set_xticks([100 * share for share in shares], [f"{100 * share:g} %" for share in shares])
+    axes.minorticks_off()
+    axes.set(xlabel="calls to the language model, of the number of items", ylabel="AUC")
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write_collective_plot(report: Mapping[str, Any], path: Path) -> None:
+    """Write the plot of calls against AUC as a picture of the kind that the file's name says."""
+    plot_collective(report).savefig(path, dpi=140)
 
 
 def plot_forest(summary: Sequence[Mapping[str, Any]]) -> Figure:

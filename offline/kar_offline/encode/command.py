@@ -1,24 +1,38 @@
 """Owns `kar encode`."""
 
+import os
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from kar_offline.encode.encoder import TextEncoder
 from kar_offline.encode.stage import encode as run
 from kar_offline.generate.records import KINDS
 from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_sidecar.errors import InputError
 
 __all__ = ["encode"]
+
+ENDPOINT: Final = "openai"
+
+
+class Runtime(StrEnum):
+    """What runs a model here."""
+
+    ONNX = "onnx"
+    TORCH = "torch"
 
 
 class Pooling(StrEnum):
     """How token vectors become one."""
 
     MEAN = "mean"
-    FIRST = "first"
+    CLS = "cls"
+    LAST = "last"
+    WEIGHTED = "weighted"
 
 
 class Kind(StrEnum):
@@ -31,27 +45,45 @@ class Kind(StrEnum):
 def encode(
     work: Work = DEFAULT_WORK,
     encoder: Annotated[
-        str, typer.Option(help="minilm (fast), mpnet (better, a 400 MB download), or an encoder's folder or hub name.")
+        str,
+        typer.Option(
+            help="minilm (fast); mpnet (better, a 400 MB download); openai: any OpenAI-compatible embeddings endpoint, "
+            "key in $KAR_LLM_API_KEY; or an encoder's folder or hub name."
+        ),
     ] = "minilm",
     folder: Annotated[
         str | None, typer.Option(help="Folder in WORK for the vectors; default: encoding, for mpnet encoding_mpnet.")
     ] = None,
     kind: Annotated[Kind | None, typer.Option(help="Only texts of items, or of users.")] = None,
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option(
+            help="Not openai: what runs the model; vectors are the same. Default: onnx for minilm, else torch."
+        ),
+    ] = None,
     pooling: Annotated[
-        Pooling, typer.Option(help="For folders and hub names: how token vectors become one.")
-    ] = Pooling.MEAN,
-    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; default: all there are.")] = None,
+        Pooling | None,
+        typer.Option(help="Not openai: how token vectors become one; default: as the encoder was trained."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Not openai: cores to use; default: all there are.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="openai: address, such as http://127.0.0.1:8000/v1.")] = None,
+    model: Annotated[str | None, typer.Option(help="openai: the model's name at the endpoint.")] = None,
+    chunk_chars: Annotated[
+        int | None,
+        typer.Option(min=1, help="openai: characters that the model takes at once; longer texts are cut and pooled."),
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="openai: requests in flight at once.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Turn knowledge texts, and the raw facts for comparison, into vectors."""
-    from kar_offline.encode.huggingface import ENCODERS, HuggingFace
-
     console = Console()
     with console.status("loading the encoder"):
-        if encoder in ENCODERS:
-            chosen = ENCODERS[encoder](threads=threads)
+        if encoder == ENDPOINT:
+            chosen = _endpoint(base_url, model, chunk_chars=chunk_chars, concurrency=concurrency)
         else:
-            chosen = HuggingFace(encoder, pooling=pooling.value, threads=threads)
+            chosen = _local(encoder, runtime=runtime, pooling=pooling, threads=threads)
     folder = folder or ("encoding_mpnet" if encoder == "mpnet" else "encoding")
     result = run(work, chosen, folder=folder, kinds=(kind.value,) if kind else KINDS, console=console)
     report = result.report
@@ -66,3 +98,21 @@ def encode(
     )
     console.print(f"{result.folder}: {result.outcome}")
     write_json(json_file, report)
+
+
+def _local(encoder: str, **options: Any) -> TextEncoder:
+    from kar_offline.encode.huggingface import ENCODERS, HuggingFace
+
+    return ENCODERS[encoder](**_given(options)) if encoder in ENCODERS else HuggingFace(encoder, **_given(options))
+
+
+def _endpoint(base_url: str | None, model: str | None, **options: Any) -> TextEncoder:
+    from kar_offline.encode.endpoint import EndpointEncoder
+
+    if not base_url or not model:
+        raise InputError(f"--encoder {ENDPOINT} needs an endpoint: give --base-url and --model")
+    return EndpointEncoder(base_url, model, os.environ.get("KAR_LLM_API_KEY"), **_given(options))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

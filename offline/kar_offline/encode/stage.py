@@ -1,7 +1,12 @@
 """Owns the stage `encode`: texts in, one memory-mappable array of vectors a text source and entity kind out.
 
-WORK/FOLDER/{knowledge,raw}_{item,user}.npy     float32 [dataset rows, D]; a zero row where there is no text
-WORK/FOLDER/{knowledge,raw}_{item,user}.json    encoder_id, dim, ids, text_sha256 (null where there is no text)
+WORK/FOLDER/{knowledge,raw}_{item,user}.npy       float32 [dataset rows, D]; a zero row where there is no text
+WORK/FOLDER/{knowledge,raw}_{item,user}.json      encoder_id, dim, ids, text_sha256 (null where there is no text), lent
+WORK/FOLDER/knowledge_{item,user}_clusters.*      the same of clusters' texts, where there are some
+
+An entity without a text of its own but with loans has the mean of its lenders' vectors, weighted by the loans and
+scaled to unit length; lenders without a text do not count. `lent` lists the ids of such entities, and their
+`text_sha256` is a hash of the lenders' texts and weights.
 """
 
 import hashlib
@@ -10,7 +15,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +24,37 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from kar_offline.dataset.samples import Dataset
 from kar_offline.encode.encoder import TextEncoder
-from kar_offline.generate.records import KINDS, read_knowledge
+from kar_offline.generate.records import KINDS, read_clusters, read_knowledge
 from kar_offline.prompts import read_prompts
 from kar_offline.stage import StageResult, run_stage
 from kar_sidecar.errors import InputError, PreconditionError
 
-__all__ = ["SOURCES", "encode"]
+__all__ = ["SOURCES", "encode", "encode_texts", "lend", "lent_ids"]
 
 SOURCES: Final = ("knowledge", "raw")
 FOLDER: Final = re.compile(r"encoding(_\w+)?")
 JOURNAL: Final = "vectors.journal"
-SLICE_TOKENS: Final = 1 << 14
-"""Tokens between two writes of the journal: a few seconds of work."""
 COLUMNS: Final = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
 
 Vectors = dict[str, NDArray[np.float32]]
 """Vectors [D] by the SHA-256 of their text."""
+
+
+class _Loan(NamedTuple):
+    """A text that stands for another entity, by its SHA-256, and what it counts."""
+
+    text_sha256: str
+    weight: float
+
+
+class _Table(NamedTuple):
+    """What one array holds, row by row."""
+
+    ids: Sequence[str]
+    texts: Sequence[str | None]
+    """Rows' own texts."""
+    loans: Mapping[int, Sequence[_Loan]]
+    """Of rows without a text of their own that borrow."""
 
 
 def encode(
@@ -74,19 +94,8 @@ def encode(
     former = work / folder
 
     def build(draft: Path) -> Mapping[str, Any]:
-        dataset = Dataset.load(work / "dataset")
-        ids = {"item": [entity.id for entity in dataset.items], "user": [entity.id for entity in dataset.users]}
-        texts = {
-            (source, kind): _align(found, ids[kind], f"{source} texts")
-            for source, kind, found in _texts(work, kinds, words)
-        }
-        hashes = {at: [text and _sha256(text) for text in column] for at, column in texts.items()}
-        wanted = {
-            digest: text
-            for at, column in texts.items()
-            for digest, text in zip(hashes[at], column, strict=True)
-            if digest and text
-        }
+        tables = _tables(work, kinds, words)
+        wanted = {_sha256(text): text for table in tables.values() for text in table.texts if text}
         vectors = {digest: v for digest, v in _former(former, encoder.encoder_id).items() if digest in wanted}
         reused = len(vectors)
         journal = draft / JOURNAL
@@ -95,25 +104,18 @@ def encode(
         missing = [text for digest, text in wanted.items() if digest not in vectors]
         began = time.perf_counter()
         tokens = 0
-        for digest, vector, count in _encode(encoder, missing, journal, console):
-            vectors[digest] = vector
+        for digests, found, count in encode_texts(encoder, missing, journal, console):
+            vectors |= zip(digests, found, strict=True)
             tokens += count
         seconds = time.perf_counter() - began
-        for (source, kind), digests in hashes.items():
-            array = np.lib.format.open_memmap(
-                draft / f"{source}_{kind}.npy", "w+", np.dtype(np.float32), (len(digests), encoder.dim)
-            )
-            for row, known in enumerate(digests):
-                if known:
-                    array[row] = vectors[known]
-            array.flush()
-            about = {"encoder_id": encoder.encoder_id, "dim": encoder.dim, "ids": ids[kind], "text_sha256": digests}
-            (draft / f"{source}_{kind}.json").write_text(json.dumps(about) + "\n")
+        for name, table in tables.items():
+            _write(draft / name, table, vectors, encoder)
         journal.unlink(missing_ok=True)
         return {
             "encoder_id": encoder.encoder_id,
             "dim": encoder.dim,
-            "texts": {f"{source}_{kind}": sum(map(bool, column)) for (source, kind), column in hashes.items()},
+            "texts": {name: sum(map(bool, table.texts)) for name, table in tables.items()},
+            "lent": {name: len(table.loans) for name, table in tables.items() if table.loans},
             "encoded": len(missing),
             "reused": reused,
             "resumed": resumed,
@@ -122,27 +124,83 @@ def encode(
         }
 
     params = {"encoder_id": encoder.encoder_id, "kinds": sorted(kinds)} | ({"words": words} if words else {})
-    return run_stage("encode", former, build, inputs=inputs, params=params, version=2)
+    return run_stage("encode", former, build, inputs=inputs, params=params, version=3)
 
 
-def _texts(work: Path, kinds: Sequence[str], words: int | None) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Each source and kind with its texts by entity id; none of kinds that are not asked for."""
+def lend(vectors: NDArray[np.float32], weights: NDArray[np.floating]) -> NDArray[np.float32]:
+    """The unit vectors [..., D] of who borrows those of m lenders [..., m, D] with weights [..., m]."""
+    mean = (vectors * weights[..., None]).sum(-2)
+    return (mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def lent_ids(folder: Path, source: str, kind: str) -> set[str]:
+    """Ids of the entities of one kind whose vector is borrowed, in a finished stage's folder.
+
+    Folders written before there were loans have none.
+    """
+    return set(json.loads((folder / f"{source}_{kind}.json").read_text()).get("lent", ()))
+
+
+def _tables(work: Path, kinds: Sequence[str], words: int | None) -> dict[str, _Table]:
+    """What each array holds, by its name; nothing is known of kinds that are not asked for."""
 
     def cut(text: str) -> str:
         return " ".join(text.split()[:words]) if words else text
 
+    dataset = Dataset.load(work / "dataset")
     prompts = read_prompts(work / "prompts")
-    for kind in KINDS:
-        records = read_knowledge(work / "knowledge", kind) if kind in kinds else []
-        yield "knowledge", kind, {record.id: cut(record.text) for record in records}
-        asked = (prompt for prompt in prompts if prompt.entity == kind and kind in kinds)
-        yield "raw", kind, {prompt.id: cut(prompt.raw_text) for prompt in asked}
+    tables = {}
+    for kind, entities in (("item", dataset.items), ("user", dataset.users)):
+        ids = [entity.id for entity in entities]
+        asked = kind in kinds
+        records = read_knowledge(work / "knowledge", kind) if asked else []
+        clusters = read_clusters(work / "knowledge", kind) if asked else []
+        texts = {record.id: cut(record.text) for record in records}
+        of_clusters = {cluster.id: cut(cluster.text) for cluster in clusters}
+        raw = {prompt.id: cut(prompt.raw_text) for prompt in prompts if prompt.entity == kind and asked}
+        own = _align(texts, ids, "knowledge texts")
+        digests = {id_: _sha256(text) for id_, text in (of_clusters | texts).items() if text}
+        loans = {
+            record.id: [_Loan(digests[loan.id], loan.weight) for loan in record.loans if loan.id in digests]
+            for record in records
+            if not record.text
+        }
+        borrowed = {row: lenders for row, id_ in enumerate(ids) if (lenders := loans.get(id_))}
+        tables[f"knowledge_{kind}"] = _Table(ids, own, borrowed)
+        if of_clusters:
+            tables[f"knowledge_{kind}_clusters"] = _Table(
+                list(of_clusters), [text or None for text in of_clusters.values()], {}
+            )
+        tables[f"raw_{kind}"] = _Table(ids, _align(raw, ids, "raw texts"), {})
+    return tables
 
 
 def _align(texts: Mapping[str, str], ids: Sequence[str], what: str) -> list[str | None]:
     if unknown := texts.keys() - set(ids):
         raise PreconditionError(f"{what} are about {min(unknown)!r}, which the dataset lacks: make them again")
     return [texts.get(entity_id) or None for entity_id in ids]
+
+
+def _write(path: Path, table: _Table, vectors: Vectors, encoder: TextEncoder) -> None:
+    """Write the array and the header of one table to `path` and its two suffixes."""
+    digests = [text and _sha256(text) for text in table.texts]
+    array = np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.dtype(np.float32), (len(digests), encoder.dim))
+    for row, known in enumerate(digests):
+        if known:
+            array[row] = vectors[known]
+    for row, loans in table.loans.items():
+        lenders = np.stack([vectors[loan.text_sha256] for loan in loans])
+        array[row] = lend(lenders, np.array([loan.weight for loan in loans]))
+        digests[row] = _sha256(json.dumps(loans))
+    array.flush()
+    about = {
+        "encoder_id": encoder.encoder_id,
+        "dim": encoder.dim,
+        "ids": table.ids,
+        "text_sha256": digests,
+        "lent": [table.ids[row] for row in table.loans],
+    }
+    path.with_suffix(".json").write_text(json.dumps(about) + "\n")
 
 
 def _sha256(text: str) -> str:
@@ -155,7 +213,9 @@ def _former(folder: Path, encoder_id: str) -> Vectors:
         about = json.loads(path.read_text())
         if about["encoder_id"] == encoder_id:
             array = np.load(path.with_suffix(".npy"), mmap_mode="r")
-            vectors |= {digest: array[row] for row, digest in enumerate(about["text_sha256"]) if digest}
+            lent = set(about.get("lent", ()))
+            rows = enumerate(zip(about["ids"], about["text_sha256"], strict=True))
+            vectors |= {digest: array[row] for row, (id_, digest) in rows if digest and id_ not in lent}
     return vectors
 
 
@@ -175,24 +235,19 @@ def _read_journal(path: Path, dim: int) -> Vectors:
     return {row["sha256"].tobytes().hex(): row["vector"] for row in entries}
 
 
-def _encode(
+def encode_texts(
     encoder: TextEncoder, texts: Sequence[str], journal: Path, console: Console | None
-) -> Iterator[tuple[str, NDArray[np.float32], int]]:
-    """Encode texts, the longest first; yield each one's hash, vector and tokens once it is in the journal."""
-    lengths = encoder.count_tokens(texts)
-    order = sorted(range(len(texts)), key=lambda i: lengths[i], reverse=True)
+) -> Iterator[tuple[Sequence[str], NDArray[np.float32], int]]:
+    """Encode texts; yield hashes, vectors [n, D] and tokens of some at a time, once they are in the journal."""
     columns = Progress(*COLUMNS, console=console, disable=console is None, transient=True)
     with journal.open("ab") as file, columns as progress:
-        bar = progress.add_task("encoding", total=sum(lengths))
-        while order:
-            size = max(SLICE_TOKENS // max(lengths[order[0]], 1), 1)
-            slice_, order = order[:size], order[size:]
-            chosen = [texts[i] for i in slice_]
-            entries = np.empty(len(chosen), _entry(encoder.dim))
-            entries["vector"] = encoder.encode(chosen)
-            digests = [_sha256(text) for text in chosen]
-            entries["sha256"] = [np.frombuffer(bytes.fromhex(digest), np.uint8) for digest in digests]
+        bar = progress.add_task("encoding", total=sum(map(len, texts)))
+        for rows, vectors, tokens in encoder.stream(texts):
+            digests = [_sha256(texts[row]) for row in rows]
+            entries = np.empty(len(rows), _entry(encoder.dim))
+            entries["vector"] = vectors
+            entries["sha256"] = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
             file.write(entries.tobytes())
             file.flush()
-            progress.advance(bar, sum(lengths[i] for i in slice_))
-            yield from zip(digests, entries["vector"], (lengths[i] for i in slice_), strict=True)
+            progress.advance(bar, sum(len(texts[row]) for row in rows))
+            yield digests, vectors, tokens

@@ -8,7 +8,7 @@ that is hashed depends on the time or on the number of cores: the same work fold
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Final
@@ -21,8 +21,8 @@ from kar.records.v1 import records_pb2
 from kar_kernels import PRECISIONS, FrozenAdaptor, HybridExpertAdaptor, Precision, Tower
 from kar_model_repository.render import TARGETS, Backbone, Sizes, is_current, render
 from kar_offline.dataset.samples import Dataset, Entity
-from kar_offline.generate import read_knowledge
-from kar_offline.generate.records import ENTITY
+from kar_offline.encode.stage import lent_ids
+from kar_offline.generate.records import ENTITY, read_clusters, read_knowledge
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.models.onnx import export_onnx
 from kar_offline.stage import StageResult
@@ -105,7 +105,8 @@ def export(
     releases = work / "releases"
     draft = releases / f".{backbone}_{arm}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    vector_error = _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors)
+    lent = {kind: lent_ids(work / "encoding", texts, kind) for kind in KINDS}
+    vector_error = _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors, lent)
     manifest = _manifest(draft, knowledge, control, dataset, vectors, texts)
     manifest.release_id = manifest_id(manifest)
     folder = releases / manifest.release_id
@@ -150,6 +151,7 @@ def _write_files(
     control: TrainedModel,
     dataset: Dataset,
     vectors: TextVectors,
+    lent: Mapping[Tower, Collection[str]],
 ) -> float:
     """Write every file that the manifest lists; returns how far the precision moves an adapted vector."""
     for name in ("backbones", "vectors", "knowledge"):
@@ -165,7 +167,9 @@ def _write_files(
     for kind in KINDS:
         present = vectors.user_present if kind == "user" else vectors.item_present
         encoded = (vectors.user if kind == "user" else vectors.item)[present]
-        _write_ids(draft / "vectors" / f"{kind}_ids.txt", [entity.id for entity in compress(entities[kind], present)])
+        ids = [entity.id for entity in compress(entities[kind], present)]
+        _write_ids(draft / "vectors" / f"{kind}_ids.txt", ids)
+        _write_ids(draft / "vectors" / f"{kind}_lent.txt", [id_ for id_ in ids if id_ in lent[kind]])
         np.save(draft / "vectors" / f"{kind}_encoded.npy", encoded.numpy())
         if kind in adaptor.towers:
             given = {kind: (encoded, torch.ones(len(encoded), dtype=torch.bool))}
@@ -176,7 +180,9 @@ def _write_files(
         source = texts / f"{kind}.jsonl"
         if not source.is_file():
             raise PreconditionError(f"{source} does not exist: run `kar generate` first")
-        shutil.copyfile(source, draft / "knowledge" / source.name)
+        for file in (source, texts / f"{kind}_clusters.jsonl"):
+            if file.is_file():
+                shutil.copyfile(file, draft / "knowledge" / file.name)
     nothing = torch.zeros(adaptor.out)
     neutral = torch.stack([adaptor.neutral(kind) if kind in adaptor.towers else nothing for kind in KINDS])
     np.save(draft / "vectors" / "neutral.npy", neutral.detach().numpy())
@@ -273,9 +279,10 @@ def _prompt_versions(texts: Path) -> dict[str, str]:
     """Versions of each template in the knowledge records, "1" or "1,2"; "unknown" ones as they are."""
     found: dict[str, set[str]] = {}
     for kind in KINDS:
-        for record in read_knowledge(texts, kind):
-            name, _, version = record.template.partition("/")
-            found.setdefault(name, set()).add(version or "unknown")
+        for record in (*read_knowledge(texts, kind), *read_clusters(texts, kind)):
+            if record.text:
+                name, _, version = record.template.partition("/")
+                found.setdefault(name, set()).add(version or "unknown")
     return {name: ",".join(sorted(versions)) for name, versions in found.items()}
 
 

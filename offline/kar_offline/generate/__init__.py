@@ -1,17 +1,20 @@
-"""Owns where knowledge texts come from: language models behind one Protocol, released packs, and the stage around."""
+"""Owns where knowledge texts come from: providers behind one Protocol, the ledger, the records and the stage around."""
 
-from kar_offline.generate.model import Completion, LanguageModel, ScriptedModel
+from kar_offline.generate.ledger import Ledger
+from kar_offline.generate.model import Provider, Question, Reply, ScriptedModel
 from kar_offline.generate.openai import OpenAIChat, Price, Retry
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.records import read_knowledge, write_knowledge
 from kar_offline.generate.stage import generate
 
 __all__ = [
-    "Completion",
-    "LanguageModel",
+    "Ledger",
     "OpenAIChat",
     "Pack",
     "Price",
+    "Provider",
+    "Question",
+    "Reply",
     "Retry",
     "ScriptedModel",
     "generate",

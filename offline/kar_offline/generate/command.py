@@ -13,14 +13,22 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from kar_offline.check import facts_table
+from kar_offline.dataset.movielens import build_dataset
+from kar_offline.dataset.samples import Dataset
+from kar_offline.generate.batch import OpenAIBatch
+from kar_offline.generate.estimate import Estimate
 from kar_offline.generate.local import PARAMETERS, LocalChat
-from kar_offline.generate.model import LanguageModel
+from kar_offline.generate.model import Provider
 from kar_offline.generate.openai import DEFAULT_PARAMETERS, OpenAIChat, Price
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.records import KINDS, read_knowledge
+from kar_offline.generate.sharing import Sharing
+from kar_offline.generate.stage import estimate_run
 from kar_offline.generate.stage import generate as run
 from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
-from kar_offline.prompts import read_prompts
+from kar_offline.prompts import read_prompts, read_scenario, render_prompts
+from kar_offline.prompts.scenario import EntityKind
 from kar_sidecar.errors import InputError
 
 __all__ = ["generate"]
@@ -39,6 +47,19 @@ class Source(StrEnum):
     LOCAL = "local"
 
 
+class Name(StrEnum):
+    """Data sets that are fetched by name."""
+
+    ML_100K = "ml-100k"
+
+
+class Runner(StrEnum):
+    """Where requests are made."""
+
+    HERE = "here"
+    RAY = "ray"
+
+
 class Kind(StrEnum):
     """What prompts are about."""
 
@@ -55,6 +76,9 @@ def generate(
         ),
     ] = Source.PACK,
     work: Work = DEFAULT_WORK,
+    dataset: Annotated[
+        Name | None, typer.Option(help="Where WORK has no prompts yet: first run `kar dataset` and `kar prompts`.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the records; default: WORK/knowledge, or WORK/knowledge-LLM.")
     ] = None,
@@ -63,59 +87,152 @@ def generate(
         str | None, typer.Option(envvar="KAR_LLM_BASE_URL", help="openai: address, such as http://127.0.0.1:8000/v1.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint.")
+        str | None,
+        typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint; local: a GGUF file."),
     ] = None,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="openai: send batch files (cheaper, slower) instead of single requests.")
+    ] = False,
     parameters: Annotated[
-        str | None, typer.Option(help='Request parameters as JSON, such as \'{"temperature": 0, "max_tokens": 400}\'.')
+        str | None,
+        typer.Option(
+            help='Request parameters as JSON; default: \'{"temperature": 0, "max_tokens": M}\', M the scenario\'s.'
+        ),
     ] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight at once.")] = None,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="openai: seconds for one attempt.")] = 120.0,
     price: Annotated[
         tuple[float, float] | None, typer.Option(help="openai: US dollars for a million tokens, read and written.")
     ] = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(min=0, help="Ask again so often where an answer fails a check; default: the scenario's."),
+    ] = None,
+    budget_usd: Annotated[
+        float | None, typer.Option(min=0, help="Stop before a request that could bring this run's cost above it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print calls, tokens and money that a run would take; send nothing.")
+    ] = False,
     kind: Annotated[Kind | None, typer.Option(help="Only prompts about items, or about users.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts, from the first.")] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            help="Ask about at most this share of entities (0.1: a tenth); the others borrow texts of clusters."
+        ),
+    ] = None,
+    runner: Annotated[
+        Runner, typer.Option(help="Where requests are made: here, or by Ray actors (extra ray).")
+    ] = Runner.HERE,
+    workers: Annotated[int, typer.Option(min=1, help="ray: actors, which share --concurrency.")] = 2,
+    ray_address: Annotated[
+        str | None, typer.Option(help="ray: a running cluster, such as auto; default: one in this machine.")
+    ] = None,
+    facts: Annotated[
+        str | None,
+        typer.Option(
+            help="What texts must not contradict, beside the dataset: wikidata (films), or a CSV or JSONL file."
+        ),
+    ] = None,
     show: Annotated[
         int | None, typer.Option(min=0, help="Print so many texts with their prompts; default: 3, for packs none.")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Have the prompts answered: by released knowledge, by a hosted or by a local language model."""
+    """Have the prompts answered, by released knowledge, a hosted or a local language model, and check the answers."""
     console = Console()
-    source: Pack | LanguageModel
-    if llm is Source.PACK:
-        source = Pack.load(pack)
-    elif llm is Source.LOCAL:
+    if dataset is not None:
+        _prepare(work, dataset, console)
+    provider = _provider(work, llm, pack, base_url, model, batch, parameters, concurrency, timeout_s, price)
+    if budget_usd is not None and provider.cost_usd(1, 1) is None:
+        raise InputError("--budget-usd needs to know what tokens cost: give --price, for a million read and written")
+    if runner is Runner.RAY:
+        provider = _on_ray(provider, workers, ray_address)
+    known = facts_table(facts) if facts else None
+    sharing = _sharing(share, provider) if share is not None else None
+    chosen: EntityKind | None = kind.value if kind else None
+    if dry_run:
+        expected = estimate_run(work, provider, kind=chosen, limit=limit, sharing=sharing)
+        _tell(console, expected, budget_usd)
+        write_json(json_file, {"dry_run": True, **expected._asdict()})
+        return
+    if llm is Source.LOCAL:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
-        source = LocalChat(parameters=_parameters(parameters) or PARAMETERS, concurrency=concurrency or 4)
-    else:
-        if not base_url or not model:
-            raise InputError(
-                "--llm openai needs an endpoint: give --base-url and --model, or set KAR_LLM_BASE_URL etc."
-            )
-        source = OpenAIChat(
-            base_url,
-            model,
-            os.environ.get("KAR_LLM_API_KEY"),
-            parameters=_parameters(parameters) or DEFAULT_PARAMETERS,
-            concurrency=concurrency or 8,
-            timeout_s=timeout_s,
-            price=Price(*price) if price else None,
-        )
     out = out or work / ("knowledge" if llm is Source.PACK else f"knowledge-{llm}")
-    result = run(work, source, out=out, kind=kind.value if kind else None, limit=limit, console=console)
+    result = run(
+        work,
+        provider,
+        out=out,
+        kind=chosen,
+        limit=limit,
+        facts=known,
+        sharing=sharing,
+        retries=retries,
+        budget_usd=budget_usd,
+        console=console,
+    )
     _show(console, work, out, (0 if llm is Source.PACK else 3) if show is None else show)
-    report = result.report
-    table = Table("texts", "items", "users", "calls", "tokens read", "tokens written", "cost, USD")
-    cost = "unknown" if report["cost_usd"] is None else f"{report['cost_usd']:.4f}"
-    numbers = (report["records"], *report["kinds"].values(), report["calls"], report["input_tokens"])
-    table.add_row(*(f"{n:,}" for n in (*numbers, report["output_tokens"])), cost)
-    console.print(f"answered by {report['source']}", highlight=False, soft_wrap=True)
-    console.print(table)
+    _report(console, result.report)
     if llm is Source.LOCAL:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
     console.print(f"{result.folder}: {result.outcome}")
-    write_json(json_file, report)
+    write_json(json_file, result.report)
+
+
+def _prepare(work: Path, dataset: Name, console: Console) -> None:
+    if (work / "dataset").is_dir():
+        if (held := Dataset.load(work / "dataset").name) != dataset:
+            raise InputError(f"{work} holds {held}: name another folder for {dataset} with --work")
+    else:
+        with console.status(f"fetching and reading {dataset}"):
+            build_dataset(work)
+    if not (work / "prompts").is_dir():
+        with console.status("rendering prompts"):
+            render_prompts(work)
+
+
+def _provider(
+    work: Path,
+    llm: Source,
+    pack: str,
+    base_url: str | None,
+    model: str | None,
+    batch: bool,
+    parameters: str | None,
+    concurrency: int | None,
+    timeout_s: float,
+    price: tuple[float, float] | None,
+) -> Provider:
+    if llm is Source.PACK:
+        return Pack.load(pack)
+    given = _parameters(parameters)
+    if llm is Source.LOCAL:
+        return LocalChat(model, parameters=given or PARAMETERS, concurrency=concurrency or 4)
+    if not base_url or not model:
+        raise InputError("--llm openai needs an endpoint: give --base-url and --model, or set KAR_LLM_BASE_URL etc.")
+    key = os.environ.get("KAR_LLM_API_KEY")
+    bounded = {**DEFAULT_PARAMETERS, "max_tokens": read_scenario(work / "prompts").limits.output_tokens}
+    options: dict[str, Any] = {"parameters": given or bounded, "price": Price(*price) if price else None}
+    if batch:
+        return OpenAIBatch(base_url, model, key, **options, timeout_s=timeout_s)
+    return OpenAIChat(base_url, model, key, **options, concurrency=concurrency or 8, timeout_s=timeout_s)
+
+
+def _on_ray(provider: Provider, workers: int, address: str | None) -> Provider:
+    from kar_offline.generate.ray import OnRay  # an extra of its own
+
+    if not isinstance(provider, OpenAIChat):
+        raise InputError("--runner ray asks one question a request: not for packs or --batch")
+    return OnRay(provider, workers, address)
+
+
+def _sharing(share: float, provider: Provider) -> Sharing:
+    if isinstance(provider, Pack):
+        raise InputError("--share is for language models: a pack has a text for each entity that it knows")
+    from kar_offline.encode.huggingface import mini_lm  # torch takes its time
+
+    return Sharing(share, mini_lm())
 
 
 def _parameters(text: str | None) -> dict[str, Any] | None:
@@ -128,10 +245,42 @@ def _parameters(text: str | None) -> dict[str, Any] | None:
     return value
 
 
+def _tell(console: Console, expected: Estimate, budget_usd: float | None) -> None:
+    table = Table("calls", "tokens to read", "to write", "cost, USD", "at most, USD", title="nothing was sent")
+    money = ["unknown" if cost is None else f"{cost:.4f}" for cost in (expected.cost_usd, expected.most_usd)]
+    table.add_row(f"{expected.calls:,}", f"{expected.input_tokens:,}", f"{expected.output_tokens:,}", *money)
+    console.print(table)
+    basis = "what this model took before" if expected.measured else "the length of prompts and the words asked for"
+    console.print(f"Tokens are estimated from {basis}; asking again for what fails a check comes on top of this.")
+    if budget_usd is not None and expected.cost_usd is not None and expected.cost_usd > budget_usd:
+        console.print(f"[yellow]More than the budget of ${budget_usd:g}: the run would stop on the way.")
+
+
+def _report(console: Console, report: dict[str, Any]) -> None:
+    table = Table("records", "items", "users", "quarantined", "calls", "tokens read", "written", "USD")
+    cost = "unknown" if report["cost_usd"] is None else f"{report['cost_usd']:.4f}"
+    counts = (report["records"], *report["kinds"].values(), report["quarantined"], report["calls"])
+    table.add_row(*(f"{n:,}" for n in (*counts, report["input_tokens"], report["output_tokens"])), cost)
+    console.print(f"answered by {report['source']}", highlight=False, soft_wrap=True)
+    console.print(table)
+    if report["clusters"]:
+        console.print(f"{report['lent']:,} entities borrow, also from texts about {report['clusters']:,} clusters")
+    if report["gates"]:
+        refused = ", ".join(f"{gate} {count:,}" for gate, count in sorted(report["gates"].items()))
+        console.print(f"refused by: {refused} (a text can fail several checks)", soft_wrap=True)
+    if report["uncertain"]:
+        console.print(
+            f"{report['uncertain']:,} questions were under way when a run was killed: `kar knowledge costs`",
+            soft_wrap=True,
+        )
+    if report["stopped"]:
+        console.print(f"[bold yellow]stopped with {report['unanswered']:,} unanswered:[/] {report['stopped']}")
+
+
 def _show(console: Console, work: Path, out: Path, number: int) -> None:
     asked = read_prompts(work / "prompts") if number else []
     prompts: dict[tuple[str, str], str] = {(prompt.entity, prompt.id): prompt.prompt for prompt in asked}
-    records = ((kind, record) for kind in KINDS for record in read_knowledge(out, kind))
+    records = ((kind, record) for kind in KINDS for record in read_knowledge(out, kind) if record.text)
     for kind, record in islice(records, number):
         console.print(Panel(Text(prompts[kind, record.id]), title=f"prompt · {record.template} · {kind} {record.id}"))
         console.print(Panel(Text(record.text), title=f"answer · {record.llm}", border_style="green"))

@@ -1,21 +1,26 @@
-"""Owns the client of OpenAI-compatible chat endpoints: vLLM, llama.cpp, Ollama, hosted services."""
+"""Owns chat with a model behind an OpenAI-compatible endpoint: vLLM, llama.cpp, Ollama, hosted services."""
 
-import asyncio
 import json
-import random
-from collections.abc import Awaitable, Callable, Mapping
-from types import MappingProxyType, TracebackType
-from typing import Any, Final, NamedTuple, Self
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
-import httpx
+from kar_offline.generate.endpoint import Endpoint, RefusedError, Retry, Verdict, parse_json, storable, verdict_of
+from kar_offline.generate.model import Answer, Failure, Log, Question, Reply, each
+from kar_sidecar.errors import InputError
 
-from kar_offline.generate.model import Completion
-from kar_sidecar.errors import InputError, UnavailableError
-
-__all__ = ["DEFAULT_PARAMETERS", "OpenAIChat", "Price", "Retry"]
+__all__ = ["DEFAULT_PARAMETERS", "ChatModel", "OpenAIChat", "Price", "Retry", "read_completion"]
 
 DEFAULT_PARAMETERS: Final[Mapping[str, Any]] = MappingProxyType({"temperature": 0.0, "max_tokens": 400})
-RETRIED: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+LENGTHS: Final = ("max_tokens", "max_completion_tokens")
+"""Parameters that bound the tokens of an answer."""
+FIRST: Final = 5
+"""So many refused questions before the first answer mean that the request itself is wrong."""
+CHARS_PER_TOKEN: Final = 4
+TEMPLATE_TOKENS: Final = 64
+"""At most what a chat template adds to a prompt."""
 
 
 class Price(NamedTuple):
@@ -25,39 +30,18 @@ class Price(NamedTuple):
     output: float
 
 
-class Retry(NamedTuple):
-    """How often to ask, and how long to wait between: random up to `base_s` * 2**attempt, at most `longest_s`.
-
-    A server's `Retry-After` is obeyed up to `longest_s`.
-    """
-
-    attempts: int = 6
-    base_s: float = 0.5
-    longest_s: float = 30.0
-
-
-class _TransientError(Exception):
-    """The reason why an attempt failed that may be repeated, and the seconds that the server asks to wait."""
-
-    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
-
-
-class OpenAIChat:
-    """A model behind `<base_url>/chat/completions`; each prompt is one user message.
+class ChatModel(Endpoint):
+    """A chat model at an endpoint, however it is asked; each prompt is one user message.
 
     Args:
-        base_url: Address up to and with the version, such as "http://127.0.0.1:8000/v1".
+        base_url: As of `Endpoint`.
         model: The name that the endpoint knows the model by.
-        key: Bearer token; never logged, and cut out of error texts.
-        parameters: Further members of the request body, such as temperature; they enter the provenance.
+        key: As of `Endpoint`.
+        parameters: Further members of the request body, such as temperature; they enter the provenance. Without
+            `max_tokens` or `max_completion_tokens` an answer may have 400 tokens.
         price: What tokens cost, where known.
-        concurrency: Requests in flight at once.
-        timeout_s: The longest time that one attempt may take.
-        retry: What to do after 429, 5xx, broken answers and timeouts.
-        rng: Draws the waiting times.
-        sleep: Waits.
+        concurrency: Questions under way at once.
+        **options: As of `Endpoint`.
     """
 
     def __init__(
@@ -69,25 +53,15 @@ class OpenAIChat:
         parameters: Mapping[str, Any] = DEFAULT_PARAMETERS,
         price: Price | None = None,
         concurrency: int = 8,
-        timeout_s: float = 120.0,
-        retry: Retry = Retry(),  # noqa: B008  an immutable value
-        rng: random.Random | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        **options: Any,
     ) -> None:
-        """Check the address; nothing is opened yet.
+        """Check the request; nothing is opened yet.
 
         Raises:
-            InputError: `base_url` is no HTTP address, or a parameter belongs to the request itself.
+            InputError: a parameter is wrong, or as of `Endpoint`.
         """
-        if not base_url.startswith(("http://", "https://")):
-            raise InputError(f"{base_url!r} is not an HTTP address: give one such as http://127.0.0.1:8000/v1")
-        if reserved := {"model", "messages", "stream"} & parameters.keys():
-            raise InputError(f"parameter {sorted(reserved)[0]!r} belongs to the request itself: leave it out")
-        self.base_url, self.model, self.concurrency = base_url.rstrip("/"), model, concurrency
-        self.parameters = dict(parameters)
-        self._key, self._price, self._timeout_s, self._retry = key, price, timeout_s, retry
-        self._rng, self._sleep = rng or random.Random(), sleep
-        self._client: httpx.AsyncClient | None = None
+        super().__init__(base_url, key, connections=concurrency, **options)
+        self.model, self.parameters, self.concurrency, self._price = model, _checked(parameters), concurrency, price
 
     @property
     def provenance(self) -> str:
@@ -100,72 +74,105 @@ class OpenAIChat:
             return None
         return (input_tokens * self._price.input + output_tokens * self._price.output) / 1e6
 
-    async def __aenter__(self) -> Self:
-        """Open the connection pool."""
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            limits=httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
-            timeout=None,  # `asyncio.timeout` bounds a whole attempt; httpx would bound each single read
-        )
-        return self
+    def worst_usd(self, question: Question) -> float | None:
+        """The most that one attempt at a question can cost: no token is shorter than a byte of UTF-8."""
+        longest = max(self.parameters[name] for name in LENGTHS if name in self.parameters)
+        return self.cost_usd(len(question.prompt.encode("utf-8", "replace")) + TEMPLATE_TOKENS, longest)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the connection pool."""
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+    def body(self, prompt: str) -> dict[str, Any]:
+        """The request for one completion."""
+        return {"model": self.model, "messages": [{"role": "user", "content": prompt}], **self.parameters}
 
-    async def complete(self, prompt: str) -> Completion:
-        """Answer one prompt, with retries.
 
-        Raises:
-            UnavailableError: no answer after all attempts.
-            InputError: the endpoint refuses the request (wrong key, model or parameters, a prompt too long).
-        """
-        for attempt in range(self._retry.attempts):
-            try:
-                return await self._attempt(prompt)
-            except _TransientError as error:
-                reason, wait_s = str(error), error.wait_s
-            if attempt + 1 < self._retry.attempts:
-                drawn_s = self._rng.uniform(0, self._retry.base_s * 2**attempt)
-                await self._sleep(min(max(drawn_s, wait_s), self._retry.longest_s))
-        raise UnavailableError(
-            f"{self.base_url} gave no answer in {self._retry.attempts} attempts (last: {reason}): "
-            "check the endpoint, then run the same command to go on"
-        )
+class OpenAIChat(ChatModel):
+    """Answers through `<base_url>/chat/completions`, a request for each question; arguments as of `ChatModel`."""
 
-    async def _attempt(self, prompt: str) -> Completion:
-        if self._client is None:
-            raise RuntimeError("OpenAIChat is used outside of `async with`")
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **self.parameters}
+    provider = "openai"
+    _refused, _answered = 0, False
+
+    @property
+    def attempts(self) -> int:
+        """See `Provider`."""
+        return self._retry.attempts
+
+    def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
+        """See `Provider`. A question that the endpoint refuses for its own fault becomes a `Failure`."""
+        return each(self._outcome, questions, log, self.concurrency)
+
+    async def _outcome(self, question: Question) -> Reply | Failure:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                response = await self._client.post(f"{self.base_url}/chat/completions", json=body)
-        except TimeoutError:
-            raise _TransientError(f"no answer within {self._timeout_s:g} s") from None
-        except httpx.TransportError as error:
-            raise _TransientError(f"{type(error).__name__}: {error}") from error
-        if response.status_code in RETRIED:
-            after = response.headers.get("retry-after", "")
-            raise _TransientError(f"status {response.status_code}", float(after) if after.isdecimal() else 0.0)
-        if not response.is_success:
-            raise InputError(
-                f"{self.base_url} refused with status {response.status_code}: {self._detail(response)}; "
-                "correct the address, model, key or parameters, then run this again"
-            )
-        try:
-            answer = response.json()
-            text = answer["choices"][0]["message"]["content"] or ""
-            usage = answer.get("usage") or {}
-            return Completion(
-                text.strip(), int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-            )
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _TransientError("the answer is not a chat completion") from error
+            outcome = await self.complete(question)
+        except RefusedError as error:
+            if verdict_of(error.http_status) is not Verdict.OWN_FAULT:
+                raise
+            self._refused += 1
+            if self._refused >= FIRST and not self._answered:
+                raise InputError(
+                    f"{self.base_url} refused each of the first {FIRST} questions (last: {error.reason}): "
+                    "correct the model or the parameters, then run this again"
+                ) from error
+            return Failure(f"refused with {error.reason}", error.requests, error.unsure)
+        self._answered = True
+        return outcome
 
-    def _detail(self, response: httpx.Response) -> str:
-        text = " ".join(response.text.split())
-        return (text.replace(self._key, "***") if self._key else text)[:300] or "no reason given"
+    async def complete(self, question: Question) -> Reply | Failure:
+        """Answer one question, with retries; errors as of `Endpoint.call`."""
+        began = time.perf_counter()
+        outcome, requests, unsure = await self.call(
+            "POST",
+            "/chat/completions",
+            lambda content: read_completion(parse_json(content), question.prompt),
+            content=json.dumps(self.body(question.prompt)).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        outcome = outcome._replace(requests=requests, unsure=outcome.unsure + unsure)
+        if isinstance(outcome, Reply):
+            return outcome._replace(latency_ms=(time.perf_counter() - began) * 1e3)
+        return outcome
+
+
+def _checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Request parameters, which bound an answer's length.
+
+    Raises:
+        InputError: one of them belongs to the request itself, or has a value that it cannot have.
+    """
+    if reserved := {"model", "messages", "stream", "n"} & parameters.keys():
+        raise InputError(f"parameter {min(reserved)!r} belongs to the request itself: leave it out")
+    bounded = any(name in parameters for name in LENGTHS)
+    checked = dict(parameters) if bounded else {**parameters, LENGTHS[0]: DEFAULT_PARAMETERS[LENGTHS[0]]}
+    for name in LENGTHS:
+        if name in checked and not (type(checked[name]) is int and checked[name] > 0):
+            raise InputError(f"parameter {name!r} is {checked[name]!r}: give a whole number above 0")
+    try:
+        json.dumps(checked, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the parameters cannot be sent as JSON ({error}): give numbers and texts") from error
+    return checked
+
+
+def read_completion(answer: Any, prompt: str) -> Reply | Failure:
+    """The outcome that a chat completion gives to a prompt.
+
+    Where the endpoint gives no sensible number of tokens it is estimated: one for each four characters.
+
+    Raises:
+        ValueError: it is not a chat completion.
+    """
+    try:
+        choice, usage = answer["choices"][0], answer.get("usage")
+        text, finish = choice["message"].get("content"), choice.get("finish_reason")
+        if not (text is None or isinstance(text, str)):
+            raise TypeError("its content is no text")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the answer is not a chat completion: {str(answer)[:80]!r}") from error
+    if finish == "content_filter":
+        return Failure("blocked by a content filter", unsure=1)  # what came before the filter may be charged for
+    text = storable(text or "")
+    tokens = (_tokens(usage, "prompt_tokens", prompt), _tokens(usage, "completion_tokens", text))
+    return Reply(text, *tokens, finish=storable(finish)[:40] if isinstance(finish, str) else "stop")
+
+
+def _tokens(usage: Any, name: str, text: str) -> int:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 <= count < 1e9 else math.ceil(len(text) / CHARS_PER_TOKEN)

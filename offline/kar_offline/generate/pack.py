@@ -9,20 +9,19 @@ A pack may be about one kind alone. `item_knowledge.jsonl` is read like `item.js
 import hashlib
 import lzma
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType, TracebackType
+from typing import Any, ClassVar, Final, Self
 
-from google.protobuf import timestamp_pb2
 from pydantic import BaseModel, ConfigDict, Field
 
-from kar.records.v1 import records_pb2
-from kar_offline.generate.records import ENTITY, KINDS
-from kar_offline.prompts import Prompt
+from kar_offline.generate.model import Answer, Failure, Log, Origin, Question, Reply
+from kar_offline.generate.records import KINDS
 from kar_sidecar.errors import IntegrityError, NotFoundError
 
 __all__ = ["Pack"]
@@ -53,7 +52,11 @@ class _Line(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Released knowledge. Construct with `Pack.load`."""
+    """Released knowledge, which answers as a provider does. Construct with `Pack.load`."""
+
+    provider: ClassVar[str] = "pack"
+    attempts: ClassVar[int] = 0
+    parameters: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     name: str
     header: _Header
@@ -100,41 +103,64 @@ class Pack:
         digest = hashlib.sha256("\0".join((described, *(texts.get(kind, "") for kind in KINDS))).encode())
         return Pack(folder.name, header, lines, digest.hexdigest())
 
-    def records(self, prompts: Iterable[Prompt]) -> list[records_pb2.KnowledgeRecord]:
-        """The records that answer the prompts, in their order; entities that the pack does not know are left out.
+    @property
+    def model(self) -> str:
+        """The pack's name."""
+        return self.name
+
+    @property
+    def provenance(self) -> str:
+        """The model that wrote the pack, and what exactly it wrote."""
+        return f"{self.header.llm} sha256:{self.sha256[:12]}"
+
+    @property
+    def concurrency(self) -> int:
+        """One after the other: nothing is waited for."""
+        return 1
+
+    def cost_usd(self, input_tokens: int, output_tokens: int) -> float:
+        """Nothing: it was paid for by who wrote it."""
+        return 0.0
+
+    def worst_usd(self, question: Question) -> float:
+        """Nothing either."""
+        return 0.0
+
+    async def __aenter__(self) -> Self:
+        """Do nothing."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Do nothing."""
+
+    async def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
+        """See `Provider`; the log is told nothing, since nothing is sent.
 
         Raises:
             IntegrityError: a text was written from other interactions than the prompt shows. Such a text may
                 describe samples (leakage), or know less than it could.
         """
-        found = []
-        created_at = None
-        if self.header.created_at:
-            created_at = timestamp_pb2.Timestamp()
-            created_at.FromDatetime(self.header.created_at)
-        for prompt in prompts:
-            line = self.lines.get((prompt.entity, prompt.id))
-            if line is None or not line.text.strip():
-                continue
-            if line.cutoff != prompt.history_cutoff:
+        found = [(question, self._line(question)) for question in questions]
+        for question, line in found:
+            if line is not None and line.cutoff != question.history_cutoff:
                 raise IntegrityError(
-                    f"pack {self.name!r} wrote about {prompt.entity} {prompt.id!r} from the first {line.cutoff} "
-                    f"interactions but the prompt shows {prompt.history_cutoff} (leakage): use the dataset of the pack"
+                    f"pack {self.name!r} wrote about {question.entity} {question.id!r} from the first {line.cutoff} "
+                    f"interactions but the prompt shows {question.history_cutoff} (leakage): "
+                    "use the dataset of the pack"
                 )
-            found.append(
-                records_pb2.KnowledgeRecord(
-                    id=prompt.id,
-                    entity=ENTITY[prompt.entity],
-                    text=line.text.strip(),
-                    template=self.header.templates.get(prompt.entity, UNKNOWN),
-                    prompt_sha256=UNKNOWN,
-                    llm=self.header.llm,
-                    history_cutoff=line.cutoff,
-                    created_at=created_at,
-                    confidence=line.confidence,
-                )
-            )
-        return found
+        for question, line in found:
+            if line is None:
+                yield Answer(question, Failure("the pack does not know it", requests=0))
+                continue
+            template = self.header.templates.get(question.entity, UNKNOWN)
+            origin = Origin(self.header.llm, template, self.header.created_at, line.confidence)
+            yield Answer(question, Reply(line.text.strip(), 0, 0, requests=0, origin=origin))
+
+    def _line(self, question: Question) -> _Line | None:
+        line = self.lines.get((question.entity, question.id))
+        return line if line and line.text.strip() else None
 
 
 def _file(folder: Traversable, kind: str, header: _Header) -> Traversable | None:

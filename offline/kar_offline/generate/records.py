@@ -1,4 +1,9 @@
-"""Owns knowledge records on disk: `item.jsonl` and `user.jsonl`, one kar.records.v1.KnowledgeRecord a line."""
+"""Owns knowledge records on disk, one kar.records.v1.KnowledgeRecord a line.
+
+{item,user}.jsonl             one record an entity: its own text, or loans
+{item,user}_clusters.jsonl    texts about clusters of entities, which they borrow; only where there are some
+quarantine.jsonl              records that a quality gate refused, with their verdicts
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +14,20 @@ from google.protobuf import json_format
 from kar.records.v1 import records_pb2
 from kar_sidecar.errors import IntegrityError, PreconditionError
 
-__all__ = ["ENTITY", "KINDS", "parse_record", "read_knowledge", "record_line", "write_knowledge"]
+__all__ = [
+    "ENTITY",
+    "KINDS",
+    "parse_record",
+    "read_clusters",
+    "read_knowledge",
+    "read_quarantine",
+    "record_line",
+    "write_knowledge",
+    "write_quarantine",
+]
 
 KINDS: Final = ("item", "user")
+QUARANTINE: Final = "quarantine.jsonl"
 ENTITY: Final = {"item": records_pb2.ENTITY_KIND_ITEM, "user": records_pb2.ENTITY_KIND_USER}
 
 
@@ -29,17 +45,37 @@ def parse_record(line: str) -> records_pb2.KnowledgeRecord:
     return json_format.Parse(line, records_pb2.KnowledgeRecord())
 
 
-def write_knowledge(folder: Path, records: Iterable[records_pb2.KnowledgeRecord]) -> None:
-    """Write both files, in the order of the records."""
-    lines: dict[int, list[str]] = {entity: [] for entity in ENTITY.values()}
-    for record in records:
-        lines[record.entity].append(record_line(record) + "\n")
-    for kind in KINDS:
-        (folder / f"{kind}.jsonl").write_text("".join(lines[ENTITY[kind]]))
+def write_knowledge(
+    folder: Path,
+    records: Iterable[records_pb2.KnowledgeRecord],
+    clusters: Iterable[records_pb2.KnowledgeRecord] = (),
+) -> None:
+    """Write the files, in the order of the records."""
+    for suffix, group in (("", records), ("_clusters", clusters)):
+        lines: dict[int, list[str]] = {entity: [] for entity in ENTITY.values()}
+        for record in group:
+            lines[record.entity].append(record_line(record) + "\n")
+        for kind in KINDS:
+            path = folder / f"{kind}{suffix}.jsonl"
+            if lines[ENTITY[kind]] or not suffix:
+                path.write_text("".join(lines[ENTITY[kind]]))
+            else:
+                path.unlink(missing_ok=True)
+
+
+def write_quarantine(folder: Path, records: Iterable[records_pb2.KnowledgeRecord]) -> None:
+    """Write the records of both kinds that failed a quality gate; nothing but people reads them."""
+    (folder / QUARANTINE).write_text("".join(record_line(record) + "\n" for record in records))
+
+
+def read_quarantine(folder: Path) -> list[records_pb2.KnowledgeRecord]:
+    """The records that failed a quality gate, of both kinds; errors as of `read_knowledge`."""
+    path = folder / QUARANTINE
+    return _read(path) if path.is_file() else []
 
 
 def read_knowledge(folder: Path, kind: str) -> list[records_pb2.KnowledgeRecord]:
-    """The records of one kind, "item" or "user".
+    """The records of one kind of entities, "item" or "user".
 
     Raises:
         PreconditionError: there is no knowledge.
@@ -48,6 +84,20 @@ def read_knowledge(folder: Path, kind: str) -> list[records_pb2.KnowledgeRecord]
     path = folder / f"{kind}.jsonl"
     if not path.is_file():
         raise PreconditionError(f"no knowledge in {folder}: run `kar generate` first")
+    return _read(path)
+
+
+def read_clusters(folder: Path, kind: str) -> list[records_pb2.KnowledgeRecord]:
+    """The records of clusters of one kind of entities; none where nothing was clustered.
+
+    Raises:
+        IntegrityError: a line is no record; the text names it.
+    """
+    path = folder / f"{kind}_clusters.jsonl"
+    return _read(path) if path.is_file() else []
+
+
+def _read(path: Path) -> list[records_pb2.KnowledgeRecord]:
     records = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:

@@ -1,46 +1,41 @@
-"""Owns the stage `generate`: prompts in, knowledge records with their provenance out.
-
-Answers of a language model are paid for once: each is appended to a journal beside the output folder as it comes,
-and taken from there, or from the former output, as long as model, parameters and prompt are the same.
-"""
+"""Owns the stage `generate`: prompts in; knowledge records with provenance and verdicts, and a quarantine, out."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kar.records.v1 import records_pb2
-from kar_offline.generate.model import Completion, LanguageModel
+from kar_offline.check import GATES_VERSION, FactsTable, Rules, Subject, subjects
+from kar_offline.dataset.samples import Dataset
+from kar_offline.generate.collective import PREFIX as CLUSTER
+from kar_offline.generate.driver import Case, Tally, first_questions, gate_counts, take_from_pack, work_through
+from kar_offline.generate.estimate import Estimate, estimate
+from kar_offline.generate.ledger import LEDGER, Ledger
+from kar_offline.generate.model import Provider, Reply
 from kar_offline.generate.pack import Pack
-from kar_offline.generate.records import ENTITY, KINDS, parse_record, read_knowledge, record_line, write_knowledge
-from kar_offline.prompts import Prompt, read_prompts
+from kar_offline.generate.records import ENTITY, KINDS, write_knowledge, write_quarantine
+from kar_offline.generate.sharing import Shared, Sharing, share_calls
+from kar_offline.prompts import Prompt, read_prompts, read_scenario
+from kar_offline.prompts.scenario import EntityKind
 from kar_offline.stage import StageResult, run_stage
-from kar_sidecar.errors import PreconditionError
 
-__all__ = ["generate", "utc_now"]
+__all__ = ["cases_of", "estimate_run", "generate", "utc_now"]
 
-COLUMNS: Final = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-
-
-class _Key(NamedTuple):
-    """Which question an answer belongs to."""
-
-    entity: int
-    id: str
-    prompt_sha256: str
-
-
-class _Answer(NamedTuple):
-    """A record, whose text is empty where the model declined, and what it took."""
-
-    record: records_pb2.KnowledgeRecord
-    input_tokens: int
-    output_tokens: int
+COLUMNS: Final = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[spent]}"),
+)
+UNKNOWN: Final = "unknown"
 
 
 def utc_now() -> datetime:
@@ -48,156 +43,258 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+def cases_of(
+    work: Path,
+    kind: EntityKind | None,
+    limit: int | None,
+    facts: FactsTable | None,
+    sharing: Sharing | None,
+    on: date,
+) -> tuple[list[Case], Shared | None]:
+    """What is to be written about `work`'s dataset, with what its texts are judged by, and how calls are shared.
+
+    Raises:
+        PreconditionError: there are no prompts, or no dataset that they belong to.
+    """
+    scenario = read_scenario(work / "prompts")
+    prompts = [prompt for prompt in read_prompts(work / "prompts") if kind in (None, prompt.entity)][:limit]
+    shared = share_calls(work, prompts, sharing, on) if sharing else None
+    known = subjects(Dataset.load(work / "dataset"), scenario, facts)
+    rules = {kind: Rules.of(scenario, kind) for kind in KINDS}
+    if shared is None:
+        return [Case(prompt, known[prompt.entity, prompt.id], rules[prompt.entity]) for prompt in prompts], None
+    cases = [Case(prompt, known[prompt.entity, prompt.id], rules[prompt.entity]) for prompt in shared.own]
+    # Nothing is known of a cluster that a text about it could contradict.
+    cases += [Case(prompt, Subject(prompt.entity, prompt.id), rules[prompt.entity]) for prompt in shared.clusters]
+    return cases, shared
+
+
 def generate(
     work: Path,
-    source: Pack | LanguageModel,
+    provider: Provider,
     *,
     out: Path | None = None,
-    kind: Literal["item", "user"] | None = None,
+    kind: EntityKind | None = None,
     limit: int | None = None,
+    facts: FactsTable | None = None,
+    sharing: Sharing | None = None,
+    retries: int | None = None,
+    budget_usd: float | None = None,
     now: Callable[[], datetime] = utc_now,
     console: Console | None = None,
 ) -> StageResult:
-    """Run the stage `generate`: answer the prompts of `work`/prompts.
+    """Run the stage `generate`: have the prompts of `work`/prompts answered, judge the answers, write the records.
+
+    What a language model answers is kept in `work`'s ledger and never asked for twice. The folder is written anew
+    where answers, gates or facts changed.
 
     Args:
         work: The work folder.
-        source: Who answers: released knowledge, or a language model.
+        provider: Who answers: a language model, or released knowledge.
         out: The folder for the records; default: `work`/knowledge.
         kind: Only prompts about items, or about users; default: both.
         limit: Only so many prompts, from the first.
-        now: Tells when a text was written.
+        facts: What is known of items beside the dataset; the gate `facts` compares texts with it.
+        sharing: How entities share calls; None: each is asked about by itself.
+        retries: How often to ask again for an answer that fails a gate; default: what the scenario says.
+        budget_usd: The most that this run may cost; None: any amount.
+        now: Tells the time.
         console: Where progress is shown; default: nowhere.
 
+    Returns:
+        The result. Its report tells of the folder (completed `records`, by `kinds`, `quarantined` of them, `clusters`
+        whose texts are lent to `lent` entities, `unanswered` questions, `gates`: refusals by gate) and of this run
+        (`calls`, `requests`, tokens, `cost_usd`, `stopped`).
+
     Raises:
-        PreconditionError: there are no prompts.
-        IntegrityError: a pack does not belong to the prompts.
+        PreconditionError: there are no prompts, or another process generates for this work folder.
+        IntegrityError: a pack does not belong to the prompts, or the ledger is damaged.
         UnavailableError: a language model stopped answering; the next run goes on where this one ended.
         InputError: an endpoint refuses the requests.
     """
+    cases, shared = cases_of(work, kind, limit, facts, sharing, now().date())
     out = out or work / "knowledge"
-    prompts = [prompt for prompt in read_prompts(work / "prompts") if kind in (None, prompt.entity)][:limit]
-    journal = out.parent / f".{out.name}.journal.jsonl"
-
-    def from_pack(pack: Pack, folder: Path) -> dict[str, Any]:
-        records = pack.records(prompts)
-        write_knowledge(folder, records)
-        return _report(f"pack {pack.name}", records, {}, 0.0)
-
-    def from_model(model: LanguageModel, folder: Path) -> dict[str, Any]:
-        answered = _read_journal(journal, model.provenance)
-        former = {key: record for key, record in _former(out, model.provenance) if key not in answered}
-        missing = [prompt for prompt in prompts if _key(prompt) not in answered and _key(prompt) not in former]
-        if missing:
-            asyncio.run(_ask(model, missing, journal, answered, now, console))
-        found = (answered[key].record if (key := _key(p)) in answered else former[key] for p in prompts)
-        records = [record for record in found if record.text]
-        write_knowledge(folder, records)
-        tokens = (sum(a.input_tokens for a in answered.values()), sum(a.output_tokens for a in answered.values()))
-        return _report(model.provenance, records, answered, model.cost_usd(*tokens))
+    uncertain, tally = 0, Tally()
+    if isinstance(provider, Pack):
+        asyncio.run(take_from_pack(cases, provider, now()))
+    else:
+        if retries is None:
+            retries = read_scenario(work / "prompts").limits.retries
+        with Ledger.open(work, now) as ledger:
+            tally = _work_through(cases, provider, ledger, retries, budget_usd, console)
+            uncertain = ledger.uncertain()
 
     def build(folder: Path) -> Mapping[str, Any]:
-        return from_pack(source, folder) if isinstance(source, Pack) else from_model(source, folder)
+        made = [(case, record) for case in cases if (record := _record(case, provider.provenance))]
+        kept = [(case, record) for case, record in made if not case.last.refused_by]
+        records = [record for case, record in kept if not _is_cluster(case)]
+        clusters = [record for case, record in kept if _is_cluster(case)]
+        borrowers = _borrowers(shared, records, clusters, provider.provenance) if shared else []
+        write_knowledge(folder, [*records, *borrowers], clusters)
+        write_quarantine(folder, [record for case, record in made if case.last.refused_by])
+        return {
+            "source": provider.provenance,
+            "records": len(made),
+            "kinds": {kind: sum(record.entity == ENTITY[kind] for _, record in made) for kind in KINDS},
+            "clusters": len(clusters),
+            "lent": len(borrowers),
+            "quarantined": len(made) - len(kept),
+            "unanswered": len(cases) - len(made),
+            "gates": gate_counts(cases),
+        }
 
-    identity = source.sha256 if isinstance(source, Pack) else source.provenance
-    params = {"source": identity, "kind": kind, "limit": limit}
-    inputs = {"prompts": work / "prompts"}
-    result = run_stage("generate", out, build, inputs=inputs, params=params, version=2)
-    journal.unlink(missing_ok=True)
+    params = {
+        "source": provider.provenance,
+        "kind": kind,
+        "limit": limit,
+        "gates": GATES_VERSION,
+        "share": sharing and [sharing.share, sharing.encoder.encoder_id],
+        "answers": _digest(cases),
+    }
+    result = run_stage("generate", out, build, inputs={"prompts": work / "prompts"}, params=params, version=3)
+    result.report.update(
+        calls=tally.calls,
+        requests=tally.requests,
+        input_tokens=tally.input_tokens,
+        output_tokens=tally.output_tokens,
+        cost_usd=tally.cost_usd,
+        stopped=tally.stopped,
+        uncertain=uncertain,
+    )
     return result
 
 
-def _report(
-    source: str,
-    records: Sequence[records_pb2.KnowledgeRecord],
-    answered: Mapping[_Key, _Answer],
-    cost_usd: float | None,
-) -> dict[str, Any]:
-    return {
-        "source": source,
-        "records": len(records),
-        "kinds": {kind: sum(record.entity == ENTITY[kind] for record in records) for kind in KINDS},
-        "calls": len(answered),
-        "input_tokens": sum(answer.input_tokens for answer in answered.values()),
-        "output_tokens": sum(answer.output_tokens for answer in answered.values()),
-        "cost_usd": cost_usd,
-        "quarantined": 0,
-    }
+def estimate_run(
+    work: Path,
+    provider: Provider,
+    *,
+    kind: EntityKind | None = None,
+    limit: int | None = None,
+    sharing: Sharing | None = None,
+    now: Callable[[], datetime] = utc_now,
+) -> Estimate:
+    """What `generate` with these arguments would take; nothing is sent. Errors as of `generate`."""
+    cases, _ = cases_of(work, kind, limit, None, sharing, now().date())
+    if isinstance(provider, Pack):
+        return Estimate(0, 0, 0, 0.0, 0.0, True)
+    if not (work / LEDGER).is_file():
+        return estimate(first_questions(cases, {}, now()), cases, provider, {})
+    with Ledger.read(work) as ledger:
+        questions = first_questions(cases, ledger.kept(provider.provenance), now())
+        return estimate(questions, cases, provider, ledger.usage(provider.provenance))
 
 
-def _key(about: Prompt | records_pb2.KnowledgeRecord) -> _Key:
-    entity = ENTITY[about.entity] if isinstance(about, Prompt) else about.entity
-    return _Key(entity, about.id, about.prompt_sha256)
-
-
-def _former(out: Path, provenance: str) -> list[tuple[_Key, records_pb2.KnowledgeRecord]]:
-    try:
-        records = [record for kind in KINDS for record in read_knowledge(out, kind)]
-    except PreconditionError:  # absent, or damaged: then it is of no use
-        return []
-    return [(_key(record), record) for record in records if record.llm == provenance]
-
-
-def _read_journal(path: Path, provenance: str) -> dict[_Key, _Answer]:
-    """The answers of an interrupted run. A last line that a kill cut short is removed, so that appending can go on."""
-    if not path.is_file():
-        return {}
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    answers = {}
-    for line in map(json.loads, whole.splitlines()):
-        record = parse_record(json.dumps(line.pop("record")))
-        if record.llm == provenance:
-            answers[_key(record)] = _Answer(record, **line)
-    return answers
-
-
-async def _ask(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    journal: Path,
-    answered: dict[_Key, _Answer],
-    now: Callable[[], datetime],
+def _work_through(
+    cases: Sequence[Case],
+    provider: Provider,
+    ledger: Ledger,
+    retries: int,
+    budget_usd: float | None,
     console: Console | None,
-) -> None:
-    """Answer prompts into `answered` and the journal, `model.concurrency` at once."""
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    waiting = iter(prompts)
-    with (
-        journal.open("a") as file,
-        Progress(*COLUMNS, console=console, disable=console is None, transient=True) as progress,
-    ):
-        bar = progress.add_task("generating", total=len(prompts))
+) -> Tally:
+    with Progress(*COLUMNS, console=console, disable=console is None, transient=True) as progress:
+        bar = progress.add_task("generating", total=None, spent="")
+        began = 0
 
-        async def answer_next() -> None:
-            for prompt in waiting:
-                answer = _answer(prompt, await model.complete(prompt.prompt), model.provenance, now())
-                record = json.loads(record_line(answer.record))
-                file.write(json.dumps({**answer._asdict(), "record": record}) + "\n")
-                file.flush()
-                answered[_key(prompt)] = answer
-                progress.advance(bar)
+        def on_round(attempt: int, questions: int) -> None:
+            nonlocal began
+            began = progress.tasks[0].fields.get("answered", 0)
+            name = "generating" if attempt == 0 else "asking again"
+            progress.update(bar, description=name, total=questions, completed=0)
 
-        async with model:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(model.concurrency, len(prompts))):
-                        group.create_task(answer_next())
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+        def on_answer(tally: Tally) -> None:
+            spent = f"${tally.cost_usd:.4f}" if tally.cost_usd else ""
+            progress.update(bar, completed=tally.answered - began, answered=tally.answered, spent=spent)
+
+        return asyncio.run(
+            work_through(
+                cases,
+                provider,
+                ledger,
+                retries=retries,
+                budget_usd=budget_usd,
+                on_round=on_round,
+                on_answer=on_answer,
+            )
+        )
 
 
-def _answer(prompt: Prompt, completion: Completion, provenance: str, at: datetime) -> _Answer:
+def _digest(cases: Sequence[Case]) -> str:
+    """Content hash of the answers that count."""
+    digest = hashlib.sha256()
+    for case in cases:
+        last = case.last
+        at = [last.kept.outcome._asdict(), last.kept.at.isoformat()] if last.kept and not _given(case) else last.text
+        digest.update(json.dumps([case.prompt.entity, case.prompt.id, at], default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _given(case: Case) -> bool:
+    kept = case.last.kept
+    return kept is not None and isinstance(kept.outcome, Reply) and kept.outcome.origin is not None
+
+
+def _record(case: Case, provenance: str) -> records_pb2.KnowledgeRecord | None:
+    """The record of a case; None where there is no answer yet."""
+    prompt, last = case.prompt, case.last
+    if last.kept is None:
+        return None
+    outcome, at = last.kept
     record = records_pb2.KnowledgeRecord(
         id=prompt.id,
         entity=ENTITY[prompt.entity],
-        text=completion.text,
+        text=last.text,
         template=prompt.template,
-        prompt_sha256=prompt.prompt_sha256,
+        prompt_sha256=last.question.prompt_sha256,
         llm=provenance,
         history_cutoff=prompt.history_cutoff,
+        context=prompt.context,
+        verdicts=last.verdicts,
+        retries=len(case.attempts) - 1,
     )
-    record.created_at.FromDatetime(at)
-    return _Answer(record, completion.input_tokens, completion.output_tokens)
+    origin = outcome.origin if isinstance(outcome, Reply) else None
+    if origin is None:
+        record.created_at.FromDatetime(at)
+        if expires_at := _expiry(prompt, at):
+            record.expires_at.FromDatetime(expires_at)
+    else:  # written for another prompt, some time: what it was told and how long it holds is not known
+        record.template, record.llm, record.confidence = origin.template, origin.llm, origin.confidence
+        record.prompt_sha256 = UNKNOWN
+        record.ClearField("context")
+        if origin.created_at:
+            record.created_at.FromDatetime(origin.created_at)
+    return record
+
+
+def _is_cluster(case: Case) -> bool:
+    return case.prompt.id.startswith(CLUSTER)
+
+
+def _borrowers(
+    shared: Shared,
+    records: Sequence[records_pb2.KnowledgeRecord],
+    clusters: Sequence[records_pb2.KnowledgeRecord],
+    provenance: str,
+) -> list[records_pb2.KnowledgeRecord]:
+    """A record for each entity that has no text of its own in use, but somebody's to borrow."""
+    own = {(record.entity, record.id) for record in records}
+    lenders = {(record.entity, record.id) for record in (*records, *clusters)}
+    found = []
+    for (kind, id_), loans in shared.loans.items():
+        entity = ENTITY[kind]
+        usable = [loan for loan in loans if (entity, loan.id) in lenders]
+        if (entity, id_) not in own and usable:
+            total = sum(loan.weight for loan in usable)
+            rest = [records_pb2.Loan(id=loan.id, weight=loan.weight / total) for loan in usable]
+            found.append(records_pb2.KnowledgeRecord(id=id_, entity=entity, llm=provenance, loans=rest))
+    return found
+
+
+def _expiry(prompt: Prompt, at: datetime) -> datetime | None:
+    """When a text stops being true: by its age or with its season, whichever is earlier."""
+    ends = []
+    if prompt.expires_after_days is not None:
+        ends.append(at + timedelta(days=prompt.expires_after_days))
+    if prompt.expires_on is not None:
+        ends.append(datetime.fromisoformat(prompt.expires_on).replace(tzinfo=UTC) + timedelta(days=1))
+    return min(ends, default=None)

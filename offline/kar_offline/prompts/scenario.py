@@ -1,58 +1,160 @@
-"""Owns scenarios: the words and the factor lists that prompts of one field (films, books, news) are made with."""
+"""Owns scenarios: what is asked about the entities of one field (films, books, news), and what may leave the company.
+
+A scenario file is TOML. Those that come with the product are named movies, books, news and music.
+"""
 
 import tomllib
+from calendar import monthrange
+from collections.abc import Mapping
+from datetime import date
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kar_sidecar.errors import InputError, NotFoundError
 
-__all__ = ["Question", "Scenario", "load_scenario"]
+__all__ = ["EntityKind", "Question", "Scenario", "Season", "known_scenarios", "load_scenario", "own_templates"]
 
+EntityKind = Literal["item", "user"]
 Word = Annotated[str, Field(min_length=1)]
+MonthDay = Annotated[str, Field(pattern=r"^(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$")]
+DEFAULT: Final = "movies"
 
 
-class Question(BaseModel):
-    """One kind of knowledge: the version of its template and the factors to ask about."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    template: Word
-    factors: Annotated[tuple[Word, ...], Field(min_length=1)]
 
+class Words(_Strict):
+    """How prompts call things."""
 
-class Scenario(BaseModel):
-    """What a scenario file holds; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Word
     item: Word
     """Noun for one item."""
     items: Word
     """Noun for several items."""
     user: Word
     """Noun for one user."""
-    title: Word
-    """The fact that names an item."""
     ratings: Word
     """What rating values mean."""
-    factual: Question
-    reasoning: Question
 
 
-def load_scenario(path: Path | None = None) -> Scenario:
-    """Read a scenario from a TOML file; None reads the one of films.
+class Question(_Strict):
+    """What is asked about one kind of entity."""
+
+    template: Word
+    """Path and version of the prompt template, such as "factual/2"."""
+    factors: Annotated[tuple[Word, ...], Field(min_length=1)]
+    """What to write about."""
+    allowed: tuple[Word, ...]
+    """The facts that may leave the company; no other enters a prompt, whatever the dataset holds."""
+    words: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (20, 200)
+    """The fewest and the most words of an answer that is kept."""
+    expires_after_days: Annotated[int, Field(ge=1)] | None = None
+    """Age at which an answer is stale; None: never."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.words[0] > self.words[1]:
+            raise ValueError("words: the fewest come first, such as [20, 200]")
+        return self
+
+
+class ItemQuestion(Question):
+    """What is asked about an item."""
+
+    title: Word = "title"
+    """The fact that names an item; it must be among `allowed`."""
+
+    @model_validator(mode="after")
+    def _title_allowed(self) -> Self:
+        if self.title not in self.allowed:
+            raise ValueError(f"allowed: add {self.title!r}, which names an item")
+        return self
+
+
+class Season(_Strict):
+    """Context that enters prompts on some days of each year, and makes their answers expire with it."""
+
+    name: Word
+    begins: MonthDay
+    """First day, as month-day, such as "12-01"."""
+    ends: MonthDay
+    """Last day; before `begins` where the season spans the turn of the year."""
+    about: Word
+    """What prompts say, such as "the weeks before Christmas"."""
+    events: tuple[Word, ...] = ()
+    """What is on."""
+    kinds: Annotated[tuple[EntityKind, ...], Field(min_length=1)] = ("user",)
+    """Whose prompts it enters."""
+
+    @model_validator(mode="after")
+    def _real_days(self) -> Self:
+        for day in (self.begins, self.ends):
+            date.fromisoformat(f"2024-{day}")  # a leap year; ValueError tells what is wrong
+        return self
+
+    def last_day(self, on: date) -> date | None:
+        """The last day of the season that a day lies in; None: it lies in none."""
+        day = f"{on:%m-%d}"
+        over_new_year = self.begins > self.ends
+        if not ((self.begins <= day or day <= self.ends) if over_new_year else (self.begins <= day <= self.ends)):
+            return None
+        year = on.year + (over_new_year and day >= self.begins)
+        month, last = map(int, self.ends.split("-"))
+        return date(year, month, min(last, monthrange(year, month)[1]))  # 29 February is not in every year
+
+
+class Limits(_Strict):
+    """How much text from outside enters a prompt, and how much comes back."""
+
+    title_chars: Annotated[int, Field(ge=8)] = 200
+    """The most characters of an item's title; longer ones are cut."""
+    value_chars: Annotated[int, Field(ge=8)] = 600
+    """The most characters of any other fact."""
+    output_tokens: Annotated[int, Field(ge=1)] = 400
+    """The most tokens that a model may write for one answer."""
+    retries: Annotated[int, Field(ge=0)] = 0
+    """How often an answer that fails a quality gate is asked for again; each time is another call."""
+
+
+class Scenario(_Strict):
+    """What a scenario file holds; unknown keys are refused."""
+
+    name: Word
+    language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] = "en"
+    """The language of answers, ISO 639-1."""
+    words: Words
+    item: ItemQuestion
+    user: Question
+    seasons: tuple[Season, ...] = ()
+    limits: Limits = Limits()
+
+    @property
+    def questions(self) -> Mapping[EntityKind, Question]:
+        """The questions by entity kind."""
+        return {"item": self.item, "user": self.user}
+
+
+def known_scenarios() -> list[str]:
+    """The names of the scenarios that come with the product."""
+    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+
+
+def load_scenario(name: str | Path | None = None) -> Scenario:
+    """Read a scenario that comes with the product, by its name, or a TOML file; None reads the one of films.
 
     Raises:
-        NotFoundError: no such file.
-        InputError: not TOML, or a key is missing, unknown or empty.
+        NotFoundError: no such scenario.
+        InputError: not TOML, or a key is missing, unknown or wrong.
     """
-    source = path or resources.files(__package__) / "scenarios" / "movies.toml"
+    known = known_scenarios()
+    name = name or DEFAULT
+    source = _folder() / f"{name}.toml" if str(name) in known else Path(name)
     if not source.is_file():
-        raise NotFoundError(f"scenario file {path} does not exist: name another")
+        raise NotFoundError(f"no scenario {str(name)!r} (known: {', '.join(known)}): name one of them, or a TOML file")
     try:
         return Scenario.model_validate(tomllib.loads(source.read_text(encoding="utf-8")))
     except ValidationError as error:
@@ -60,3 +162,13 @@ def load_scenario(path: Path | None = None) -> Scenario:
         raise InputError(f"scenario file {source} is not valid ({wrong}): correct it") from error
     except ValueError as error:
         raise InputError(f"scenario file {source} is not TOML ({error}): correct it") from error
+
+
+def own_templates(name: str | Path | None) -> Path | None:
+    """The folder `templates` beside a scenario file, which may have templates of its own; None: there is none."""
+    folder = Path(name).parent / "templates" if name and str(name) not in known_scenarios() else None
+    return folder if folder and folder.is_dir() else None
+
+
+def _folder() -> Traversable:
+    return resources.files(__package__) / "scenarios"

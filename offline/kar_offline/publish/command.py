@@ -1,7 +1,8 @@
 """Owns `kar publish`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,7 +44,7 @@ def publish(
             result = publish_release(work, release_id, url, force=force, progress=progress)
             report = {**result.report, "ran": result.ran, "seconds": result.seconds}
             summary = (
-                f"release {release_id} is in {url}: {report['users']:,} users and {report['items']:,} items"
+                f"release {release_id} is in {url}: {_counted(report, 'users')} and {_counted(report, 'items')}"
                 if result.ran
                 else f"release {release_id} is in {url} already: nothing done (--force publishes again)"
             )
@@ -54,3 +55,8 @@ def publish(
                 console.print(table)
     console.print(summary, soft_wrap=True)
     write_json(json_file, report)
+
+
+def _counted(report: Mapping[str, Any], kind: str) -> str:
+    lent = report["lent"][kind]
+    return f"{report[kind]:,} {kind}" + (f" ({lent:,} with borrowed knowledge)" if lent else "")

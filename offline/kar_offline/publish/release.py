@@ -19,19 +19,21 @@ from rich.progress import Progress
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset
-from kar_offline.generate import read_knowledge
+from kar_offline.generate.records import read_clusters, read_knowledge
 from kar_offline.stage import StageResult
+from kar_offline.train.arms import ARMS
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.features import History, schema_hash
 from kar_sidecar.index.faiss import FaissIndex
 from kar_sidecar.release import Release
 from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, schema_meta, space_meta, vector_part
 from kar_sidecar.store.open import open_store
-from kar_sidecar.store.records import NEVER, encode_vectors, now_ms
+from kar_sidecar.store.records import FULL, NEVER, encode_vectors, now_ms
 
 __all__ = ["publish", "publish_release"]
 
 NAMES: Final = {USER: "user", ITEM: "item"}
+NEIGHBOUR: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR)
 SCHEMA: Final = "features"
 """Name of the meta value that holds the hash of the one schema that the store's features are packed in."""
 
@@ -50,7 +52,8 @@ def publish(
     """Publish a release of a work folder into the store that `store_url` names; does nothing when it is there.
 
     `force` publishes again, and replaces features of another schema. `clock` gives milliseconds since the epoch. The
-    report has `release_id`, `store`, `users` and `items` with a vector, `published_at_ms`, and records `written`.
+    report has `release_id`, `store`, `users` and `items` with a vector, how many of them are `lent`,
+    `published_at_ms`, and records `written`.
 
     Raises:
         NotFoundError: no such release.
@@ -138,7 +141,12 @@ def publish_release(
         )
     for source in (users, items):
         _snapshot(source, index / NAMES[source.kind], force)
-    _seal(release, store, {"users": len(users.ids), "items": len(items.ids)}, clock())
+    counts = {
+        "users": len(users.ids),
+        "items": len(items.ids),
+        "lent": {"users": len(users.lent), "items": len(items.lent)},
+    }
+    _seal(release, store, counts, clock())
     return written
 
 
@@ -148,7 +156,7 @@ def read_seal(store: Store, name: str) -> dict[str, Any]:
     return json.loads(value) if value else {}
 
 
-def _seal(release: Release, store: Store, counts: Mapping[str, int], published_at_ms: int) -> None:
+def _seal(release: Release, store: Store, counts: Mapping[str, Any], published_at_ms: int) -> None:
     value = {"release_id": release.release_id, **counts, "published_at_ms": published_at_ms}
     manifest = release.manifest
     # The adapted space comes last: it alone is the release's own, so it says that all of the release is there.
@@ -214,13 +222,23 @@ class _Knowledge:
     texts_by_id: dict[str, records_pb2.KnowledgeRecord]
     ids: list[str]
     """Row order of the arrays."""
+    lent: frozenset[str]
+    """Those of them whose vector is lent by others."""
+    expires_at_ms: dict[str, int]
+    """When vectors are stale, of those that will be."""
 
     @staticmethod
     def load(release: Release, kind: int) -> "_Knowledge":
         name = NAMES[kind]
-        records = read_knowledge(release.folder / "knowledge", name)
+        records = {record.id: record for record in read_knowledge(release.folder / "knowledge", name)}
+        clusters = {record.id: record for record in read_clusters(release.folder / "knowledge", name)}
         ids = (release.folder / "vectors" / f"{name}_ids.txt").read_text().splitlines()
-        return _Knowledge(release, kind, {record.id: record for record in records}, ids)
+        lent = release.folder / "vectors" / f"{name}_lent.txt"
+        borrowers = frozenset(lent.read_text().splitlines()) if lent.is_file() else frozenset()
+        # Raw texts are the entities' own facts, which hold whatever becomes of the language model's.
+        raw = any(ARMS[model.recipe].texts == "raw" for model in release.manifest.models if model.recipe)
+        expiries = {} if raw else _expiries(records, clusters)
+        return _Knowledge(release, kind, records, ids, borrowers, expiries)
 
     def with_affinity(self) -> "_Knowledge":
         """The items that have an affinity vector."""
@@ -237,19 +255,32 @@ class _Knowledge:
             yield EntityKey(self.kind, identity), record.SerializeToString(deterministic=True)
 
     def vectors(self, name: str, space: records_pb2.VectorSpace) -> Records:
-        """Vector parts, each true since the release was made and stale when its text is."""
+        """Vector parts, each true since the release was made and stale when the first text behind it is."""
         written_at_ms = self.release.manifest.created_at.ToMilliseconds()
         for identity, vector in zip(self.ids, self.array(name), strict=True):
-            text = self.texts_by_id.get(identity)
-            expires_at_ms = text.expires_at.ToMilliseconds() if text and text.HasField("expires_at") else NEVER
             blobs = encode_vectors(
                 vector[None],
                 space.space_id,
                 dtype=space.dtype,
+                level=NEIGHBOUR if identity in self.lent else FULL,
                 written_at_ms=written_at_ms,
-                expires_at_ms=expires_at_ms,
+                expires_at_ms=self.expires_at_ms.get(identity, NEVER),
             )
             yield EntityKey(self.kind, identity), blobs[0]
+
+
+def _expiries(
+    records: Mapping[str, records_pb2.KnowledgeRecord], clusters: Mapping[str, records_pb2.KnowledgeRecord]
+) -> dict[str, int]:
+    """When vectors are stale, milliseconds since the epoch: with their text, or with the first that they borrow."""
+    lenders = {id_: record for id_, record in (*clusters.items(), *records.items()) if record.text}
+    found = {}
+    for identity, record in records.items():
+        behind = [record] if record.text else [lenders[loan.id] for loan in record.loans if loan.id in lenders]
+        ends = [text.expires_at.ToMilliseconds() for text in behind if text.HasField("expires_at")]
+        if ends:
+            found[identity] = min(ends)
+    return found
 
 
 def _snapshot(source: _Knowledge, folder: Path, force: bool) -> None:

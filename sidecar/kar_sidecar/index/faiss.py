@@ -16,7 +16,7 @@ from kar_sidecar.errors import IntegrityError, PreconditionError, UnsupportedErr
 from kar_sidecar.index import Neighbours, checked_entries, checked_queries
 from kar_sidecar.index.snapshot import read_snapshot, write_snapshot
 
-__all__ = ["FaissIndex", "require_one_faiss"]
+__all__ = ["FaissIndex", "import_faiss", "require_one_faiss"]
 
 FORMAT: Final = "faiss-flat-inner-product"
 PAYLOAD: Final = "index.faiss"
@@ -48,7 +48,8 @@ def require_one_faiss(installed: Collection[str]) -> None:
         )
 
 
-def _import_faiss() -> Any:
+def import_faiss() -> Any:
+    """The module `faiss`; raises as `require_one_faiss` does."""
     require_one_faiss([name for name in DISTRIBUTIONS if _installed(name)])
     import faiss
 
@@ -60,7 +61,7 @@ class FaissIndex:
 
     def __init__(self, ids: Sequence[str], cpu_index: Any, threads: int = 1) -> None:
         """Take a flat inner-product index of unit rows, and search it with `threads` OpenMP threads."""
-        faiss = _import_faiss()
+        faiss = import_faiss()
         self._ids = np.array(ids, dtype=object)
         self.dim = int(cpu_index.d)
         self._cpu_index = cpu_index
@@ -78,7 +79,7 @@ class FaissIndex:
     def build(cls, ids: Sequence[str], vectors: NDArray[np.floating]) -> Self:
         """See `VectorIndex.build`."""
         rows = checked_entries(ids, vectors)
-        index = _import_faiss().IndexFlatIP(rows.shape[1])
+        index = import_faiss().IndexFlatIP(rows.shape[1])
         index.add(rows)
         return cls(ids, index)
 
@@ -93,7 +94,7 @@ class FaissIndex:
 
     def save(self, folder: Path) -> None:
         """See `VectorIndex.save`."""
-        faiss = _import_faiss()
+        faiss = import_faiss()
         ids = self._ids.tolist()
         write_snapshot(
             folder, FORMAT, ids, self.dim, PAYLOAD, lambda path: faiss.write_index(self._cpu_index, str(path))
@@ -103,7 +104,7 @@ class FaissIndex:
     def load(cls, folder: Path) -> Self:
         """See `VectorIndex.load`."""
         snapshot = read_snapshot(folder, FORMAT, PAYLOAD)
-        index = _import_faiss().read_index(str(snapshot.payload))
+        index = import_faiss().read_index(str(snapshot.payload))
         if (index.ntotal, index.d) != (len(snapshot.ids), snapshot.dim):
             raise IntegrityError(f"{snapshot.payload} does not fit its record: delete {folder} and publish again")
         return cls(snapshot.ids, index)

@@ -29,6 +29,13 @@ class FeatureType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_TYPE_UNSPECIFIED: _ClassVar[FeatureType]
     FEATURE_TYPE_NUMERIC: _ClassVar[FeatureType]
     FEATURE_TYPE_CATEGORICAL: _ClassVar[FeatureType]
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
+    OUTCOME_PASSED: _ClassVar[Outcome]
+    OUTCOME_FAILED: _ClassVar[Outcome]
+    OUTCOME_UNKNOWN: _ClassVar[Outcome]
 ENTITY_KIND_UNSPECIFIED: EntityKind
 ENTITY_KIND_USER: EntityKind
 ENTITY_KIND_ITEM: EntityKind
@@ -40,6 +47,10 @@ KNOWLEDGE_LEVEL_NEUTRAL: KnowledgeLevel
 FEATURE_TYPE_UNSPECIFIED: FeatureType
 FEATURE_TYPE_NUMERIC: FeatureType
 FEATURE_TYPE_CATEGORICAL: FeatureType
+OUTCOME_UNSPECIFIED: Outcome
+OUTCOME_PASSED: Outcome
+OUTCOME_FAILED: Outcome
+OUTCOME_UNKNOWN: Outcome
 
 class Feature(_message.Message):
     __slots__ = ("name", "entity", "type", "width")
@@ -183,8 +194,26 @@ class Manifest(_message.Message):
     towers: _containers.RepeatedScalarFieldContainer[EntityKind]
     def __init__(self, release_id: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dataset: _Optional[str] = ..., encoder_id: _Optional[str] = ..., prompt_versions: _Optional[_Mapping[str, str]] = ..., adapted_space: _Optional[_Union[VectorSpace, _Mapping]] = ..., encoded_space: _Optional[_Union[VectorSpace, _Mapping]] = ..., feature_schema: _Optional[_Union[FeatureSchema, _Mapping]] = ..., feature_schema_hash: _Optional[str] = ..., feature_encodings: _Optional[_Iterable[_Union[FeatureEncoding, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelEntry, _Mapping]]] = ..., triton_adaptor: _Optional[str] = ..., files: _Optional[_Iterable[_Union[FileEntry, _Mapping]]] = ..., affinity: _Optional[_Union[Affinity, _Mapping]] = ..., towers: _Optional[_Iterable[_Union[EntityKind, str]]] = ...) -> None: ...
 
+class Verdict(_message.Message):
+    __slots__ = ("gate", "outcome", "reason")
+    GATE_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    gate: str
+    outcome: Outcome
+    reason: str
+    def __init__(self, gate: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Loan(_message.Message):
+    __slots__ = ("id", "weight")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    weight: float
+    def __init__(self, id: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
 class KnowledgeRecord(_message.Message):
-    __slots__ = ("id", "entity", "text", "template", "prompt_sha256", "llm", "history_cutoff", "created_at", "expires_at", "context", "confidence")
+    __slots__ = ("id", "entity", "text", "template", "prompt_sha256", "llm", "history_cutoff", "created_at", "expires_at", "context", "confidence", "verdicts", "retries", "loans")
     class ContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +232,9 @@ class KnowledgeRecord(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    VERDICTS_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    LOANS_FIELD_NUMBER: _ClassVar[int]
     id: str
     entity: EntityKind
     text: str
@@ -214,7 +246,10 @@ class KnowledgeRecord(_message.Message):
     expires_at: _timestamp_pb2.Timestamp
     context: _containers.ScalarMap[str, str]
     confidence: str
-    def __init__(self, id: _Optional[str] = ..., entity: _Optional[_Union[EntityKind, str]] = ..., text: _Optional[str] = ..., template: _Optional[str] = ..., prompt_sha256: _Optional[str] = ..., llm: _Optional[str] = ..., history_cutoff: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., context: _Optional[_Mapping[str, str]] = ..., confidence: _Optional[str] = ...) -> None: ...
+    verdicts: _containers.RepeatedCompositeFieldContainer[Verdict]
+    retries: int
+    loans: _containers.RepeatedCompositeFieldContainer[Loan]
+    def __init__(self, id: _Optional[str] = ..., entity: _Optional[_Union[EntityKind, str]] = ..., text: _Optional[str] = ..., template: _Optional[str] = ..., prompt_sha256: _Optional[str] = ..., llm: _Optional[str] = ..., history_cutoff: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., context: _Optional[_Mapping[str, str]] = ..., confidence: _Optional[str] = ..., verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., retries: _Optional[int] = ..., loans: _Optional[_Iterable[_Union[Loan, _Mapping]]] = ...) -> None: ...
 
 class Exposure(_message.Message):
     __slots__ = ("request_id", "user_id", "experiment", "arm", "release_id", "item_ids", "served_at")

