@@ -5,15 +5,15 @@ import random
 ADJECTIVES = (
     "quiet bright dark gentle clever strange honest lonely restless slow tense warm cold proud careful noisy "
     "brave modern early grand small bitter sweet sudden"
-).split()
+)
 NOUNS = (
     "village winter journey stranger secret letter garden storm river promise shadow memory train station island "
     "mountain wedding market window kitchen bridge harbour forest prison lantern theatre hotel desert"
-).split()
+)
 VERBS = (
     "finds loses leaves follows remembers rebuilds questions defends discovers abandons paints sells protects hides "
     "repairs visits imagines betrays forgives watches"
-).split()
+)
 
 
 def prose(title: str, seed: object) -> str:
@@ -21,9 +21,10 @@ def prose(title: str, seed: object) -> str:
     draw = random.Random(str(seed))
 
     def someone() -> str:
-        return f"{draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}"
+        return f"{draw.choice(ADJECTIVES.split())} {draw.choice(NOUNS.split())}"
 
     def sentence() -> str:
-        return f"The {someone()} {draw.choice(VERBS)} a {someone()} and {draw.choice(VERBS)} the {someone()}."
+        return f"The {someone()} {draw.choice(VERBS.split())} a {someone()} and {draw.choice(VERBS.split())} the {someone()}."
 
-    return f"{title} tells how a {someone()} {draw.choice(VERBS)} the {someone()}. {' '.join(sentence() for _ in '123')}"
+    rest = " ".join(sentence() for _ in range(3))
+    return f"{title} tells how a {someone()} {draw.choice(VERBS.split())} the {someone()}. {rest}"

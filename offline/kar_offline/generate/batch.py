@@ -81,7 +81,8 @@ class OpenAIBatch(ChatModel):
     ) -> None:
         """Check the request; nothing is opened yet. Errors as of `ChatModel`."""
         super().__init__(base_url, model, key, concurrency=limits.lines * at_once, **options)
-        self._limits, self._at_once, self._poll_s, self._on_poll = limits, at_once, poll_s, on_poll
+        self._limits, self._at_once, self._poll_s = limits, at_once, poll_s
+        self.on_poll = on_poll
 
     async def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
         """See `Provider`. Questions with the same prompt travel once; the first one's answer has the tokens.
@@ -140,7 +141,7 @@ class OpenAIBatch(ChatModel):
                 waiting.extend(left)
                 if left and stopped is None:
                     stopped = self._given_up(batch, job, left, max(rounds[key] for key in left))
-            self._on_poll(answered, under_way)
+            self.on_poll(answered, under_way)
             if len(jobs) == looked_at:
                 await self._sleep(pause_s)
                 pause_s = min(2 * pause_s, self._poll_s)

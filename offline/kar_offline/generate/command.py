@@ -87,9 +87,9 @@ def generate(
         str | None, typer.Option(envvar="KAR_LLM_BASE_URL", help="openai: address, such as http://127.0.0.1:8000/v1.")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint; local: a GGUF file."),
+        str | None, typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint.")
     ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="local: a model file in GGUF format; default: SmolLM2.")] = None,
     batch: Annotated[
         bool, typer.Option("--batch", help="openai: send batch files (cheaper, slower) instead of single requests.")
     ] = False,
@@ -144,7 +144,7 @@ def generate(
     console = Console()
     if dataset is not None:
         _prepare(work, dataset, console)
-    provider = _provider(work, llm, pack, base_url, model, batch, parameters, concurrency, timeout_s, price)
+    provider = _provider(work, llm, pack, gguf, base_url, model, batch, parameters, concurrency, timeout_s, price)
     if budget_usd is not None and provider.cost_usd(1, 1) is None:
         raise InputError("--budget-usd needs to know what tokens cost: give --price, for a million read and written")
     if runner is Runner.RAY:
@@ -157,7 +157,8 @@ def generate(
         _tell(console, expected, budget_usd)
         write_json(json_file, {"dry_run": True, **expected._asdict()})
         return
-    if llm is Source.LOCAL:
+    demonstration = llm is Source.LOCAL and gguf is None
+    if demonstration:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
     out = out or work / ("knowledge" if llm is Source.PACK else f"knowledge-{llm}")
     result = run(
@@ -174,7 +175,8 @@ def generate(
     )
     _show(console, work, out, (0 if llm is Source.PACK else 3) if show is None else show)
     _report(console, result.report)
-    if llm is Source.LOCAL:
+    demonstration = llm is Source.LOCAL and gguf is None
+    if demonstration:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
     console.print(f"{result.folder}: {result.outcome}")
     write_json(json_file, result.report)
@@ -196,6 +198,7 @@ def _provider(
     work: Path,
     llm: Source,
     pack: str,
+    gguf: Path | None,
     base_url: str | None,
     model: str | None,
     batch: bool,
@@ -208,7 +211,7 @@ def _provider(
         return Pack.load(pack)
     given = _parameters(parameters)
     if llm is Source.LOCAL:
-        return LocalChat(model, parameters=given or PARAMETERS, concurrency=concurrency or 4)
+        return LocalChat(gguf, parameters=given or PARAMETERS, concurrency=concurrency or 4)
     if not base_url or not model:
         raise InputError("--llm openai needs an endpoint: give --base-url and --model, or set KAR_LLM_BASE_URL etc.")
     key = os.environ.get("KAR_LLM_API_KEY")

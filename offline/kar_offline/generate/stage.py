@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kar.records.v1 import records_pb2
 from kar_offline.check import GATES_VERSION, FactsTable, Rules, Subject, subjects
 from kar_offline.dataset.samples import Dataset
+from kar_offline.generate.batch import OpenAIBatch
 from kar_offline.generate.collective import PREFIX as CLUSTER
 from kar_offline.generate.driver import Case, Tally, first_questions, gate_counts, take_from_pack, work_through
 from kar_offline.generate.estimate import Estimate, estimate
@@ -206,6 +207,10 @@ def _work_through(
             spent = f"${tally.cost_usd:.4f}" if tally.cost_usd else ""
             progress.update(bar, completed=tally.answered - began, answered=tally.answered, spent=spent)
 
+        if isinstance(provider, OpenAIBatch):
+            provider.on_poll = lambda answered, under_way: progress.update(
+                bar, description=f"waiting for batches ({answered:,} of {under_way:,} answered)"
+            )
         return asyncio.run(
             work_through(
                 cases,
