@@ -20,11 +20,13 @@ def prose(title: str, seed: object) -> str:
     """Four sentences that speak of `title`, others for each seed."""
     draw = random.Random(str(seed))
 
+    adjectives, nouns, verbs = ADJECTIVES.split(), NOUNS.split(), VERBS.split()
+
     def someone() -> str:
-        return f"{draw.choice(ADJECTIVES.split())} {draw.choice(NOUNS.split())}"
+        return f"{draw.choice(adjectives)} {draw.choice(nouns)}"
 
     def sentence() -> str:
-        return f"The {someone()} {draw.choice(VERBS.split())} a {someone()} and {draw.choice(VERBS.split())} the {someone()}."
+        return f"The {someone()} {draw.choice(verbs)} a {someone()} and {draw.choice(verbs)} the {someone()}."
 
     rest = " ".join(sentence() for _ in range(3))
-    return f"{title} tells how a {someone()} {draw.choice(VERBS.split())} the {someone()}. {rest}"
+    return f"{title} tells how a {someone()} {draw.choice(verbs)} the {someone()}. {rest}"
