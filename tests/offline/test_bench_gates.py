@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_released_generated_and_spoilt_texts_are_judged(films: Path) -> None:
     for name in ("a later film, in quotes", "a later film, in a list", "another film's text, titles exchanged"):
         assert (found[name]["texts"], found[name]["found"]) == (5, 5), name
     assert found["a later film, as a guess"]["found"] == 0
-    assert [done for done, _ in told] == list(range(1, len(told) + 1))
+    assert [done for done, _ in told] == list(range(71, 71 + len(told)))
     assert report["machine"]
     assert gates_table(report).renderables
 
@@ -122,3 +123,31 @@ def test_the_same_texts_are_spoilt_in_the_same_way_again(films: Path) -> None:
 def test_a_folder_without_knowledge_is_refused(films: Path) -> None:
     with pytest.raises(PreconditionError, match="no knowledge in"):
         measure_gates(films, records=films / "dataset", pack=str(films / "pack"), most=1)
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def table(name: str) -> list[list[str]]:
+    """The rows of a table of the page of results."""
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- results/gates.json {name} -->\n+((?:\|.*\n)+)", page)
+    assert found
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
+
+
+def test_every_number_of_the_page_is_in_the_committed_report() -> None:
+    report = json.loads((DOCS / "results" / "gates.json").read_text())
+    assert table("rows") == [
+        [
+            *(row["texts"], row["half"], f"{row['judged']:,}", f"{row['failed']:,}"),
+            ", ".join(f"{gate} {failed}" for gate, (failed, _) in row["gates"].items() if failed),
+        ]
+        for row in report["rows"]
+    ]
+    assert table("faults") == [
+        [one["corruption"], ", ".join(one["gates"]), f"{one['texts']:,}", f"{one['found'] / one['texts']:.1%}"]
+        for one in report["corruptions"]
+    ]
+    assert {failure["id"] for failure in report["failures"]} == {"267", "907", "1410", "1412", "1420"}
+    assert len(report["accepted"]) == 2

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from kar.records.v1 import records_pb2
@@ -30,7 +32,7 @@ def user(shown: tuple[str, ...], later: tuple[str, ...] = (), others: tuple[str,
 def outcome(gate: str, text: str, about: Subject) -> str:
     words = Words.of(text)
     mentions = tuple(words.mentions(about.names))
-    found = subject(words, about, RULES, mentions) if gate == "subject" else leak(words, about, mentions)
+    found = subject(words, about, RULES, mentions) if gate == "subject" else leak(words, about, RULES, mentions)
     assert bool(found.reason) == (found.outcome != records_pb2.OUTCOME_PASSED)
     return records_pb2.Outcome.Name(found.outcome).removeprefix("OUTCOME_").lower()
 
@@ -118,6 +120,21 @@ def test_what_came_later_is_told_from_guesses_series_and_words(text: str, expect
 
 def test_what_nobody_rated_is_no_leak() -> None:
     assert outcome("leak", "Gave five stars to 'Big'.", user(SHOWN, others=("Big",))) == "passed"
+
+
+def test_guesses_are_told_in_english_alone() -> None:
+    german = replace(RULES, language="de")
+    about, words = user(SHOWN, later=("Big",)), Words.of("Liebt Heat und bestimmt auch 'Big'.")
+    mentions = tuple(words.mentions(about.names))
+    assert leak(words, about, german, mentions).outcome == records_pb2.OUTCOME_UNKNOWN
+    assert leak(words, about, RULES, mentions).outcome == records_pb2.OUTCOME_FAILED
+
+
+def test_headlines_need_not_be_repeated() -> None:
+    headlines = ("Rain delays the opening of the new bridge", "Harbour workers end their strike after nine days")
+    assert outcome("subject", "Reads about weather and work.", user(headlines)) == "unknown"
+    assert outcome("subject", "Reads about weather and work.", user((*headlines, "Heat", "Big"))) == "failed"
+    assert outcome("subject", "Read 'Rain delays the opening of the new bridge'.", user(headlines)) == "passed"
 
 
 def test_items_have_no_cut_off() -> None:

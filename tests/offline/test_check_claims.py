@@ -53,7 +53,6 @@ def outcome(text: str, subject: Subject) -> str:
         ("A crime epic written and directed by Mann.", "unknown"),  # one name alone is not told from a place
         ("A crime epic directed by Christopher Nolan.", "failed"),
         ("A crime epic directed with verve by the young Christopher Nolan.", "failed"),
-        ("A crime epic directed by Christopher Nolan, starring Otto Mann.", "failed"),
         ("Christopher Nolan directs this crime epic.", "failed"),
         ("The film's director, Christopher Nolan, is in form.", "failed"),
         ("A crime drama by Christopher Nolan.", "failed"),
@@ -81,6 +80,11 @@ def test_directors(text: str, expected: str) -> None:
 )
 def test_names_in_another_spelling_are_no_contradiction(name: str, known: str) -> None:
     assert outcome(f"A drama directed by {name}.", item(directors=(known,))) == "passed"
+
+
+@pytest.mark.parametrize("who", ["starring Otto Mann", "from a book by Otto Mann", "with Otto Mann"])
+def test_others_of_the_director_s_name_are_not_the_director(who: str) -> None:
+    assert outcome(f"A crime epic directed by Christopher Nolan, {who}.", item(cast=())) == "failed"
 
 
 def test_one_of_several_directors_is_enough() -> None:
@@ -181,6 +185,7 @@ def test_titles_that_are_numbers_letters_or_patterns(title: str, year: int, text
         ("She is a graduate filming a documentary about friends.", ("Comedy", "Romance"), "unknown"),
         ("It is a horror film.", ("Comedy",), "unknown"),  # one genre is what a catalogue made do with
         ("It is a horror film.", (), "unknown"),
+        ("It is a horror film.", ("Comedy", "Fiction"), "unknown"),  # another catalogue's words
     ],
 )
 def test_genres(text: str, genres: tuple[str, ...], expected: str) -> None:

@@ -127,7 +127,8 @@ CAST = "Don Sullivan, Fred Graham, Lisa Simone, Ann Bell, Max Roth and Shug Fish
         (f"{TEXT} Both men pay for their work with their private lives.", "failed"),
         ("the film was praised by critics and " * 4, "failed"),
         (
-            "The plot was praised by critics. The cast was praised by critics. The score was praised by critics.",
+            "The plot was widely praised by all critics. The cast was widely praised by all critics. "
+            "The score was widely praised by all critics. The look was widely praised by all critics.",
             "failed",
         ),
         ("very very very very very very very very very very", "failed"),

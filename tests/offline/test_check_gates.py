@@ -29,9 +29,10 @@ GOOD = (
     "Heat is a 1995 American crime epic directed by Michael Mann. A weary detective, Al Pacino, hunts a disciplined "
     "thief through a cold blue Los Angeles, and both men pay for their work with their private lives. For the patient."
 )
-BAD = """In this scenario: Sure, I cannot provide details. **Heat** (2015) ist ein Film von Christopher Nolan und Kevin
-Smith aus dem Jahr 2015, in dem ein Polizist einen Dieb jagt. The film was directed by Christopher Nolan. The film was
-directed by Christopher Nolan. Write to anna@example.org and"""
+BAD = """Heat ist ein Film aus dem Jahr 1995, in dem ein müder Polizist einen Dieb durch die kalte, blaue Stadt jagt, bis
+am Ende nur einer übrig bleibt. In this scenario, I cannot provide details. **Heat** (2015) was directed by Christopher
+Nolan. The film was directed by Christopher Nolan. The film was directed by Christopher Nolan. Write to anna@example.org
+and"""
 
 
 def failed(verdicts: tuple[records_pb2.Verdict, ...]) -> list[str]:
@@ -50,6 +51,11 @@ def test_a_good_text_passes_and_says_nothing() -> None:
     verdicts = judge(GOOD, HEAT, ITEM)
     assert {verdict.outcome for verdict in verdicts} == {records_pb2.OUTCOME_PASSED}
     assert {verdict.reason for verdict in verdicts} == {""}
+
+
+@pytest.mark.unit
+def test_a_text_that_was_cut_off_fails_however_it_looks() -> None:
+    assert failed(judge(GOOD, HEAT, ITEM, "length")) == ["complete"]
 
 
 @pytest.mark.unit

@@ -33,6 +33,7 @@ from kar_offline.bench.training import Options, measure_training
 from kar_offline.check import facts_table
 from kar_offline.dataset.samples import FOLDS
 from kar_offline.generate.local import MODEL, LocalChat
+from kar_offline.generate.pack import Pack
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
 from kar_offline.train.arms import ARMS
@@ -226,6 +227,36 @@ def train(
         )
     report |= {"command": _typed()}
     console.print(training_table(report))
+    write_json(json_file, report)
+
+
+@bench.command()
+def throughput(
+    texts: Annotated[int, typer.Option(min=1, help="Texts of the released pack to encode in a turn.")] = 150,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each; one more warms up.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare tokens a second: `kar encode` in PyTorch and ONNX Runtime, and the bare runtimes, in turns."""
+    # It loads all that runs encoders, which takes seconds.
+    from kar_offline.bench.throughput import encoding_contenders, measure_throughput, throughput_table
+    from kar_offline.encode.huggingface import mini_lm
+
+    released = [line.text for line in Pack.load("ml-100k").lines.values()]
+    chosen = released[:: max(len(released) // texts, 1)][:texts]
+    console = Console()
+    with console.status("loading the encoder"):
+        contenders = encoding_contenders(lambda runtime, threads: mini_lm(runtime=runtime, threads=threads), chosen)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("encode", total=None)
+        report = measure_throughput(
+            contenders,
+            rounds=rounds,
+            on_turn=lambda name, turn, turns: progress.update(task, description=name, completed=turn, total=turns),
+        )
+    report |= {"command": _typed()}
+    console.print(throughput_table(report))
     write_json(json_file, report)
 
 

@@ -372,8 +372,11 @@ def measure_gates(
     }
     rules = {kind: _rules(scenario, kind, released.header.templates.get(kind, "")) for kind in BOTH}
     generated = _generated(records, dataset) if records else {}
-    total = len(texts) + len(generated) + most * len(CORRUPTIONS)
-    done = 0
+    judge("Load what is loaded once, such as the model of languages.", Subject("item", ""), rules["item"])
+    began = time.thread_time()
+    verdicts = {key: list(judge(text, known[key], rules[key[0]])) for key, text in texts.items()}
+    cpu_ms_per_text = (time.thread_time() - began) * 1e3 / max(len(texts), 1)
+    done, total = len(texts), len(texts) + len(generated) + most * len(CORRUPTIONS)
 
     def judged(text: str, key: Key, by: Rules) -> list[records_pb2.Verdict]:
         nonlocal done
@@ -381,9 +384,6 @@ def measure_gates(
         on_text(done, total)
         return list(judge(text, known[key], by))
 
-    began = time.perf_counter()
-    verdicts = {key: judged(text, key, rules[key[0]]) for key, text in texts.items()}
-    ms_per_text = (time.perf_counter() - began) * 1e3 / max(len(texts), 1)
     written = {
         key: judged(record.text, key, _rules(scenario, key[0], record.template)) for key, record in generated.items()
     }
@@ -421,7 +421,7 @@ def measure_gates(
         ],
         "accepted": [entity for kind, entity in order if not _failed(written[kind, entity])],
         "corruptions": corruptions,
-        "ms_per_text": ms_per_text,
+        "cpu_ms_per_text": cpu_ms_per_text,
         "near_duplicates": _time_duplicates(),
         "machine": machine(),
     }
@@ -506,9 +506,9 @@ def _time_duplicates() -> dict[str, Any]:
     chance = random.Random(SEED)
     words = [f"{first}{second}" for first in "bcdfghklmnprst" for second in range(1000)]
     texts = {number: " ".join(chance.choices(words, k=100)) for number in range(SCALE)}
-    began = time.perf_counter()
+    began = time.thread_time()
     near_duplicates(texts)
-    return {"texts": SCALE, "seconds": time.perf_counter() - began}
+    return {"texts": SCALE, "cpu_s": time.thread_time() - began}
 
 
 def gates_table(report: Mapping[str, Any]) -> Group:
@@ -532,7 +532,8 @@ def gates_table(report: Mapping[str, Any]) -> Group:
         found.add_row(one["corruption"], ", ".join(one["gates"]), f"{one['texts']:,}", *rates)
     near = report["near_duplicates"]
     lines = [
-        f"{report['ms_per_text']:.2f} ms a text; near-duplicates among {near['texts']:,} texts: {near['seconds']:.1f} s"
+        f"{report['cpu_ms_per_text']:.2f} ms of processor time a text; near-duplicates among {near['texts']:,} texts: "
+        f"{near['cpu_s']:.1f} s"
     ]
     if report["facts"]:
         lines.append(

@@ -9,7 +9,7 @@ Encoding, of texts of the released knowledge by one encoder in each of its runti
 bare      the runtime alone, on arrays made beforehand: the texts tokenised, sorted by length and padded in batches of
           the encoder's token budget, a batch on each core at a time
 ours      what `kar encode` does with texts: count, sort, tokenise, batch, run, pool, join, write the journal
-unsorted  PyTorch alone, on arrays made beforehand: batches of 32 texts in the order given, all cores on each batch
+unsorted  PyTorch alone, on arrays made beforehand: 32 texts a batch in the order given, all cores on each batch
 """
 
 import os
@@ -40,7 +40,7 @@ from kar_offline.encode.encoder import TextEncoder
 from kar_offline.encode.huggingface import BATCH_TOKENS, HuggingFace, Runtime
 from kar_offline.encode.stage import encode_texts
 
-__all__ = ["Contender", "encoding_contenders", "measure_throughput", "throughput_table"]
+__all__ = ["BARE", "OURS", "Contender", "Seconds", "encoding_contenders", "measure_throughput", "throughput_table"]
 
 UNSORTED_BATCH: Final = 32
 BARE: Final = "bare"
@@ -62,15 +62,23 @@ class Contender:
     turn: Callable[[], object]
 
 
-class _Taken(NamedTuple):
-    """What one turn took."""
+class Seconds(NamedTuple):
+    """Of the clock, and of the processor for this process."""
 
     wall_s: float
     processor_s: float
 
 
+def _now() -> Seconds:
+    return Seconds(time.perf_counter(), time.process_time())
+
+
 def measure_throughput(
-    contenders: Sequence[Contender], *, rounds: int = 5, on_turn: Callable[[str, int, int], None]
+    contenders: Sequence[Contender],
+    *,
+    rounds: int = 5,
+    on_turn: Callable[[str, int, int], None],
+    now: Callable[[], Seconds] = _now,
 ) -> dict[str, Any]:
     """Let contenders take turns.
 
@@ -81,19 +89,20 @@ def measure_throughput(
         contenders: Of one task and runtime, one is called "bare" and one "ours".
         rounds: That count.
         on_turn: Hears of a turn that is about to start, its number and the number of all.
+        now: Seconds that the clock and the processor have run.
     """
     busy = others_busy()
-    taken: dict[int, list[_Taken]] = {number: [] for number in range(len(contenders))}
+    taken: dict[int, list[Seconds]] = {number: [] for number in range(len(contenders))}
     turns = (rounds + 1) * len(contenders)
     for turn in range(turns):
         number = turn % len(contenders)
         contender = contenders[number]
         on_turn(f"{contender.task}, {contender.runtime}, {contender.implementation}", turn, turns)
-        began, worked = time.perf_counter(), time.process_time()
+        before = now()
         contender.turn()
-        took = _Taken(time.perf_counter() - began, time.process_time() - worked)
+        after = now()
         if turn >= len(contenders):
-            taken[number].append(took)
+            taken[number].append(Seconds(after.wall_s - before.wall_s, after.processor_s - before.processor_s))
     return {
         "rows": [_row(contender, taken[number]) for number, contender in enumerate(contenders)],
         "ratios": list(_ratios(contenders, taken)),
@@ -103,7 +112,7 @@ def measure_throughput(
     }
 
 
-def _row(contender: Contender, taken: Sequence[_Taken]) -> dict[str, Any]:
+def _row(contender: Contender, taken: Sequence[Seconds]) -> dict[str, Any]:
     rates = sorted(contender.tokens / took.wall_s for took in taken)
     return {
         "task": contender.task,
@@ -117,7 +126,7 @@ def _row(contender: Contender, taken: Sequence[_Taken]) -> dict[str, Any]:
     }
 
 
-def _ratios(contenders: Sequence[Contender], taken: Mapping[int, Sequence[_Taken]]) -> Iterator[dict[str, Any]]:
+def _ratios(contenders: Sequence[Contender], taken: Mapping[int, Sequence[Seconds]]) -> Iterator[dict[str, Any]]:
     """Ours to bare of each task and runtime, turn by turn."""
     numbers = {(c.task, c.runtime, c.implementation): number for number, c in enumerate(contenders)}
     for (task, runtime, implementation), number in numbers.items():

@@ -24,12 +24,15 @@ NUMBER: Final = re.compile(r"\d+|ii|iii|iv|v|vi{1,3}|ix|x")
 """What follows a title in that of a sequel."""
 BETWEEN: Final = re.compile(r"['’\"”]?(?:,| and| or|, and|, or) ['‘\"“]?")
 """What stands between the titles of a list."""
+ENGLISH: Final = "en"
 FORECAST: Final = re.compile(
     r" (?:expect\w*|recommend\w*|suggest\w*|should|would|will|could|might|may|likely|probably|possibly|offer|try|"
     r"advis\w*|next|bets?|safe\w*|ought|candidates?|point\w*|steer|avoid|skip|seek|promis\w*|appeal|looks?|"
     r"suit\w*|fits?|worth) "
 )
 """Words of a sentence about what a user would like: what it names is a guess, which the question asks for."""
+LONG_TITLE: Final = 6
+"""Words of a title, such as a headline, that texts about users are not expected to repeat."""
 SENTENCE_ENDS: Final = re.compile(r"(?<!\.[A-Z])(?<! [A-Z])(?<!\b[DM]r)(?<!\bSt)(?<!\bMrs)[.!?](?=['\"’”)]*\s)")
 
 
@@ -58,6 +61,8 @@ def _item(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention
 def _user(words: Words, about: Subject, mentions: Sequence[Mention]) -> Finding:
     shown = {mention.name for mention in mentions} & about.titles
     if not shown:
+        if sum(title.count(" ") >= LONG_TITLE for title in about.titles) * 2 > len(about.titles):
+            return unknown("names none of the items that the prompt shows, whose titles are too long to be repeated")
         return failed("names none of the items that the prompt shows")
     others = {
         mention.name
@@ -69,13 +74,16 @@ def _user(words: Words, about: Subject, mentions: Sequence[Mention]) -> Finding:
     return PASSED
 
 
-def leak(words: Words, about: Subject, mentions: Sequence[Mention]) -> Finding:
+def leak(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention]) -> Finding:
     """Whether a text tells of an item that its user met after the cut-off, but for guesses at what they would like."""
     for number, mention in enumerate(mentions):
         if mention.name not in about.later or not _is_one(words, mentions, number):
             continue
-        of_shown = any(f" {mention.name} " in f" {title} " for title in about.titles)
-        if not of_shown and not FORECAST.search(_sentence(words, mention)):
+        if any(f" {mention.name} " in f" {title} " for title in about.titles):
+            continue
+        if rules.language != ENGLISH:
+            return unknown(f"names what came after the cut-off, perhaps as a guess: {words.written(mention)}")
+        if not FORECAST.search(_sentence(words, mention)):
             return failed(f"tells of what came after the cut-off: {words.written(mention)}")
     return PASSED
 

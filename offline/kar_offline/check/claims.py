@@ -1,6 +1,6 @@
 """Owns the gate that holds a text about an item against known facts: who directed it, who is in it, when, which genre.
 
-A claim is read only where a text makes it in so many words, and fails only where what is known contradicts it.
+A claim is read only where a text makes it in so many (English) words, and fails only where what is known contradicts it.
 """
 
 import re
@@ -117,6 +117,8 @@ NEAR: Final = {
     "fantasy": frozenset(("drama", "adventure", "sci-fi", "horror", "action")) | _LIGHT,
 }
 """The genres, one of which an item must have to be called so. Catalogues leave genres out: only far ones contradict."""
+GENRES: Final = frozenset().union(*NEAR.values())
+"""What is understood: other catalogues' genres, such as "Fiction", contradict nothing."""
 ENOUGH_GENRES: Final = 2
 """Known genres from which a list of them can contradict: a single one is what a catalogue made do with."""
 NO_KIND: Final = "mock|fake|spoof|parody|an?|the|of|about|in|on|by|with|for|from|to|than|that|which|who"
@@ -185,6 +187,8 @@ def _after(words: Words, found: Sequence[re.Match[str]]) -> list[str]:
 
 def _who(words: Words, verbs: frozenset[str]) -> list[str]:
     """What stands where two words with capitals come before one of the verbs: "Lee Tamahori directs"."""
+    if not any(f" {verb} " in words.line for verb in verbs):
+        return []
     return [
         words.text[words.spans[at - 2][0] : words.spans[at][1]]
         for at, word in enumerate(words.folded)
@@ -281,7 +285,7 @@ def _genre(nouns: Sequence[str]) -> re.Pattern[str]:
 
 def _genres(words: Words, about: Subject, rules: Rules) -> Iterator[Claim]:
     known = {genre.lower() for genre in about.genres}
-    if len(known) < ENOUGH_GENRES:
+    if len(known) < ENOUGH_GENRES or not known <= GENRES:
         return
     for match in _genre(rules.nouns).finditer(words.text):
         told = [genre for word, genre in GENRE_WORDS.items() if re.search(rf"\b{word}\b", match["kind"], re.IGNORECASE)]

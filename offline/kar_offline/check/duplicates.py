@@ -125,7 +125,9 @@ def _nearest(signatures: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray
     nearest, likeness = np.zeros(count, np.int64), np.zeros(count, np.float32)
     for band in range(BANDS):
         rows = signatures[:, band * ROWS : (band + 1) * ROWS].astype(np.uint64)
-        keys = _mix(_mix(rows[:, 0] * ODD + rows[:, 1]) * ODD + rows[:, 2])
+        keys = rows[:, 0]
+        for row in range(1, ROWS):
+            keys = _mix(keys * ODD + rows[:, row])
         order = np.argsort(keys, kind="stable")  # equal keys stay in the order of the texts
         same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]]) + 1
         begins = np.ones(count, np.bool_)

@@ -47,7 +47,7 @@ def judge(text: str, subject: Subject, rules: Rules, finish: str = "stop") -> tu
         form.shape(words, rules),
         about.subject(words, subject, rules, mentions),
         claims.facts(words, subject, rules, mentions),
-        about.leak(words, subject, mentions),
+        about.leak(words, subject, rules, mentions),
         personal.personal(words, subject, rules),
     )
     return tuple(

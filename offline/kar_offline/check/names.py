@@ -159,9 +159,9 @@ class Words:
         """Split a text into words. Places are those in the text's NFC form, which is kept as `text`."""
         # Halves of a character, which a hostile server may send, can be written nowhere.
         text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
-        found = list(WORD.finditer(text))
-        folded = tuple(_fold_word(match.group()) for match in found)
-        return Words(text, folded, tuple(match.span() for match in found), f" {' '.join(folded)} ")
+        spans = tuple(match.span() for match in WORD.finditer(text))
+        folded = tuple(_fold_word(text[start:end]) for start, end in spans)
+        return Words(text, folded, spans, f" {' '.join(folded)} ")
 
     def written(self, mention: Mention) -> str:
         """A mention as the text writes it."""

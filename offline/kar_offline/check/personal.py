@@ -23,7 +23,9 @@ CONTACTS: Final = {
     ),
 }
 CARD: Final = re.compile(r"(?<![\w-])(?:\d[ -]?){12,18}\d(?![\w-])")
-NUMBER: Final = re.compile(r"\d|\+")
+DIGIT: Final = re.compile(r"\d")
+FEWEST_DIGITS: Final = 4
+"""Of the numbers among contact details."""
 
 OCCUPATIONS: Final = (
     "accountant|administrator|artist|clerk|developer|designer|doctor|educator|engineer|entertainer|executive|homemaker|"
@@ -66,7 +68,7 @@ SHORTEST: Final = 3
 def personal(words: Words, about: Subject, rules: Rules) -> Finding:
     """Whether a text has contact details; of a user, also what the scenario does not allow to be known."""
     text = words.text
-    if "@" in text or NUMBER.search(text):
+    if "@" in text or len(DIGIT.findall(text)) >= FEWEST_DIGITS:
         for what, pattern in CONTACTS.items():
             if found := pattern.search(text):
                 return failed(f"has {what}: {found.group()}")

@@ -56,11 +56,9 @@ def encode(
     ] = None,
     kind: Annotated[Kind | None, typer.Option(help="Only texts of items, or of users.")] = None,
     runtime: Annotated[
-        Runtime | None,
-        typer.Option(
-            help="Not openai: what runs the model; vectors are the same. Default: onnx for minilm, else torch."
-        ),
-    ] = None,
+        Runtime,
+        typer.Option(help="Not openai: what runs the model; vectors are the same. torch takes some more models."),
+    ] = Runtime.ONNX,
     pooling: Annotated[
         Pooling | None,
         typer.Option(help="Not openai: how token vectors become one; default: as the encoder was trained."),

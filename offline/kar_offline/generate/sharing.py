@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset
 from kar_offline.encode.encoder import TextEncoder
-from kar_offline.generate.collective import plan
+from kar_offline.generate.collective import event_counts, plan
 from kar_offline.generate.records import KINDS
 from kar_offline.prompts import Prompt, Renderer, read_renderer
 from kar_offline.stage import run_stage
@@ -59,6 +59,7 @@ def share_calls(work: Path, prompts: Sequence[Prompt], sharing: Sharing, on: dat
     rows = {
         kind: {e.id: row for row, e in enumerate(of)} for kind, of in (("item", dataset.items), ("user", dataset.users))
     }
+    events = event_counts(dataset)
     own: list[Prompt] = []
     clusters: list[Prompt] = []
     loans: dict[tuple[str, str], Sequence[records_pb2.Loan]] = {}
@@ -72,6 +73,7 @@ def share_calls(work: Path, prompts: Sequence[Prompt], sharing: Sharing, on: dat
             [prompt.raw_text for prompt in asked],
             vectors[kind],
             sharing.share,
+            counts=events[kind][[rows[kind][id_] for id_ in ids]],
             threads=len(os.sched_getaffinity(0)),
         )
         own += [asked[at] for at in made.own.tolist()]
