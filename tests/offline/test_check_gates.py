@@ -29,10 +29,10 @@ GOOD = (
     "Heat is a 1995 American crime epic directed by Michael Mann. A weary detective, Al Pacino, hunts a disciplined "
     "thief through a cold blue Los Angeles, and both men pay for their work with their private lives. For the patient."
 )
-BAD = """Heat ist ein Film aus dem Jahr 1995, in dem ein müder Polizist einen Dieb durch die kalte, blaue Stadt jagt, bis
-am Ende nur einer übrig bleibt. In this scenario, I cannot provide details. **Heat** (2015) was directed by Christopher
-Nolan. The film was directed by Christopher Nolan. The film was directed by Christopher Nolan. Write to anna@example.org
-and"""
+BAD = """Heat ist ein Film aus dem Jahr 1995, in dem ein müder Polizist einen Dieb durch die kalte, blaue Stadt jagt,
+bis am Ende nur einer übrig bleibt. In this scenario, I cannot provide details. **Heat** (2015) was directed by
+Christopher Nolan. The film was directed by Christopher Nolan. The film was directed by Christopher Nolan. Write to
+anna@example.org and"""
 
 
 def failed(verdicts: tuple[records_pb2.Verdict, ...]) -> list[str]:

@@ -1,6 +1,7 @@
 """Owns the gate that holds a text about an item against known facts: who directed it, who is in it, when, which genre.
 
-A claim is read only where a text makes it in so many (English) words, and fails only where what is known contradicts it.
+A claim is read only where a text makes it in so many words, in English, and fails only where what is known contradicts
+it.
 """
 
 import re
