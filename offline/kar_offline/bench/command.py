@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -34,6 +35,7 @@ from kar_offline.check import facts_table
 from kar_offline.dataset.samples import FOLDS
 from kar_offline.generate.local import MODEL, LocalChat
 from kar_offline.generate.pack import Pack
+from kar_offline.generate.stage import cases_of, utc_now
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
 from kar_offline.train.arms import ARMS
@@ -232,23 +234,29 @@ def train(
 
 @bench.command()
 def throughput(
+    work: Work = DEFAULT_WORK,
+    prompts: Annotated[int, typer.Option(min=0, help="Prompts about items of WORK to ask in a turn; 0: none.")] = 12,
     texts: Annotated[int, typer.Option(min=1, help="Texts of the released pack to encode in a turn.")] = 150,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each; one more warms up.")] = 5,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare tokens a second: `kar encode` in PyTorch and ONNX Runtime, and the bare runtimes, in turns."""
+    """Compare tokens a second with the bare runtimes: of asking a llama.cpp server, and of encoding."""
     # It loads all that runs encoders, which takes seconds.
+    from kar_offline.bench.generation import generation_contenders
     from kar_offline.bench.throughput import encoding_contenders, measure_throughput, throughput_table
     from kar_offline.encode.huggingface import mini_lm
 
     released = [line.text for line in Pack.load("ml-100k").lines.values()]
     chosen = released[:: max(len(released) // texts, 1)][:texts]
     console = Console()
-    with console.status("loading the encoder"):
-        contenders = encoding_contenders(lambda runtime, threads: mini_lm(runtime=runtime, threads=threads), chosen)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as progress:
+    with ExitStack() as stack:
+        with console.status("loading the models"):
+            contenders = encoding_contenders(lambda runtime, threads: mini_lm(runtime=runtime, threads=threads), chosen)
+            if prompts:
+                cases, _ = cases_of(work, "item", prompts, None, None, utc_now().date())
+                contenders += stack.enter_context(generation_contenders(cases))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        progress = stack.enter_context(Progress(*columns, console=console))
         task = progress.add_task("encode", total=None)
         report = measure_throughput(
             contenders,

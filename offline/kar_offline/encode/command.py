@@ -35,6 +35,13 @@ class Pooling(StrEnum):
     WEIGHTED = "weighted"
 
 
+class Runner(StrEnum):
+    """Where texts are encoded."""
+
+    HERE = "here"
+    RAY = "ray"
+
+
 class Kind(StrEnum):
     """What texts are about."""
 
@@ -73,6 +80,13 @@ def encode(
         typer.Option(min=1, help="openai: characters that the model takes at once; longer texts are cut and pooled."),
     ] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="openai: requests in flight at once.")] = None,
+    runner: Annotated[
+        Runner, typer.Option(help="Where texts are encoded: here, or by Ray Data (extra ray), one core an actor.")
+    ] = Runner.HERE,
+    workers: Annotated[int, typer.Option(min=1, help="ray: actors.")] = 2,
+    ray_address: Annotated[
+        str | None, typer.Option(help="ray: a running cluster, such as auto; default: one in this machine.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Turn knowledge texts, and the raw facts for comparison, into vectors."""
@@ -81,7 +95,13 @@ def encode(
         if encoder == ENDPOINT:
             chosen = _endpoint(base_url, model, chunk_chars=chunk_chars, concurrency=concurrency)
         else:
+            if runner is Runner.RAY:
+                threads = threads or 1
             chosen = _local(encoder, runtime=runtime, pooling=pooling, threads=threads)
+    if runner is Runner.RAY:
+        from kar_offline.encode.ray import OnRay  # an extra of its own
+
+        chosen = OnRay(chosen, workers, ray_address)
     folder = folder or ("encoding_mpnet" if encoder == "mpnet" else "encoding")
     result = run(work, chosen, folder=folder, kinds=(kind.value,) if kind else KINDS, console=console)
     report = result.report
