@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -284,6 +285,20 @@ def test_a_request_that_is_wrong_for_everybody_ends_the_run_and_is_not_remembere
         generate(work, refusing)
     assert len(refusing.asked) == 5
     assert generate(work, ScriptedModel(answer)).report["records"] == 7
+
+
+def test_what_becomes_known_later_is_held_against_the_same_answers(work: Path) -> None:
+    def dated(prompt: str) -> str:
+        return f"{answer(prompt)} It was directed by Ann Example."
+
+    model = ScriptedModel(dated)
+    assert generate(work, model, kind="item", retries=0).report["quarantined"] == 0
+    dataset = Dataset.load(work / "dataset")
+    directed = Entity("2", {}, {"title": "Blue Harbour", "genres": ["Drama"], "directors": ["Bob Sample"]})
+    replace(dataset, items=[dataset.items[0], directed, *dataset.items[2:]]).save(work / "dataset")
+    second = generate(work, model, kind="item", retries=0)
+    assert (second.ran, second.report["calls"], second.report["gates"]) == (True, 0, {"facts": 1})
+    assert [record.id for record in read_quarantine(work / "knowledge")] == ["2"]
 
 
 def test_the_second_of_two_equal_texts_is_refused(work: Path) -> None:

@@ -1,8 +1,8 @@
 """Owns what an encoder's folder holds: the files that vectors depend on, and what sentence-transformers says of them.
 
-modules.json                     which modules follow each other, and their folders; without it the folder is the model
-<module>/config.json             of the module Pooling: how it pools
-<model>/sentence_bert_config.json    how many tokens it was trained with
+modules.json                        which modules follow each other, in which folders; without it all is one model
+<module>/config.json                of the module Pooling: how it pools
+<model>/sentence_bert_config.json   how many tokens the model was trained with
 """
 
 import json

@@ -225,18 +225,16 @@ def _work_through(
 
 
 def _digest(cases: Sequence[Case]) -> str:
-    """Content hash of the answers that count."""
+    """Content hash of the answers that count and of what the gates found."""
     digest = hashlib.sha256()
     for case in cases:
-        last = case.last
-        at = [last.kept.outcome._asdict(), last.kept.at.isoformat()] if last.kept and not _given(case) else last.text
-        digest.update(json.dumps([case.prompt.entity, case.prompt.id, at], default=str).encode() + b"\n")
+        kept, found = case.last.kept, [[v.gate, v.outcome, v.reason] for v in case.last.verdicts]
+        # When a pack was read does not matter; when a model answered becomes part of the record.
+        at = kept.at.isoformat() if kept and not (isinstance(kept.outcome, Reply) and kept.outcome.origin) else None
+        outcome = kept and kept.outcome._asdict()
+        line = json.dumps([case.prompt.entity, case.prompt.id, outcome, at, found], default=str)
+        digest.update(line.encode() + b"\n")
     return digest.hexdigest()
-
-
-def _given(case: Case) -> bool:
-    kept = case.last.kept
-    return kept is not None and isinstance(kept.outcome, Reply) and kept.outcome.origin is not None
 
 
 def _record(case: Case, provenance: str) -> records_pb2.KnowledgeRecord | None:
