@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import typer
 from google.protobuf import json_format
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -154,19 +155,20 @@ def costs(
     with Ledger.read(work) as ledger:
         rows, total = ledger.costs(columns), ledger.costs([])  # type: ignore[arg-type]  # checked just above
     console = Console()
-    table = Table(*columns, title=f"language model calls of {work}")
-    for name in ("calls", "failed", "uncertain", "tokens in", "out", "USD", "at most", "ms"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"language model calls of {work}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column(", ".join(columns), min_width=12, overflow="fold")
+    for name in ("calls", "failed", "unsure", "read", "written", "USD", "at most", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*row.group, *_cells(row))
+        table.add_row(", ".join(row.group), *_cells(row))
     table.add_section()
     for row in total:
-        table.add_row("all", *[""] * (len(columns) - 1), *_cells(row))
+        table.add_row("all", *_cells(row))
     console.print(table)
     if any(row.uncertain or row.risk_usd for row in total):
         console.print(
-            "uncertain: under way when a run was killed, or an attempt that ended without an answer; the provider may "
-            "have charged for it, at most what `at most` adds to the cost"
+            "unsure: under way when a run was killed; the provider may have charged for it, and for attempts that "
+            "ended without an answer, at most what `at most` adds to the cost"
         )
     groups = [{**dict(zip(columns, row.group, strict=True)), **_numbers(row)} for row in rows]
     write_json(json_file, {"groups": groups, "all": next(map(_numbers, total), {})})

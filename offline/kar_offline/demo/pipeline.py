@@ -113,7 +113,10 @@ def run_demo(work: Path, *, users: int | None, requests: int, candidates: int, c
     walk.step(
         "generate",
         lambda: generate(work, Pack.load(PACK)),
-        lambda r: f"{r['records']:,} texts from the released {r['source']}: no language model was called",
+        lambda r: (
+            f"{r['records']:,} texts from the released {r['source']}, {r['quarantined']} refused by checks: "
+            "no language model was called"
+        ),
     )
     walk.step(
         "encode",

@@ -105,9 +105,10 @@ def encode(
     folder = folder or ("encoding_mpnet" if encoder == "mpnet" else "encoding")
     result = run(work, chosen, folder=folder, kinds=(kind.value,) if kind else KINDS, console=console)
     report = result.report
-    table = Table("texts", "count")
+    table = Table("texts", "count", "borrowed")
     for name, count in report["texts"].items():
-        table.add_row(name.replace("_", " of "), f"{count:,}")
+        label = name.replace("_", " of ", 1).replace("_", " ")
+        table.add_row(label, f"{count:,}", f"{report['lent'].get(name, 0):,}")
     console.print(table)
     console.print(
         f"{report['encoded']:,} texts encoded by {report['encoder_id']} ({report['tokens']:,} tokens, "

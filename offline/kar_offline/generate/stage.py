@@ -134,7 +134,7 @@ def generate(
         write_knowledge(folder, [*records, *borrowers], clusters)
         write_quarantine(folder, [record for case, record in made if case.last.refused_by])
         return {
-            "source": provider.provenance,
+            "source": f"pack {provider.model}" if isinstance(provider, Pack) else provider.provenance,
             "records": len(made),
             "kinds": {kind: sum(record.entity == ENTITY[kind] for _, record in made) for kind in KINDS},
             "clusters": len(clusters),
