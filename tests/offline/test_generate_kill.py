@@ -64,6 +64,7 @@ def start(work: Path, server: Hostile, *options: str) -> subprocess.Popen[bytes]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {"NO_PROXY": "127.0.0.1"},
+        start_new_session=True,
     )
 
 
@@ -92,7 +93,7 @@ def ledger(work: Path) -> list[tuple[str, str]]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # the whole session: Ray's agents outlive their driver
     process.communicate()
 
 
