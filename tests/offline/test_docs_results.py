@@ -78,6 +78,27 @@ def test_the_direct_way_is_in_the_committed_report():
         assert cells == told + [f"{found[name]:,.1f}" if name in found else "" for name in ("p50_ms", "p99_ms")]
 
 
+def test_shared_calls_of_the_page_are_in_the_committed_report():
+    report = json.loads((DOCS / "results" / "collective.json").read_text())
+    table = re.search(r"<!-- collective -->\n+((?:\|.*\n)+)", DOC).group(1)
+    header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    assert {entry["share"] for entry in report["summary"]} == {0, 1, 0.3, 0.1, 0.03}
+    for found, (arm, way, share, calls, *cells) in zip(report["summary"], rows, strict=True):
+        assert (arm, way) == (found["arm"], found["way"])
+        assert share == (f"{100 * found['share']:g} %" if found["share"] else "")
+        assert calls == f"{found['item_calls']:,.0f}"
+        assert cells == [
+            f"{found[METRICS[column]]:.4f}"
+            if column in METRICS
+            else difference(found["minus"][name])
+            if (name := column.removeprefix("- ")) in found["minus"]
+            else ""
+            for column in header[4:]
+        ]
+    picture = re.search(r"!\[.*\]\((results/collective\.png)\)", DOC).group(1)
+    assert (DOCS / picture).is_file()
+
+
 def speed(name):
     """Header and rows of the page's table of the training benchmark."""
     table = re.search(rf"<!-- results/training-speed.json {name} -->\n+((?:\|.*\n)+)", DOC).group(1)
