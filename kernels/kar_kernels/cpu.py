@@ -19,7 +19,12 @@ __all__ = ["CHUNK_ROWS", "cpu_backward", "cpu_forward", "has_bfloat16"]
 CHUNK_ROWS: Final = 2048
 ONEDNN: Final = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 """A linear layer with ReLU fused. It is no public name, so a torch may come without."""
-ONEDNN_DTYPES: Final = (torch.float32, torch.bfloat16)
+ONEDNN_DTYPES: Final = (
+    (torch.float32, torch.bfloat16)
+    if ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else (torch.float32,)
+)
+"""oneDNN has no inner product in bfloat16 for a processor without AVX-512, and raises; torch's own `linear` has one."""
 NARROW: Final = 16
 """Outputs of a layer below which MKL is as fast."""
 

@@ -10,8 +10,8 @@ through a text encoder.
     loans             an entity without a text of its own borrows from the nearest entities of the head and clusters,
                       weighted by softmax(cosine to the entity, or to the cluster's centre, / TEMPERATURE)
 
-The constants were chosen on users that do not test; docs/results.md has what calls are worth. All of it is
-deterministic on one machine, so a killed run that starts again asks the same prompts.
+The constants were chosen on users of one fold that do not test there; docs/results.md has what calls are worth. All of
+it is deterministic on one machine, so a killed run that starts again asks the same prompts.
 """
 
 import re
