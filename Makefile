@@ -29,7 +29,8 @@ demo: install
 	$(BIN)/kar demo
 
 test: install-dev
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile tests/kernels
+	$(BIN)/pytest -q --ignore tests/kernels
 
 check: install-dev
 	$(BIN)/ruff format --check .
