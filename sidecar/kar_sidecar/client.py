@@ -1,4 +1,4 @@
-"""Owns the Python client: ranks and reads knowledge over one channel, with our errors instead of gRPC's."""
+"""Owns the Python client: ranks, reads knowledge, finds neighbours, over one channel, with our errors, not gRPC's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from kar.records.v1 import records_pb2
 from kar_sidecar import errors
 from kar_sidecar.features import FeatureValue
 
-__all__ = ["KarClient", "Knowledge", "Ranking"]
+__all__ = ["KarClient", "Knowledge", "Ranking", "Similar"]
 
 ERRORS: dict[grpc.StatusCode, type[errors.KarError]] = {
     kind.status: kind for kind in (getattr(errors, name) for name in errors.__all__)
@@ -52,13 +52,30 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """Vectors [n, dim] of one space, how good each is ("full" to "neutral"), and texts if they were asked for."""
+    """Vectors [n, dim] of one space, how good each is ("full" to "neutral"), and texts if they were asked for.
+
+    `written_at_ms` says when each was written, 0 where there is none; `unread` are the positions of those that the
+    store could not read now.
+    """
 
     release_id: str
     space_id: str
     vectors: NDArray[np.floating]
     levels: tuple[str, ...]
     texts: tuple[records_pb2.KnowledgeRecord, ...]
+    written_at_ms: tuple[int, ...]
+    unread: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Similar:
+    """The entities nearest to one, nearest first, with their cosines, and which snapshot of the index answered."""
+
+    release_id: str
+    snapshot_id: str
+    snapshot_age_ms: int
+    ids: tuple[str, ...]
+    similarities: tuple[float, ...]
 
 
 class KarClient:
@@ -167,6 +184,36 @@ class KarClient:
             vectors,
             tuple(map(_level, response.levels)),
             tuple(response.texts),
+            tuple(response.written_at_ms),
+            tuple(response.unread),
+        )
+
+    def find_similar(
+        self,
+        kind: Literal["user", "item"],
+        query: str | NDArray[np.floating],
+        limit: int = 10,
+        *,
+        release_id: str = "",
+        space_id: str = "",
+    ) -> Similar:
+        """Find the users or items whose knowledge is nearest to an entity's, by its id, or to a vector [dim].
+
+        `space_id` is that of the vector, to have it checked.
+
+        Raises:
+            KarError: the subclass says what is wrong; its text what to do.
+        """
+        request = knowledge_pb2.FindSimilarRequest(
+            entity=f"ENTITY_KIND_{kind.upper()}", limit=limit, release_id=release_id, space_id=space_id
+        )
+        if isinstance(query, str):
+            request.id = query
+        else:
+            request.vector = np.asarray(query, "<f4").tobytes()
+        found = self._call(self._knowledge.FindSimilar, request)
+        return Similar(
+            found.release_id, found.snapshot_id, found.snapshot_age_ms, tuple(found.ids), tuple(found.similarities)
         )
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:

@@ -22,6 +22,7 @@ from kar.feedback.v1 import feedback_pb2_grpc
 from kar.knowledge.v1 import knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2_grpc
 from kar_sidecar.errors import KarError, PreconditionError
+from kar_sidecar.index.live import LiveIndexes
 from kar_sidecar.interceptor import CallInterceptor
 from kar_sidecar.rank import Ranker
 from kar_sidecar.releases import Releases
@@ -73,6 +74,7 @@ class Sidecar:
         self._releases = Releases(
             settings.releases, store, scorer, settings.mode, warm_timeout_s=settings.warm_timeout_ms / 1e3
         )
+        self._indexes = LiveIndexes(settings.index)
         self._health = health.aio.HealthServicer()
         # A port is ours alone: with SO_REUSEPORT a second server would silently take half of the requests.
         self._server = grpc.aio.server(
@@ -82,7 +84,10 @@ class Sidecar:
         knowledge = KnowledgeService(
             self._releases,
             store,
+            self._indexes,
+            self._telemetry,
             max_ids=settings.max_candidates,
+            max_similar=settings.max_similar,
             timeout_s=settings.store_timeout_ms / 1e3,
             wall_ms=now_ms,
         )
@@ -115,7 +120,8 @@ class Sidecar:
             ) from error
         self.addresses = Addresses(f"{settings.host}:{grpc_port}", f"{settings.host}:{self._metrics[0].server_port}")
         await self._server.start()
-        self._watcher = asyncio.create_task(self._watch())
+        # Apart from each other: verifying a large snapshot must not hold up what health says.
+        self._watchers = [asyncio.create_task(watch()) for watch in (self._watch, self._watch_index)]
         served = self._releases.active
         log.info(
             "listening grpc=%s metrics=%s release=%s space=%s mode=%s",
@@ -131,9 +137,11 @@ class Sidecar:
         """Say NOT_SERVING, give open requests their grace, close both ports."""
         await self._health.enter_graceful_shutdown()
         self._telemetry.serving.set(0)
-        self._watcher.cancel()
-        await asyncio.wait([self._watcher])
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.wait(self._watchers)
         await self._server.stop(self._settings.grace_s)
+        await self._indexes.close()
         server, thread = self._metrics
         await asyncio.to_thread(server.shutdown)
         server.server_close()
@@ -154,6 +162,16 @@ class Sidecar:
                     await self._look()
             except Exception:
                 log.exception("health_fault")
+            await asyncio.sleep(self._settings.health_interval_ms / 1e3)
+
+    async def _watch_index(self) -> None:
+        """Swap index snapshots as they are published."""
+        while True:
+            try:
+                served = self._releases.active
+                await self._indexes.refresh(served.id, served.release.manifest.encoded_space)
+            except Exception:
+                log.exception("index_fault")
             await asyncio.sleep(self._settings.health_interval_ms / 1e3)
 
     async def _look(self) -> bool:
@@ -200,7 +218,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = store or open_store(settings.store, readonly=True)
+    store = store or open_store(settings.store, aerospike=settings.aerospike, readonly=True)
     scorer = scorer or _triton(settings.triton_address)
     try:
         async with Sidecar(settings, store, scorer, ready=ready):

@@ -1,17 +1,18 @@
-"""FAISS finds what exact search finds, snapshots are checked, and only one FAISS may be installed."""
+"""FAISS finds what exact search finds, as well as it was told to, and only one FAISS may be installed."""
 
-import json
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 
-from kar_sidecar.errors import InputError, IntegrityError, PreconditionError, UnsupportedError
+from kar_sidecar.errors import InputError, NotFoundError, PreconditionError, UnavailableError, UnsupportedError
 from kar_sidecar.index import VectorIndex, unit_rows
+from kar_sidecar.index.config import FLAT_UP_TO, KINDS, IndexConfig
 from kar_sidecar.index.exact import ExactIndex
-from kar_sidecar.index.faiss import FaissIndex, require_one_faiss
+from kar_sidecar.index.faiss import FaissIndex, import_faiss, require_one_faiss
 
 pytestmark = pytest.mark.unit
 
@@ -19,6 +20,17 @@ IMPLEMENTATIONS: list[type[VectorIndex]] = [ExactIndex, FaissIndex]
 IDS = ["east", "north", "north-east", "nowhere"]
 VECTORS = np.array([[2, 0], [0, 0.5], [3, 3], [0, 0]], np.float32)
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def clustered(count: int, dim: int = 12, seed: int = 7) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    centres = random.normal(size=(max(count // 25, 1), dim))
+    return (centres[random.integers(len(centres), size=count)] + random.normal(size=(count, dim))).astype(np.float32)
+
+
+def named(count: int) -> list[str]:
+    return [str(row) for row in range(count)]
 
 
 @both
@@ -30,122 +42,187 @@ def test_the_nearest_come_first_whatever_their_length(implementation: type[Vecto
     assert found.ids[1] == ["north-east", "north", "east"]
     expected = [[1, half, 0], [3 * half / 5**0.5, 2 / 5**0.5, 1 / 5**0.5]]  # <(1,2),(1,1)> / (sqrt 5 sqrt 2) ...
     np.testing.assert_allclose(found.similarities, expected, atol=1e-6)
-    assert index.dim == 2
+    assert (index.dim, len(index)) == (2, 4)
     index.close()
 
 
 @both
 def test_fewer_entities_than_asked_for_are_all_found(implementation: type[VectorIndex]) -> None:
     index = implementation.build(IDS, VECTORS)
-    found = index.search(VECTORS[:1], 10)
+    found = index.search(np.ones((1, 2)), 10)
     assert sorted(found.ids[0]) == sorted(IDS)
     assert found.similarities.shape == (1, 4)
-    assert index.search(np.zeros((0, 2)), 2).similarities.shape == (0, 2)
+    assert len(index.search_like("east", 10).ids[0]) == 3
     index.close()
 
 
 @both
 def test_an_empty_index_finds_nothing(implementation: type[VectorIndex]) -> None:
-    index = implementation.build([], np.zeros((0, 2)))
-    found = index.search(np.ones((2, 2)), 3)
-    assert (found.ids, found.similarities.shape) == ([[], []], (2, 0))
+    index = implementation.build([], np.zeros((0, 3), np.float32))
+    found = index.search(np.ones((2, 3)), 5)
+    assert found.ids == [[], []]
+    assert found.similarities.shape == (2, 0)
     index.close()
 
 
-def test_faiss_agrees_with_exact_search() -> None:
-    random = np.random.default_rng(7)
-    vectors = random.normal(size=(500, 24))
-    queries = random.normal(size=(40, 24))
-    ids = [f"i{row}" for row in range(500)]
-    exact, approximate = ExactIndex.build(ids, vectors), FaissIndex.build(ids, vectors)
-    expected, found = exact.search(queries, 10), approximate.search(queries, 10)
-    assert found.ids == expected.ids
-    np.testing.assert_allclose(found.similarities, expected.similarities, atol=1e-6)
-    approximate.close()
+@both
+def test_an_entity_is_not_its_own_neighbour(implementation: type[VectorIndex]) -> None:
+    twins = implementation.build(["b", "a", "far"], np.array([[1, 0], [2, 0], [0, 1]], np.float32))
+    assert twins.search_like("a", 2).ids == [["b", "far"]]
+    assert twins.search_like("b", 1).ids == [["a"]]
+    np.testing.assert_allclose(twins.search_like("a", 2).similarities, [[1, 0]], atol=1e-6)
+    with pytest.raises(NotFoundError, match="'stranger'"):
+        twins.search_like("stranger", 1)
+    with pytest.raises(InputError, match="at least 1"):
+        twins.search_like("a", 0)
+    twins.close()
+
+
+@kinds
+def test_every_kind_finds_what_exact_search_finds(kind) -> None:
+    vectors, queries = clustered(800), clustered(20, seed=8)
+    exact = ExactIndex.build(named(800), vectors)
+    index = FaissIndex.build(named(800), vectors, IndexConfig(kind, recall=1.0))
+    expected, found = exact.search(queries, 10), index.search(queries, 10)
+    if kind == "hnsw":  # all of 800 rows' own neighbours are found, and nearly all of others'
+        assert np.mean([len(set(a) & set(b)) for a, b in zip(found.ids, expected.ids, strict=True)]) > 9
+    else:
+        assert found.ids == expected.ids
+        np.testing.assert_allclose(found.similarities, expected.similarities, atol=1e-6)
+    assert all(index.search_like(str(row), 5).ids == exact.search_like(str(row), 5).ids for row in range(0, 800, 50))
+    index.close()
+
+
+@kinds
+def test_the_recall_that_is_told_is_the_share_of_the_exact_ten_nearest(kind) -> None:
+    vectors, queries = clustered(600), clustered(80, seed=9)
+    config = IndexConfig(kind, recall=0.2, probes=2, ef_search=11, links=3, ef_construction=4)
+    index = FaissIndex.build(named(600), vectors, config, queries=queries)
+    expected = ExactIndex.build(named(600), vectors).search(queries, 10).ids
+    hits = [len(set(a) & set(b)) for a, b in zip(index.search(queries, 10).ids, expected, strict=True)]
+    told = index.about["recall"]
+    assert told == {"at": 10, "value": pytest.approx(np.mean(hits) / 10, abs=1e-6), "required": 0.2, "queries": 80}
+    assert (told["value"] == 1) is (kind == "flat")
+    index.close()
+
+
+@kinds
+def test_recall_is_measured_with_vectors_that_are_not_there_yet(kind) -> None:
+    vectors = clustered(300, 24)
+    told = []
+    for config in (IndexConfig(kind, recall=0.9, sample=20), IndexConfig(kind, recall=0.9)):
+        index = FaissIndex.build(named(300), vectors, config)
+        told.append(index.about["recall"]["queries"])
+        assert [index.search(vectors[row : row + 1], 1).ids[0] for row in range(300)] == [[id_] for id_ in named(300)]
+        index.close()
+    assert told == [20, 30]  # a tenth at most
+
+
+@pytest.mark.parametrize(("kind", "name"), [("ivf", "probes"), ("hnsw", "ef_search")])
+def test_the_fewest_that_reach_the_recall_are_chosen(kind, name) -> None:
+    vectors = clustered(1500, 24)
+    base = {"links": 4, "ef_construction": 16}
+    index = FaissIndex.build(named(1500), vectors, IndexConfig(kind, recall=0.9, **base))
+    chosen = index.about[name]
+    assert index.about["recall"]["value"] >= 0.9
+    index.close()
+    with pytest.raises(InputError, match=rf"{name} {chosen - 1}, and 0.9 is required: raise {name}"):
+        FaissIndex.build(named(1500), vectors, IndexConfig(kind, recall=0.9, **base, **{name: chosen - 1}))
+
+
+def test_a_recall_out_of_reach_says_what_was_reached_and_what_to_raise() -> None:
+    vectors = np.random.default_rng(0).normal(size=(3000, 64))
+    hopeless = IndexConfig("hnsw", recall=1.0, links=2, ef_construction=1)
+    with pytest.raises(InputError, match=r"finds 0\.\d+ of the exact 10 nearest with ef_search 1024.*links or ef_cons"):
+        FaissIndex.build(named(3000), vectors, hopeless)
+    with pytest.raises(InputError, match=r"flat index in int8 .*: keep float32"):
+        FaissIndex.build(named(3000), vectors, IndexConfig("flat", recall=1.0, storage="int8"))
+
+
+@kinds
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_compressed_vectors_are_searched_by_cosine_too(kind, storage) -> None:
+    vectors = clustered(400)
+    index = FaissIndex.build(named(400), vectors, IndexConfig(kind, storage=storage, recall=0.9))
+    found, exact = index.search_like("7", 5), ExactIndex.build(named(400), vectors).search_like("7", 5)
+    np.testing.assert_allclose(found.similarities, exact.similarities, atol=0.05)
+    index.close()
+
+
+def test_the_kind_follows_the_size_unless_it_is_named() -> None:
+    assert [IndexConfig().kind_for(count) for count in (0, FLAT_UP_TO, FLAT_UP_TO + 1)] == ["flat", "flat", "hnsw"]
+    assert IndexConfig("ivf").kind_for(3) == "ivf"
+    assert IndexConfig("ivf").factory(10_000) == "IVF400,Flat"
+    assert IndexConfig("ivf", lists=9, storage="int8").factory(4) == "IVF4,SQ8"
+    assert IndexConfig("hnsw", storage="float16").factory(4) == "HNSW16,SQfp16"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "tree"},
+        {"storage": "bits"},
+        {"recall": 0},
+        {"recall": 1.1},
+        {"links": 1},
+        {"probes": 0},
+        {"threads": 0},
+    ],
+)
+def test_configurations_out_of_range_are_refused(wrong) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        IndexConfig(**wrong)
 
 
 def test_many_threads_share_one_index() -> None:
-    random = np.random.default_rng(8)
-    vectors = random.normal(size=(200, 8))
-    ids = [str(row) for row in range(200)]
-    index = FaissIndex.build(ids, vectors)
+    vectors = np.random.default_rng(8).normal(size=(200, 8))
+    index = FaissIndex.build(named(200), vectors)
     with ThreadPoolExecutor(8) as callers:
         answers = list(callers.map(lambda row: index.search(vectors[row : row + 1], 1).ids[0][0], range(200)))
-    assert answers == ids
+    assert answers == named(200)
     index.close()
 
 
-@both
-def test_a_snapshot_finds_the_same(implementation: type[VectorIndex], tmp_path: Path) -> None:
-    ids = ["a\nb", "é", "", "nul\0"]
-    index = implementation.build(ids, VECTORS)
-    index.save(tmp_path / "index" / "item")
-    loaded = implementation.load(tmp_path / "index" / "item")
-    assert loaded.dim == 2
-    queries = np.array([[1, 0.1], [0.2, 1]])
-    assert loaded.search(queries, 2).ids == index.search(queries, 2).ids == [["a\nb", ""], ["é", ""]]
-    assert [path.name for path in (tmp_path / "index").iterdir()] == ["item"]  # no draft is left
-    index.close()
-    loaded.close()
+def test_searches_that_wait_are_answered_by_one_call_each_as_if_alone() -> None:
+    vectors = clustered(300)
+    index, exact = FaissIndex.build(named(300), vectors), ExactIndex.build(named(300), vectors)
+    calls: list[tuple[int, int]] = []
+    busy, free, inner = Event(), Event(), index._index
 
+    class Slow:
+        def search(self, queries, k):
+            calls.append((len(queries), k))
+            busy.set()
+            assert free.wait(30)
+            return inner.search(queries, k)
 
-@both
-def test_snapshots_are_immutable(implementation: type[VectorIndex], tmp_path: Path) -> None:
-    index = implementation.build(IDS, VECTORS)
-    index.save(tmp_path / "index")
-    with pytest.raises(PreconditionError, match="immutable"):
-        index.save(tmp_path / "index")
-    index.close()
-
-
-@both
-def test_the_draft_of_a_killed_save_is_replaced(implementation: type[VectorIndex], tmp_path: Path) -> None:
-    (tmp_path / ".index.draft").mkdir()
-    (tmp_path / ".index.draft" / "ids.json").write_text("[")
-    index = implementation.build(IDS, VECTORS)
-    index.save(tmp_path / "index")
-    implementation.load(tmp_path / "index").close()
+    index._index = Slow()
+    first = index.submit(vectors[:1], 3)
+    assert busy.wait(30)
+    waiting = [index.submit(vectors[row : row + 2], 3) for row in range(5)]
+    like, unknown, other = index.submit_like("9", 2), index.submit_like("?", 2), index.submit(vectors[:1], 7)
+    cancelled = index.submit(vectors, 3)
+    assert cancelled.cancel()
+    free.set()
+    for row, future in enumerate(waiting):
+        assert future.result().ids == exact.search(vectors[row : row + 2], 3).ids
+    assert first.result().ids == exact.search(vectors[:1], 3).ids
+    assert like.result().ids == exact.search_like("9", 2).ids
+    assert other.result().ids == exact.search(vectors[:1], 7).ids
+    assert isinstance(unknown.exception(), NotFoundError)
+    assert calls == [(1, 3), (11, 3), (1, 7)]
     index.close()
 
 
-@both
-@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "foreign ids"])
-def test_a_damaged_file_is_named(implementation: type[VectorIndex], damage: str, tmp_path: Path) -> None:
-    index = implementation.build(IDS, VECTORS)
-    index.save(tmp_path / "index")
+def test_closing_answers_what_was_asked_before() -> None:
+    vectors = clustered(100)
+    index = FaissIndex.build(named(100), vectors)
+    futures = [index.submit(vectors[row : row + 1], 1) for row in range(100)]
     index.close()
-    payload = next(path for path in (tmp_path / "index").iterdir() if path.suffix != ".json")
-    if damage == "flip":
-        payload.write_bytes(payload.read_bytes()[:-1] + b"?")
-    elif damage == "cut":
-        payload.write_bytes(payload.read_bytes()[:-4])
-    elif damage == "delete":
-        payload.unlink()
-    else:
-        payload = tmp_path / "index" / "ids.json"
-        payload.write_text(json.dumps(["other", *IDS[1:]]))
-    with pytest.raises(IntegrityError, match=payload.name):
-        implementation.load(tmp_path / "index")
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "exact"}', '{"format": "exact", "dim": "x"}'])
-def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
-    ExactIndex.build(IDS, VECTORS).save(tmp_path / "index")
-    (tmp_path / "index" / "snapshot.json").write_text(text)
-    with pytest.raises(IntegrityError, match=r"snapshot\.json"):
-        ExactIndex.load(tmp_path / "index")
-
-
-@both
-def test_no_snapshot_is_a_precondition(implementation: type[VectorIndex], tmp_path: Path) -> None:
-    with pytest.raises(PreconditionError, match="kar publish"):
-        implementation.load(tmp_path)
-
-
-def test_a_snapshot_of_another_implementation_is_refused(tmp_path: Path) -> None:
-    ExactIndex.build(IDS, VECTORS).save(tmp_path / "index")
-    with pytest.raises(IntegrityError, match="'exact'"):
-        FaissIndex.load(tmp_path / "index")
+    assert [future.result().ids for future in futures] == [[[str(row)]] for row in range(100)]
+    with pytest.raises(UnavailableError, match="closed"):
+        index.submit(vectors, 1)
+    index.close()  # again
 
 
 @both
@@ -192,3 +269,16 @@ def test_no_extra_brings_both_faiss_distributions() -> None:
     }
     assert {name: kinds for name, kinds in brings.items() if kinds} == {"cpu": {"cpu"}, "gpu": {"gpu"}}
     assert not [line for lines in sets.values() for line in lines if line.startswith("kar-sidecar[")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_a_gpu_finds_what_exact_search_finds(kind) -> None:
+    if not import_faiss().get_num_gpus():
+        pytest.skip("FAISS finds no GPU here")
+    vectors = clustered(800)
+    index, exact = FaissIndex.build(named(800), vectors, IndexConfig(kind)), ExactIndex.build(named(800), vectors)
+    assert type(index._index).__name__.startswith("GpuIndex")
+    for row in range(0, 800, 50):
+        assert index.search_like(str(row), 1).ids == exact.search_like(str(row), 1).ids
+    index.close()

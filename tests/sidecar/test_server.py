@@ -22,8 +22,9 @@ from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 from kar.records.v1 import records_pb2
 from kar_sidecar.client import KarClient
-from kar_sidecar.errors import InputError, IntegrityError, PreconditionError, UnavailableError
+from kar_sidecar.errors import IncompleteError, InputError, IntegrityError, PreconditionError, UnavailableError
 from kar_sidecar.server import SERVICES, Sidecar
+from kar_sidecar.store import ITEM, EntityKey
 
 pytestmark = pytest.mark.service
 
@@ -132,6 +133,24 @@ def test_a_fault_of_ours_is_internal_logged_and_not_told(world, caplog):
     assert "swordfish" in str(logged.exc_info)
 
 
+def test_vectors_that_were_not_read_are_named(world):
+    async def body(sidecar, channel):
+        keys, parts = [EntityKey(ITEM, "i1"), EntityKey(ITEM, "i2")], ["vaaaaaaaaaaaa"]
+        [first, _] = world.store.read(keys, parts)
+        world.store.fault = IncompleteError("1 of 2 records were not read: wait", [first, (None,)], [1])
+        stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
+        request = knowledge_pb2.BatchGetKnowledgeRequest(entity="ENTITY_KIND_ITEM", ids=["i1", "i2"])
+        return await stub.BatchGetKnowledge(request)
+
+    answer = with_sidecar(world, body)
+    assert list(answer.unread) == [1]
+    assert list(answer.levels) == [
+        records_pb2.KNOWLEDGE_LEVEL_FULL,
+        records_pb2.KNOWLEDGE_LEVEL_NEUTRAL,
+    ]
+    np.testing.assert_array_equal(np.frombuffer(answer.vectors, "<f4"), [2, 2, 0.25, 0.75])
+
+
 @pytest.mark.parametrize("mode", ["prestored", "encoded"])
 def test_knowledge_comes_with_levels_texts_and_its_space(world, mode):
     async def body(sidecar, channel):
@@ -192,8 +211,6 @@ def test_knowledge_from_a_store_that_hangs_is_a_deadline_error(world):
 
 def test_what_is_not_built_says_so(world):
     async def body(sidecar, channel):
-        similar = knowledge_pb2_grpc.KnowledgeServiceStub(channel).FindSimilar(knowledge_pb2.FindSimilarRequest())
-        assert "BatchGetKnowledge" in await refused(similar, grpc.StatusCode.UNIMPLEMENTED)
         report = feedback_pb2_grpc.FeedbackServiceStub(channel).ReportOutcomes(feedback_pb2.ReportOutcomesRequest())
         assert "not built yet" in await refused(report, grpc.StatusCode.UNIMPLEMENTED)
 

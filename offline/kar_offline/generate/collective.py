@@ -16,8 +16,7 @@ it is deterministic on one machine, so a killed run that starts again asks the s
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Final, NamedTuple
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset
 from kar_sidecar.errors import InputError
-from kar_sidecar.index.faiss import import_faiss
+from kar_sidecar.index.faiss import faiss_threads
 
 __all__ = ["HEAD", "LENDERS", "PREFIX", "Clusters", "Plan", "borrow", "cluster", "duplicates", "event_counts", "plan"]
 
@@ -182,7 +181,7 @@ def duplicates(vectors: NDArray[np.float32], texts: Sequence[str], *, threads: i
     if len(texts) < 2:
         return first
     rows = _unit(vectors)
-    with _faiss(threads) as faiss:
+    with faiss_threads(threads) as faiss:
         cosine, found = _search(faiss, rows, rows, CANDIDATES + 1)
     near, column = np.nonzero((cosine >= SAME_COSINE) & (found >= 0))
     pairs = np.sort(np.stack([near, found[near, column]], 1), 1)
@@ -223,7 +222,7 @@ def cluster(vectors: NDArray[np.float32], calls: int, *, seed: int = 0, threads:
     rows = _unit(vectors)
     if calls >= len(rows):
         return Clusters(rows, list(np.arange(len(rows))[:, None]))
-    with _faiss(threads) as faiss:
+    with faiss_threads(threads) as faiss:
         centres = _centres(faiss, rows, calls, seed)
         cosine, nearest = (found[:, 0] for found in _search(faiss, centres, rows, 1))
     order = np.lexsort((-cosine, nearest))
@@ -232,7 +231,11 @@ def cluster(vectors: NDArray[np.float32], calls: int, *, seed: int = 0, threads:
 
 
 def borrow(
-    vectors: NDArray[np.float32], at: NDArray[np.float32], lenders: int, threads: int = 1
+    vectors: NDArray[np.float32],
+    at: NDArray[np.float32],
+    lenders: int,
+    threads: int = 1,
+    temperature: float = TEMPERATURE,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """From whom n entities [n, D] borrow, and how much.
 
@@ -241,14 +244,15 @@ def borrow(
         at: Where those stand that lend, [l, D] of unit length.
         lenders: From how many an entity borrows, at most.
         threads: Cores to use.
+        temperature: Of the softmax over cosines.
 
     Returns:
         Rows of `at` [n, m], the nearest first, and their weights [n, m], which sum to 1.
     """
-    with _faiss(threads) as faiss:
+    with faiss_threads(threads) as faiss:
         cosine, nearest = _search(faiss, at, _unit(vectors), lenders)
     # An approximate search may find too few: -1, which weighs nothing.
-    return nearest, _scaled(np.where(nearest >= 0, np.exp((cosine - cosine[:, :1]) / TEMPERATURE), 0))
+    return nearest, _scaled(np.where(nearest >= 0, np.exp((cosine - cosine[:, :1]) / temperature), 0))
 
 
 def _scaled(weights: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -260,18 +264,6 @@ def _scaled(weights: NDArray[np.floating]) -> NDArray[np.float32]:
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.ascontiguousarray(vectors / np.maximum(length, 1e-12), dtype=np.float32)
-
-
-@contextmanager
-def _faiss(threads: int) -> Iterator[Any]:
-    """FAISS with so many threads, which are the calling thread's own setting."""
-    faiss = import_faiss()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(threads)
-    try:
-        yield faiss
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def _search(

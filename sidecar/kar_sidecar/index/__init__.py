@@ -1,8 +1,7 @@
-"""Owns nearest-neighbour search over vectors of one space: the Protocol, the snapshot on disk, the implementations."""
+"""Owns nearest-neighbour search over vectors of one space: the Protocol, and what every implementation checks."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +10,17 @@ from kar_sidecar.errors import InputError
 
 __all__ = ["Neighbours", "VectorIndex", "checked_entries", "checked_queries", "unit_rows"]
 
+ROWS: Final = 16_384
+"""Vectors that are scaled together: bounds memory beside the result."""
+
 
 class Neighbours(NamedTuple):
     """The nearest entities of n queries, nearest first."""
 
     ids: list[list[str]]
-    """[n][min(k, size)]"""
+    """[n][at most k]"""
     similarities: NDArray[np.float32]
-    """Cosines [n, min(k, size)]."""
+    """Cosines [n, k]; an approximate search that finds fewer leaves the rest of a row at -inf."""
 
 
 class VectorIndex(Protocol):
@@ -26,6 +28,10 @@ class VectorIndex(Protocol):
 
     dim: int
     """Components of a vector."""
+
+    def __len__(self) -> int:
+        """How many vectors there are."""
+        ...
 
     @classmethod
     def build(cls, ids: Sequence[str], vectors: NDArray[np.floating]) -> Self:
@@ -44,26 +50,17 @@ class VectorIndex(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write a checksummed snapshot, atomically.
+    def search_like(self, id_: str, k: int) -> Neighbours:
+        """The `k` entities nearest to one of them, itself left out.
 
         Raises:
-            PreconditionError: `folder` exists; snapshots are immutable.
-        """
-        ...
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read what `save` of the same implementation wrote.
-
-        Raises:
-            PreconditionError: no snapshot there.
-            IntegrityError: a missing, corrupt or foreign file, which the text names.
+            NotFoundError: there is no such entity.
+            InputError: k < 1.
         """
         ...
 
     def close(self) -> None:
-        """Release threads and memory. The index cannot be used afterwards."""
+        """Finish the searches under way, then release threads and memory. The index cannot be used afterwards."""
         ...
 
 
@@ -73,12 +70,20 @@ def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     Raises:
         InputError: not two-dimensional, or not finite.
     """
-    values = np.asarray(vectors, dtype=np.float32)
-    if values.ndim != 2 or not np.isfinite(values).all():
-        raise InputError(f"vectors must be finite and of shape [n, dim], not {values.shape}: mend them")
-    # Norms in float64: squares of large float32 numbers overflow.
-    lengths = np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
-    return np.ascontiguousarray(values / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+    given = np.asarray(vectors)
+    if given.ndim != 2:
+        raise InputError(f"vectors must be of shape [n, dim], not {given.shape}: mend them")
+    rows = np.empty(given.shape, np.float32)
+    for start in range(0, len(rows), ROWS):
+        values = given[start : start + ROWS].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"vectors must be finite, and one of rows {start} to {start + len(values)} is not: mend it"
+            )
+        # Norms in float64: squares of large float32 numbers overflow.
+        lengths = np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
+        rows[start : start + ROWS] = values / np.where(lengths > 0, lengths, 1)
+    return rows
 
 
 def checked_entries(ids: Sequence[str], vectors: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -4,20 +4,15 @@ similarity(q, x) = <q, x> / (|q| |x|); ties go to the earlier row.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kar_sidecar.errors import IntegrityError
+from kar_sidecar.errors import NotFoundError
 from kar_sidecar.index import Neighbours, checked_entries, checked_queries
-from kar_sidecar.index.snapshot import read_snapshot, write_snapshot
 
 __all__ = ["ExactIndex"]
-
-FORMAT = "exact"
-PAYLOAD = "vectors.npy"
 
 
 class ExactIndex:
@@ -28,6 +23,10 @@ class ExactIndex:
         self._ids = list(ids)
         self._rows = rows
         self.dim = int(rows.shape[1])
+
+    def __len__(self) -> int:
+        """See `VectorIndex`."""
+        return len(self._ids)
 
     @classmethod
     def build(cls, ids: Sequence[str], vectors: NDArray[np.floating]) -> Self:
@@ -41,18 +40,13 @@ class ExactIndex:
         ids = [[self._ids[row] for row in rows] for rows in order]
         return Neighbours(ids, np.take_along_axis(similarities, order, axis=1))
 
-    def save(self, folder: Path) -> None:
-        """See `VectorIndex.save`."""
-        write_snapshot(folder, FORMAT, self._ids, self.dim, PAYLOAD, lambda path: np.save(path, self._rows))
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """See `VectorIndex.load`."""
-        snapshot = read_snapshot(folder, FORMAT, PAYLOAD)
-        rows = np.load(snapshot.payload, allow_pickle=False)
-        if rows.shape != (len(snapshot.ids), snapshot.dim):
-            raise IntegrityError(f"{snapshot.payload} does not fit its record: delete {folder} and publish again")
-        return cls(snapshot.ids, rows)
+    def search_like(self, id_: str, k: int) -> Neighbours:
+        """See `VectorIndex.search_like`."""
+        if id_ not in self._ids:
+            raise NotFoundError(f"{id_!r} has no vector in the index: name another, or send a vector")
+        row = self._ids.index(id_)
+        others = ExactIndex(self._ids[:row] + self._ids[row + 1 :], np.delete(self._rows, row, axis=0))
+        return others.search(self._rows[row : row + 1], k)
 
     def close(self) -> None:
         """See `VectorIndex.close`."""

@@ -1,77 +1,154 @@
-"""Owns an index on disk: a folder that is written once, whole, and checked when it is read.
+"""Owns indexes on disk: immutable folders named by their content, and a pointer to the current one.
 
-<folder>/
-  snapshot.json   {"format", "dim", "count", "sha256": {file: hash}}
-  ids.json        one id a row
-  <payload>       the vectors in the format's own file
+<root>/
+  current             {"snapshot_id", "published_at_ms"}, replaced by a rename
+  <snapshot id>/      the first 12 digits of the hash of snapshot.json
+    snapshot.json     {"format", "space_id", "dim", "count", "kind", ..., "recall", "sha256": {file: hash}}
+    index.faiss       FAISS's own file
+    ids.utf8 ...      see `kar_sidecar.index.ids`
+
+Whoever reads a snapshot holds a shared lock on its snapshot.json, and what is locked is not deleted.
 """
 
+import fcntl
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 from kar_sidecar.errors import IntegrityError, PreconditionError
 from kar_sidecar.hashing import file_sha256
 
-__all__ = ["Snapshot", "read_snapshot", "write_snapshot"]
+__all__ = ["KEPT", "PAYLOAD", "Current", "Held", "make_current", "open_snapshot", "read_current", "write_snapshot"]
 
-RECORD = "snapshot.json"
-IDS = "ids.json"
-
-
-class Snapshot(NamedTuple):
-    """A verified snapshot: its ids, the number of components, and the payload file."""
-
-    ids: list[str]
-    dim: int
-    payload: Path
+FORMAT: Final = 2
+RECORD: Final = "snapshot.json"
+PAYLOAD: Final = "index.faiss"
+CURRENT: Final = "current"
+DRAFT: Final = ".draft"
+KEPT: Final = 2
+"""Snapshots that stay: the current one, and the one before it for those that are about to read it."""
 
 
-def write_snapshot(
-    folder: Path, format_name: str, ids: Sequence[str], dim: int, payload: str, write: Callable[[Path], None]
-) -> None:
-    """Write a snapshot whose `payload` file `write` makes, then move it to `folder` in one step.
+class Current(NamedTuple):
+    """Which snapshot is to be used, and since when."""
 
-    Raises:
-        PreconditionError: `folder` exists.
+    snapshot_id: str
+    published_at_ms: int
+    """Milliseconds since the epoch."""
+
+
+class Held(NamedTuple):
+    """A snapshot that nobody deletes until `lock` is closed."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    lock: IO[bytes]
+
+
+def write_snapshot(root: Path, about: Mapping[str, Any], write: Callable[[Path], None]) -> str:
+    """Write a snapshot below `root`, unless it is there and whole, and return its id.
+
+    Args:
+        root: Of one kind of entity.
+        about: What the record says; it must depend on the content alone.
+        write: Writes the files into the folder that it is given.
     """
-    if folder.exists():
-        raise PreconditionError(f"{folder} exists and snapshots are immutable: write to another folder or delete it")
-    draft = folder.parent / f".{folder.name}.draft"
+    draft = root / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    (draft / IDS).write_text(json.dumps(list(ids)) + "\n")
-    write(draft / payload)
-    hashes = {name: file_sha256(draft / name) for name in (IDS, payload)}
-    record = {"format": format_name, "dim": dim, "count": len(ids), "sha256": hashes}
-    (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    draft.replace(folder)
+    write(draft)
+    hashes = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
+    text = json.dumps({"format": FORMAT, **about, "sha256": hashes}, indent=2) + "\n"
+    (draft / RECORD).write_text(text)
+    snapshot_id = _content_id(text.encode())
+    folder = root / snapshot_id
+    try:
+        open_snapshot(folder).lock.close()
+    except PreconditionError:
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    else:
+        shutil.rmtree(draft)
+    return snapshot_id
 
 
-def read_snapshot(folder: Path, format_name: str, payload: str) -> Snapshot:
-    """Verify a snapshot.
+def make_current(root: Path, snapshot_id: str, published_at_ms: int) -> None:
+    """Have readers use a snapshot from now on, and delete old ones that nobody reads."""
+    draft = root / f".{CURRENT}"
+    draft.write_text(json.dumps({"snapshot_id": snapshot_id, "published_at_ms": published_at_ms}) + "\n")
+    try:
+        former = read_current(root)
+    except IntegrityError:
+        former = None
+    draft.replace(root / CURRENT)
+    # Newest first; publishing the same content again makes it no younger, so the two in use are named.
+    named = [snapshot_id, *([former.snapshot_id] if former else [])]
+    found = sorted(root.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found.sort(key=lambda path: named.index(path.parent.name) if path.parent.name in named else len(named))
+    for path in found[KEPT:]:
+        with path.open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue  # somebody reads it: the next publish looks again
+            shutil.rmtree(path.parent)
+
+
+def read_current(root: Path) -> Current | None:
+    """The snapshot to use; None where none was published.
+
+    Raises:
+        IntegrityError: the pointer is corrupt.
+    """
+    path = root / CURRENT
+    try:
+        found = json.loads(path.read_bytes())
+        return Current(str(found["snapshot_id"]), int(found["published_at_ms"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} does not name a snapshot ({error}): publish again with --force") from error
+
+
+def open_snapshot(folder: Path, *, verify: bool = True) -> Held:
+    """Hold a snapshot and, with `verify`, check the hash of every file.
 
     Raises:
         PreconditionError: no snapshot there.
         IntegrityError: a missing, corrupt or foreign file, which the text names.
     """
     path = folder / RECORD
-    if not path.is_file():
-        raise PreconditionError(f"{folder} holds no index snapshot: run `kar publish` first")
     try:
-        record = json.loads(path.read_text())
-        known, dim, count = record["format"], int(record["dim"]), int(record["count"])
-        hashes = {name: record["sha256"][name] for name in (IDS, payload)} if known == format_name else {}
+        lock = path.open("rb")
+    except OSError as error:
+        raise PreconditionError(f"{folder} holds no index snapshot: run `kar publish` first") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return Held(folder, _checked_record(folder, lock.read(), verify), lock)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _checked_record(folder: Path, text: bytes, verify: bool) -> Mapping[str, Any]:
+    path = folder / RECORD
+    if _content_id(text) != folder.name:
+        raise IntegrityError(f"{path} was changed after it was written: delete {folder} and publish again")
+    try:
+        record: dict[str, Any] = json.loads(text)
+        known, hashes = record["format"], dict(record["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path} is not a snapshot's record ({error}): delete {folder} and publish") from error
-    if known != format_name:
-        raise IntegrityError(f"{path} is of format {known!r}, not {format_name!r}: open it as what it is")
+    if known != FORMAT:
+        raise IntegrityError(f"{path} is of format {known!r}, not {FORMAT!r}: publish again with this version")
     for name, sha256 in hashes.items():
-        if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
+        if not (folder / name).is_file() or (verify and file_sha256(folder / name) != sha256):
             raise IntegrityError(f"{folder / name} is missing or corrupt: delete {folder} and publish again")
-    ids = json.loads((folder / IDS).read_text())
-    if len(ids) != count:
-        raise IntegrityError(f"{folder / IDS} has {len(ids)} ids, not {count}: delete {folder} and publish again")
-    return Snapshot(ids, dim, folder / payload)
+    return record
+
+
+def _content_id(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:12]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kar.records.v1 import records_pb2 as kar_dot_records_dot_v1_dot_records__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n kar/knowledge/v1/knowledge.proto\x12\x10kar.knowledge.v1\x1a\x1ckar/records/v1/records.proto\"~\n\x18\x42\x61tchGetKnowledgeRequest\x12*\n\x06\x65ntity\x18\x01 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12\x0b\n\x03ids\x18\x02 \x03(\t\x12\x15\n\rinclude_texts\x18\x03 \x01(\x08\x12\x12\n\nrelease_id\x18\x04 \x01(\t\"\xcc\x01\n\x19\x42\x61tchGetKnowledgeResponse\x12\x12\n\nrelease_id\x18\x01 \x01(\t\x12*\n\x05space\x18\x02 \x01(\x0b\x32\x1b.kar.records.v1.VectorSpace\x12\x0f\n\x07vectors\x18\x03 \x01(\x0c\x12.\n\x06levels\x18\x04 \x03(\x0e\x32\x1e.kar.records.v1.KnowledgeLevel\x12.\n\x05texts\x18\x05 \x03(\x0b\x32\x1f.kar.records.v1.KnowledgeRecord\"[\n\x12\x46indSimilarRequest\x12*\n\x06\x65ntity\x18\x01 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12\n\n\x02id\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\r\"8\n\x13\x46indSimilarResponse\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x14\n\x0csimilarities\x18\x02 \x03(\x02\x32\xdc\x01\n\x10KnowledgeService\x12l\n\x11\x42\x61tchGetKnowledge\x12*.kar.knowledge.v1.BatchGetKnowledgeRequest\x1a+.kar.knowledge.v1.BatchGetKnowledgeResponse\x12Z\n\x0b\x46indSimilar\x12$.kar.knowledge.v1.FindSimilarRequest\x1a%.kar.knowledge.v1.FindSimilarResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n kar/knowledge/v1/knowledge.proto\x12\x10kar.knowledge.v1\x1a\x1ckar/records/v1/records.proto\"~\n\x18\x42\x61tchGetKnowledgeRequest\x12*\n\x06\x65ntity\x18\x01 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12\x0b\n\x03ids\x18\x02 \x03(\t\x12\x15\n\rinclude_texts\x18\x03 \x01(\x08\x12\x12\n\nrelease_id\x18\x04 \x01(\t\"\xf3\x01\n\x19\x42\x61tchGetKnowledgeResponse\x12\x12\n\nrelease_id\x18\x01 \x01(\t\x12*\n\x05space\x18\x02 \x01(\x0b\x32\x1b.kar.records.v1.VectorSpace\x12\x0f\n\x07vectors\x18\x03 \x01(\x0c\x12.\n\x06levels\x18\x04 \x03(\x0e\x32\x1e.kar.records.v1.KnowledgeLevel\x12.\n\x05texts\x18\x05 \x03(\x0b\x32\x1f.kar.records.v1.KnowledgeRecord\x12\x15\n\rwritten_at_ms\x18\x06 \x03(\x03\x12\x0e\n\x06unread\x18\x07 \x03(\r\"\x9e\x01\n\x12\x46indSimilarRequest\x12*\n\x06\x65ntity\x18\x01 \x01(\x0e\x32\x1a.kar.records.v1.EntityKind\x12\x0c\n\x02id\x18\x02 \x01(\tH\x00\x12\x10\n\x06vector\x18\x04 \x01(\x0cH\x00\x12\r\n\x05limit\x18\x03 \x01(\r\x12\x12\n\nrelease_id\x18\x05 \x01(\t\x12\x10\n\x08space_id\x18\x06 \x01(\tB\x07\n\x05query\"z\n\x13\x46indSimilarResponse\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x14\n\x0csimilarities\x18\x02 \x03(\x02\x12\x12\n\nrelease_id\x18\x03 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x04 \x01(\t\x12\x17\n\x0fsnapshot_age_ms\x18\x05 \x01(\x04\x32\xdc\x01\n\x10KnowledgeService\x12l\n\x11\x42\x61tchGetKnowledge\x12*.kar.knowledge.v1.BatchGetKnowledgeRequest\x1a+.kar.knowledge.v1.BatchGetKnowledgeResponse\x12Z\n\x0b\x46indSimilar\x12$.kar.knowledge.v1.FindSimilarRequest\x1a%.kar.knowledge.v1.FindSimilarResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BATCHGETKNOWLEDGEREQUEST']._serialized_start=84
   _globals['_BATCHGETKNOWLEDGEREQUEST']._serialized_end=210
   _globals['_BATCHGETKNOWLEDGERESPONSE']._serialized_start=213
-  _globals['_BATCHGETKNOWLEDGERESPONSE']._serialized_end=417
-  _globals['_FINDSIMILARREQUEST']._serialized_start=419
-  _globals['_FINDSIMILARREQUEST']._serialized_end=510
-  _globals['_FINDSIMILARRESPONSE']._serialized_start=512
-  _globals['_FINDSIMILARRESPONSE']._serialized_end=568
-  _globals['_KNOWLEDGESERVICE']._serialized_start=571
-  _globals['_KNOWLEDGESERVICE']._serialized_end=791
+  _globals['_BATCHGETKNOWLEDGERESPONSE']._serialized_end=456
+  _globals['_FINDSIMILARREQUEST']._serialized_start=459
+  _globals['_FINDSIMILARREQUEST']._serialized_end=617
+  _globals['_FINDSIMILARRESPONSE']._serialized_start=619
+  _globals['_FINDSIMILARRESPONSE']._serialized_end=741
+  _globals['_KNOWLEDGESERVICE']._serialized_start=744
+  _globals['_KNOWLEDGESERVICE']._serialized_end=964
 # @@protoc_insertion_point(module_scope)
