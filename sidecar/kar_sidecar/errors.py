@@ -7,10 +7,12 @@ KarError                     INTERNAL             a fault of ours: report it
 │   └── IntegrityError       DATA_LOSS            a file or record is corrupt or mismatched: restore it
 ├── BudgetError              RESOURCE_EXHAUSTED   the money set aside would not last: allow more
 ├── UnavailableError         UNAVAILABLE          a backend does not answer: retry later
-│   └── DeadlineError        DEADLINE_EXCEEDED    no time left: allow more
+│   ├── DeadlineError        DEADLINE_EXCEEDED    no time left: allow more
+│   └── IncompleteError      UNAVAILABLE          a batch was answered in part: use that part, or retry
 └── UnsupportedError         UNIMPLEMENTED        not built, or an optional package is missing: install it
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import grpc
@@ -18,6 +20,7 @@ import grpc
 __all__ = [
     "BudgetError",
     "DeadlineError",
+    "IncompleteError",
     "InputError",
     "IntegrityError",
     "KarError",
@@ -77,6 +80,16 @@ class DeadlineError(UnavailableError):
     """A backend did not answer within the time left."""
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class IncompleteError(UnavailableError):
+    """A backend read some records of a batch and not others, which are all None in `records`."""
+
+    def __init__(self, text: str, records: Sequence[tuple[bytes | None, ...]], unread: Sequence[int]) -> None:
+        """Carry what was read: records in the order asked for, and the positions of those that were not read."""
+        super().__init__(text)
+        self.records = records
+        self.unread = unread
 
 
 class UnsupportedError(KarError):

@@ -1,6 +1,6 @@
 """Owns one ranking from request to response: assign, fetch, assemble, score, respond, and what to do when one fails.
 
-rung KNOWLEDGE   the model with knowledge; entities without any get neutral vectors
+rung KNOWLEDGE   the model with knowledge; entities without any, or that could not be read, get neutral vectors
 rung BACKBONE    the model without, with the time that is left
 rung CALLER      the caller's own order; scores only if it sent any
 """
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
 from kar_sidecar.assemble import Assembly, UserView, assemble, keys, nothing_read, rated_keys, view_user
-from kar_sidecar.errors import KarError
+from kar_sidecar.errors import IncompleteError, KarError
 from kar_sidecar.experiments import CONTROL, KNOWLEDGE, Assignment
 from kar_sidecar.query import Query, assign, read_query
-from kar_sidecar.reading import call_store
+from kar_sidecar.reading import STORE_SHARE, call_store
 from kar_sidecar.releases import Releases, checked_scores
 from kar_sidecar.scoring import BASE_INPUTS, Scorer
 from kar_sidecar.served import ServedRelease
@@ -108,13 +108,16 @@ class Ranker:
         if course.left_s() > 0:
             records, user, rated = await self._fetch(query, served, assignment.arm, course)
             course.lap("fetch")
-            assembly = assemble(query, served, user, records, rated, at_ms=self._wall_ms())
+            at_ms = self._wall_ms()
+            assembly = assemble(query, served, user, records, rated, at_ms=at_ms)
             for fault in assembly.faults:
-                self._telemetry.failed("store")
-                course.reasons.append(f"store: {fault}")
+                self._failed("store", fault, course)
             course.lap("assemble")
             scored = await self._score(served, assignment.arm, assembly, course)
             course.lap("score")
+            if scored and scored.arm == KNOWLEDGE:
+                for given in assembly.given:
+                    self._telemetry.served(given.entity, given.levels, given.written_at_ms, at_ms)
         else:
             course.reasons.append("no time was left before the deadline")
         response = _respond(request, query, served, assignment, assembly, scored)
@@ -147,8 +150,15 @@ class Ranker:
 
     async def _read(self, entities: list[EntityKey], parts: tuple[str, ...], course: _Course) -> list[Record] | None:
         left_s = course.left_s(self._settings.store_timeout_ms)
-        reading = call_store(self._store, self._store.read, entities, parts, left_s)
-        return await self._attempt("store", reading, left_s, course)
+
+        async def read() -> list[Record]:
+            try:
+                return await call_store(self._store, self._store.read, entities, parts, STORE_SHARE * left_s)
+            except IncompleteError as error:
+                self._failed("store", str(error), course)
+                return list(error.records)
+
+        return await self._attempt("store", read(), left_s, course)
 
     async def _score(self, served: ServedRelease, assigned: str, assembly: Assembly, course: _Course) -> _Scored | None:
         """The assigned arm's scores, or else the control model's; None when neither answers in time."""
@@ -178,9 +188,12 @@ class Ranker:
         except Exception:  # a fault of ours in one backend must not cost the caller its answer
             log.exception("backend_fault backend=%s", backend)
             reason = "an unexpected fault, see the server's log"
+        self._failed(backend, reason, course)
+        return None
+
+    def _failed(self, backend: str, reason: str, course: _Course) -> None:
         self._telemetry.failed(backend)
         course.reasons.append(f"{backend}: {reason}")
-        return None
 
 
 def _respond(
@@ -216,6 +229,8 @@ def _respond(
             explanation.model = scored.model
         if knows:
             explanation.space_id = served.space.space_id
+            if assembly and assembly.oldest_ms:
+                explanation.knowledge_written_at.FromMilliseconds(assembly.oldest_ms)
         if assembly:
             explanation.history_events = assembly.history_events
             explanation.missing_values = assembly.missing_values

@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from kar_sidecar.store import Store
 
-__all__ = ["call_store"]
+__all__ = ["STORE_SHARE", "call_store"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+STORE_SHARE: Final = 0.8
+"""Of the time for the store, what it may take itself: so its answer in part gets here before that time is over."""
 
 
 async def call_store(store: Store, method: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

@@ -67,7 +67,7 @@ def check(settings: Settings) -> None:
         IntegrityError: a missing or corrupt file, which the text names.
         UnavailableError: the store does not answer.
     """
-    store = open_store(settings.store, readonly=True)
+    store = open_store(settings.store, aerospike=settings.aerospike, readonly=True)
     try:
         asyncio.run(Releases(settings.releases, store, MemoryScorer({}), settings.mode, warm_timeout_s=0.0).open())
     finally:

@@ -20,11 +20,12 @@ from pydantic_settings import (
 from kar_sidecar.errors import InputError
 from kar_sidecar.experiments import ARMS, Experiment
 from kar_sidecar.served import Mode
+from kar_sidecar.store.cluster import PASSWORD, AerospikeSettings
 
 __all__ = ["ExperimentSettings", "Settings"]
 
 PREFIX: Final = "KAR_"
-ELSEWHERE: Final = frozenset({"KAR_CACHE", "KAR_LLM_API_KEY", "KAR_LLM_BASE_URL", "KAR_LLM_MODEL"})
+ELSEWHERE: Final = frozenset({PASSWORD, "KAR_CACHE", "KAR_LLM_API_KEY", "KAR_LLM_BASE_URL", "KAR_LLM_MODEL"})
 """Variables with our prefix that other parts of the product read."""
 
 Milliseconds = Annotated[float, Field(gt=0)]
@@ -81,7 +82,13 @@ class Settings(BaseSettings):
     )
     store: str = Field(
         default_factory=lambda known: f"lmdb:{known.get('work', Path()) / 'store'}",
-        description="Store: `lmdb:PATH` or `aerospike:HOST:PORT/NAMESPACE/SET`.",
+        description="Store: `lmdb:PATH` or `aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET`.",
+    )
+    aerospike: AerospikeSettings = Field(
+        default=AerospikeSettings(), description="How an Aerospike store is reached and used."
+    )
+    index: Path = Field(
+        default_factory=lambda known: known.get("work", Path()) / "index", description="Folder of the index snapshots."
     )
     triton_address: str = Field(default="127.0.0.1:8001", description="gRPC address of the Triton Inference Server.")
     mode: Mode = Field(
@@ -90,6 +97,7 @@ class Settings(BaseSettings):
     max_candidates: int = Field(
         default=1000, ge=1, description="Most candidates of one request, and most ids of one read."
     )
+    max_similar: int = Field(default=100, ge=1, description="Most neighbours of one search.")
     store_timeout_ms: Milliseconds = Field(default=20.0, description="Longest wait for the store, in milliseconds.")
     score_timeout_ms: Milliseconds = Field(
         default=100.0, description="Longest wait for one scoring model, in milliseconds."

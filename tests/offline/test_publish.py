@@ -19,10 +19,11 @@ from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate.records import record_line
 from kar_offline.publish import publish, publish_features
 from kar_offline.publish.command import publish as publish_command
-from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError
+from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError, UnavailableError
 from kar_sidecar.features import FeatureLayout, schema_hash
 from kar_sidecar.hashing import file_sha256
 from kar_sidecar.index.faiss import FaissIndex
+from kar_sidecar.index.snapshot import read_current
 from kar_sidecar.release import manifest_id, write_active
 from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, schema_meta, space_meta, vector_part
 from kar_sidecar.store.open import open_store
@@ -174,6 +175,13 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path, make_release(tmp_path, schema_of()), f"lmdb:{tmp_path / 'store'}")
 
 
+def index_of(world: World, kind: str) -> FaissIndex:
+    root = world.work / "index" / world.release / kind
+    current = read_current(root)
+    assert current is not None
+    return FaissIndex.load(root / current.snapshot_id)
+
+
 def assert_complete(world: World) -> None:
     assert world.history("ann") == (("heat", "alien"), [5, 4], 200_000)  # not the third event: it is a sample
     assert world.history("bob") == (("ran",), [3], 900_000)
@@ -194,10 +202,10 @@ def assert_complete(world: World) -> None:
     seal = {"release_id": world.release, **COUNTS, "published_at_ms": NOW_MS}
     names = [space_meta("aaaaaaaaaaaa"), space_meta(ENCODED), schema_meta(schema_hash(schema_of()))]
     assert [world.meta(name) for name in names] == [seal] * 3
-    index = FaissIndex.load(world.work / "index" / world.release / "item")
+    index = index_of(world, "item")
     assert index.search(np.array([[0, 1, 1]]), 2).ids == [["alien", "heat"]]
     index.close()
-    index = FaissIndex.load(world.work / "index" / world.release / "user")
+    index = index_of(world, "user")
     assert index.search(np.array([[1, 0.5, 0]]), 1).ids == [["ann"]]
     index.close()
 
@@ -219,21 +227,22 @@ def test_the_second_run_does_nothing_unless_forced(world: World) -> None:
     first = world.publish()
     assert world.publish() == {**first, "ran": False, "written": {}}
     forced = world.publish(force=True)
-    assert forced["written"] == {"features": 0, "texts": 4, "adapted": 4, "encoded": 4}
+    assert forced["ran"]
+    assert forced["written"] == {"features": 0, "texts": 0, "adapted": 0, "encoded": 0}  # the very bytes are there
     assert_complete(world)
 
 
 def test_a_lost_index_is_built_again(world: World) -> None:
     world.publish()
     (world.work / "index").rename(world.work / "elsewhere")
-    assert world.publish()["written"] == {"features": 0, "texts": 4, "adapted": 0, "encoded": 0}
+    assert world.publish()["written"] == {"features": 0, "texts": 0, "adapted": 0, "encoded": 0}
     assert_complete(world)
 
 
 def test_releases_that_share_encoder_and_schema_live_side_by_side(world: World) -> None:
     world.publish()
     other = make_release(world.work, schema_of(), adapted="bbbbbbbbbbbb", scale=2, created_s=6)
-    assert world.publish(other)["written"] == {"features": 0, "texts": 4, "adapted": 4, "encoded": 4}
+    assert world.publish(other)["written"] == {"features": 0, "texts": 0, "adapted": 4, "encoded": 4}
     assert world.vectors(USER, ["ann"], "aaaaaaaaaaaa", 2, "float32").vectors.tolist() == [[1, 2]]
     assert world.vectors(USER, ["ann"], "bbbbbbbbbbbb", 2, "float32").vectors.tolist() == [[2, 4]]
     assert not world.publish()["ran"]
@@ -332,6 +341,7 @@ import os, signal, sys
 from pathlib import Path
 from kar_offline.dataset.samples import Dataset
 from kar_offline.publish.release import publish_release
+from kar_offline.stage import folder_hash
 from kar_sidecar.release import Release
 from kar_sidecar.store.open import open_store
 
@@ -364,13 +374,18 @@ class Dying:
         store.write_meta(name, value)
 
 publish_release(
-    Release.load(work / "releases", release_id), Dataset.load(work / "dataset"), Dying(), work / "index" / release_id
+    Release.load(work / "releases", release_id),
+    Dataset.load(work / "dataset"),
+    Dying(),
+    work / "index" / release_id,
+    dataset_hash=folder_hash(work / "dataset"),
 )
 """
-STEPS = 1 + (5 + 1) + 3 * (4 + 1) + 3  # schema's claim, features, texts and two spaces of vectors, seals
+STEPS = 1 + (5 + 2) + 3 * (4 + 2) + 4
+"""Schema's claim, features, texts and two spaces of vectors, each noted; the seals, and the notes' removal."""
 
 
-@pytest.mark.parametrize("dies_at", [1, 4, 7, 10, 12, 14, 17, 19, 22, 23, 24, STEPS])
+@pytest.mark.parametrize("dies_at", [1, 4, 7, 8, 12, 14, 15, 20, 26, 27, 28, 29, STEPS])
 def test_a_publish_killed_anywhere_is_seen_and_completed(world: World, dies_at: int) -> None:
     arguments = [str(world.work), world.release, world.url, str(dies_at)]
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
@@ -469,6 +484,22 @@ def test_fresh_features_need_a_file_and_a_published_release(world: World, tmp_pa
     (tmp_path / "fresh.jsonl").write_text(line())
     with pytest.raises(PreconditionError, match="without --features"):
         publish_features(world.work, world.release, world.url, tmp_path / "fresh.jsonl")
+
+
+def test_the_command_reads_store_and_cluster_from_settings(world: World, app: typer.Typer, tmp_path: Path) -> None:
+    write_active(world.work / "releases", world.release)
+    config = tmp_path / "kar.toml"
+    config.write_text(f"work = '{world.work}'\nstore = 'lmdb:{tmp_path / 'elsewhere'}'\n")
+    done = CliRunner().invoke(app, ["--config", str(config), "--max-rate", "1000"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert (tmp_path / "elsewhere" / "data.mdb").is_file()
+    config.write_text(f"work = '{world.work}'\n[aerospike]\ntls_name = 'a'\n")
+    with pytest.raises(InputError, match="need tls = true"):
+        CliRunner().invoke(app, ["--config", str(config)], catch_exceptions=False)
+    config.write_text(f"work = '{world.work}'\n[aerospike]\nconnect_timeout_ms = 50\n")
+    arguments = ["--config", str(config), "--store", "aerospike:127.0.0.1:1,127.0.0.1:2/test/kar"]
+    with pytest.raises(UnavailableError, match=r"Aerospike 127\.0\.0\.1:1, 127\.0\.0\.1:2"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 @pytest.fixture

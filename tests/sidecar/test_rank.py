@@ -290,7 +290,7 @@ def test_no_time_left_answers_at_once(world):
 @pytest.mark.parametrize(("left_s", "expected_ms"), [(None, 20), (1.0, 20), (0.015, 10)])
 def test_a_backend_gets_its_cap_or_what_is_left_without_the_margin(world, left_s, expected_ms):
     rank(world, request(), left_s=left_s, store_timeout_ms=20, deadline_margin_ms=5)
-    assert world.store.reads[-1][2] * 1e3 == pytest.approx(expected_ms)
+    assert world.store.reads[-1][2] * 1e3 == pytest.approx(0.8 * expected_ms)  # the rest is for its answer's way
 
 
 def test_a_store_that_took_all_the_time_leaves_none_to_score(world):

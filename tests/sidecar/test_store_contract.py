@@ -1,17 +1,22 @@
 """Every store keeps the same promises: memory, LMDB and, where AEROSPIKE_HOSTS names one, a real Aerospike."""
 
 import os
+import signal
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kar_sidecar.errors import IncompleteError, UnavailableError
 from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, vector_part
 from kar_sidecar.store.memory import MemoryStore
 from kar_sidecar.store.open import open_store
-from kar_sidecar.store.records import STALE, Header, decode_vectors, encode_vectors
+from kar_sidecar.store.records import FULL, STALE, Header, decode_vectors, encode_vectors, read_header
 
 pytestmark = pytest.mark.service
 
@@ -33,8 +38,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     else:
         hosts = os.environ.get("AEROSPIKE_HOSTS")
         if not hosts:
-            pytest.skip("AEROSPIKE_HOSTS is not set: start a server with a namespace `test` and set it to HOST:PORT")
-        opened = open_store(f"aerospike:{hosts.split(',')[0]}/test/{uuid.uuid4().hex[:12]}")
+            pytest.skip(
+                "AEROSPIKE_HOSTS is not set: start a server with a namespace `test` and set it to HOST:PORT[,HOST:PORT]"
+            )
+        opened = open_store(f"aerospike:{hosts}/test/{uuid.uuid4().hex[:12]}")
     yield opened
     for part in (FEATURES, TEXT, vector_part(SPACE), vector_part(OTHER)):
         opened.remove_part(part)
@@ -150,13 +157,14 @@ def test_any_text_is_an_id(store: Store, identity: str) -> None:
     assert store.remove_part(FEATURES) == 2
 
 
-def test_an_expired_vector_is_read_as_stale(store: Store) -> None:
+@pytest.mark.parametrize(("at_ms", "level"), [(4_999, FULL), (5_000, STALE), (5_001, STALE)])
+def test_an_expired_vector_is_read_as_stale(store: Store, at_ms: int, level: int) -> None:
     vectors = np.array([[1, 2], [3, 4]], dtype=np.float32)
     blobs = encode_vectors(vectors, SPACE, written_at_ms=0, expires_at_ms=5_000)
     store.write(vector_part(SPACE), zip([ALICE, HEAT], blobs, strict=True))
     read = [record[0] for record in store.read([HEAT, ALICE], [vector_part(SPACE)], 5)]
-    batch = decode_vectors(read, SPACE, 2, np.zeros(2, np.float32), dtype="float32", at_ms=5_000)
-    assert batch.levels.tolist() == [STALE, STALE]
+    batch = decode_vectors(read, SPACE, 2, np.zeros(2, np.float32), dtype="float32", at_ms=at_ms)
+    assert batch.levels.tolist() == [level, level]
     assert batch.vectors.tolist() == [[3, 4], [1, 2]]
 
 
@@ -169,3 +177,142 @@ def test_a_stream_that_fails_leaves_the_store_readable(store: Store) -> None:
     with pytest.raises(ValueError, match="the source broke"):
         store.write(FEATURES, stream())
     assert store.read([ALICE], [FEATURES], 5) == [(blob(b"a"),)]
+
+
+@pytest.mark.parametrize("newer_only", [False, True])
+def test_what_is_there_already_is_not_written(store: Store, newer_only: bool) -> None:
+    records = [(ALICE, blob(b"a")), (HEAT, blob(b"h"))]
+    assert store.write(FEATURES, records) == 2
+    assert store.write(FEATURES, [*records, (TOY_STORY, blob(b"t"))], newer_only=newer_only) == 1
+    assert store.write(TEXT, [(HEAT, b"text")]) == 1
+    assert store.write(TEXT, [(HEAT, b"text")]) == 0
+    assert store.write(TEXT, [(HEAT, b"")]) == 1
+    assert store.read([HEAT, TOY_STORY], [FEATURES, TEXT], 5) == [(blob(b"h"), b""), (blob(b"t"), None)]
+
+
+MANY = [EntityKey(kind, str(i)) for kind in (USER, ITEM) for i in range(30)]
+VERSIONS = 15
+
+
+def versioned(version: int) -> bytes:
+    """Each byte of the body tells the version, so that a torn record shows; larger than a memory page."""
+    return blob(bytes([version]) * 5_000, version)
+
+
+def version_of(part: bytes | None) -> int:
+    """The version of a whole record, 0 for none."""
+    if part is None:
+        return 0
+    version = read_header(part).written_at_ms  # refuses what its checksum does not fit
+    assert part == versioned(version)
+    return version
+
+
+def together(*jobs: Callable[[], None]) -> None:
+    """Run jobs at once, each in a thread of its own."""
+    barrier = threading.Barrier(len(jobs))
+
+    def begin(job: Callable[[], None]) -> None:
+        barrier.wait(30)
+        job()
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for done in [pool.submit(begin, job) for job in jobs]:
+            done.result(60)
+
+
+def test_feature_updates_beside_vector_publishes_lose_nothing(store: Store) -> None:
+    def updates(versions: range) -> Callable[[], None]:
+        def job() -> None:
+            for version in versions:
+                store.write(FEATURES, [(key, versioned(version)) for key in MANY], newer_only=True)
+
+        return job
+
+    def publishes(space: str) -> Callable[[], None]:
+        def job() -> None:
+            for version in range(1, VERSIONS + 1):
+                store.write(vector_part(space), [(key, versioned(version)) for key in MANY])
+
+        return job
+
+    odd, even = updates(range(1, VERSIONS + 1, 2)), updates(range(2, VERSIONS + 1, 2))
+    together(odd, even, publishes(SPACE), publishes(OTHER))
+    parts = [FEATURES, vector_part(SPACE), vector_part(OTHER)]
+    assert store.read(MANY, parts, 5) == [(versioned(VERSIONS),) * 3] * len(MANY)
+
+
+def test_readers_beside_a_writer_see_whole_records_that_never_get_older(store: Store) -> None:
+    parts = [FEATURES, TEXT]
+    over = threading.Event()
+    store.write(FEATURES, [(key, versioned(1)) for key in MANY])
+
+    def write() -> None:
+        for version in range(2, VERSIONS + 1):
+            store.write(FEATURES, [(key, versioned(version)) for key in MANY], newer_only=True)
+        over.set()
+
+    def read() -> None:
+        seen = [1] * len(MANY)
+        last = False
+        while not last:
+            last = over.is_set()
+            found = [version_of(record[0]) for record in store.read(MANY, parts, 5)]
+            assert all(now >= before for now, before in zip(found, seen, strict=True))
+            seen = found
+        assert seen == [VERSIONS] * len(MANY)
+
+    together(write, read, read, read)
+
+
+def test_a_space_that_is_removed_beside_readers_is_whole_or_gone(store: Store) -> None:
+    store.write(vector_part(SPACE), [(key, versioned(1)) for key in MANY])
+    store.write(FEATURES, [(key, versioned(2)) for key in MANY])
+
+    def read() -> None:
+        left = len(MANY)
+        while left:
+            records = store.read(MANY, [vector_part(SPACE), FEATURES], 5)
+            assert all(version_of(record[1]) == 2 for record in records)
+            left = sum(version_of(record[0]) for record in records)
+
+    def remove() -> None:
+        assert store.remove_part(vector_part(SPACE)) == len(MANY)
+
+    together(remove, read, read)
+
+
+def test_a_server_that_is_lost_and_comes_back_is_used_again(store: Store, request: pytest.FixtureRequest) -> None:
+    if store.blocking is False:
+        pytest.skip("nothing to lose: the store is in this process")
+    if not (pid := os.environ.get("AEROSPIKE_PID")):
+        pytest.skip("AEROSPIKE_PID is not set: set it to the server's process id, which the test stops and continues")
+    server = int(pid)
+    request.addfinalizer(lambda: os.kill(server, signal.SIGCONT))
+    store.write(FEATURES, [(key, versioned(1)) for key in MANY])
+    stopped = threading.Event()
+
+    def write() -> None:
+        stopped.wait(10)
+        assert store.write(FEATURES, [(key, versioned(2)) for key in MANY]) <= len(MANY)
+        store.write_meta("lost", b"found")
+
+    def lose() -> None:
+        os.kill(server, signal.SIGSTOP)
+        stopped.set()
+        for _ in range(5):
+            with pytest.raises(UnavailableError, match="Aerospike") as caught:
+                store.read(MANY, [FEATURES], 0.1)
+            if isinstance(caught.value, IncompleteError):  # other nodes of the cluster still answer
+                read = [version_of(record[0]) for record in caught.value.records]
+                assert [at for at, version in enumerate(read) if version == 0] == list(caught.value.unread)
+        os.kill(server, signal.SIGCONT)
+
+    together(write, lose)
+    read = None
+    while read is None:  # the first tries may meet connections that were closed meanwhile
+        with suppress(UnavailableError):
+            read = store.read(MANY, [FEATURES], 1)
+    assert read == [(versioned(2),)] * len(MANY)
+    assert store.read_meta("lost") == b"found"
+    store.write_meta("lost", None)

@@ -11,7 +11,7 @@ import pytest
 from kar_sidecar.errors import IntegrityError, PreconditionError
 from kar_sidecar.store import FEATURES, ITEM, EntityKey
 from kar_sidecar.store.lmdb import BATCH, LmdbStore
-from kar_sidecar.store.records import Header
+from kar_sidecar.store.records import Header, read_header
 
 pytestmark = pytest.mark.service
 
@@ -32,7 +32,7 @@ import os, signal, sys
 from pathlib import Path
 from kar_sidecar.store import FEATURES, ITEM, EntityKey
 from kar_sidecar.store.lmdb import BATCH, LmdbStore
-from kar_sidecar.store.records import Header
+from kar_sidecar.store.records import Header, read_header
 
 blob = Header(0, 7, 1, 0).seal(b"")
 
@@ -143,4 +143,51 @@ def test_removal_takes_several_transactions_for_a_large_part(tmp_path: Path) -> 
     store = LmdbStore(tmp_path / "store")
     store.write(FEATURES, ((EntityKey(ITEM, str(i)), blob(b"")) for i in range(2 * BATCH + 1)))
     assert store.remove_part(FEATURES) == 2 * BATCH + 1
+    store.close()
+
+
+RACER = """
+import sys
+from pathlib import Path
+from kar_sidecar.store import ITEM, EntityKey
+from kar_sidecar.store.lmdb import LmdbStore
+from kar_sidecar.store.records import Header, read_header
+
+path, part, first, step = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+store = LmdbStore(Path(path))
+sys.stdin.readline()
+for version in range(first, 21, step):
+    blob = Header(0, 7, version, 0).seal(bytes([version]) * 5_000)
+    store.write(part, [(EntityKey(ITEM, str(i)), blob) for i in range(40)], newer_only=True)
+"""
+
+
+def test_processes_that_update_features_and_publish_vectors_lose_nothing(tmp_path: Path) -> None:
+    store = LmdbStore(tmp_path / "store")
+    keys, parts = [EntityKey(ITEM, str(i)) for i in range(40)], [FEATURES, "vaaaaaaaaaaaa", "vbbbbbbbbbbbb"]
+    races = [(FEATURES, "1", "2"), (FEATURES, "2", "2"), (parts[1], "1", "1"), (parts[2], "1", "1")]
+    command = [sys.executable, "-c", RACER, str(tmp_path / "store")]
+    racers = [subprocess.Popen([*command, *race], stdin=subprocess.PIPE, text=True) for race in races]
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    seen = [(0, 0, 0)] * len(keys)
+    running = True
+    while running:
+        running = any(racer.poll() is None for racer in racers)
+        found = [
+            tuple(0 if part is None else read_header(part).written_at_ms for part in record)
+            for record in store.read(keys, parts)
+        ]
+        assert all(
+            now >= before
+            for after, old in zip(found, seen, strict=True)
+            for now, before in zip(after, old, strict=True)
+        )
+        seen = found
+    for racer in racers:
+        racer.communicate(timeout=30)
+        assert racer.returncode == 0
+    assert seen == [(20, 20, 20)] * len(keys)
     store.close()

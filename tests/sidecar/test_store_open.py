@@ -39,10 +39,12 @@ def test_lmdb_is_not_made_by_a_reader(tmp_path: Path) -> None:
         "aerospike:localhost:3000/test/kar/more",
         "aerospike:localhost:port/test/kar",
         "aerospike::3000/test/kar",
+        "aerospike:localhost:3000,/test/kar",
+        "aerospike:localhost:3000,other/test/kar",
     ],
 )
 def test_other_urls_are_refused(url: str) -> None:
-    with pytest.raises(InputError, match="aerospike:HOST:PORT/NAMESPACE/SET"):
+    with pytest.raises(InputError, match="use lmdb:PATH or aerospike:HOST:PORT"):
         open_store(url)
 
 

@@ -1,5 +1,6 @@
 """Owns `kar publish`."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,20 +10,22 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.options import JsonFile, write_json
 from kar_offline.publish.fresh import publish_features
 from kar_offline.publish.release import publish as publish_release
+from kar_sidecar.index.config import FLAT_UP_TO, IndexConfig, Kind
 from kar_sidecar.release import read_active
+from kar_sidecar.settings import Settings
 
 __all__ = ["publish"]
 
 
 def publish(
-    work: Work = DEFAULT_WORK,
+    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
     release: Annotated[str | None, typer.Option(help="Release id; default: the active one.")] = None,
     store: Annotated[
         str | None,
-        typer.Option(help="lmdb:PATH or aerospike:HOST:PORT/NAMESPACE/SET; default: lmdb:WORK/store."),
+        typer.Option(help="lmdb:PATH or aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET; default: lmdb:WORK/store."),
     ] = None,
     features: Annotated[
         Path | None, typer.Option(help="Write only these fresh features and histories, one JSON object a line.")
@@ -30,18 +33,41 @@ def publish(
     force: Annotated[
         bool, typer.Option("--force", help="Publish again what is there; replace features of another schema.")
     ] = False,
+    max_rate: Annotated[
+        int | None, typer.Option(min=1, help="Most records a second, so that those who read keep their latency.")
+    ] = None,
+    index: Annotated[
+        Kind | None, typer.Option(help="Kind of index.", show_default=f"flat up to {FLAT_UP_TO:,} vectors, hnsw above")
+    ] = None,
+    recall: Annotated[
+        float, typer.Option(help="Share of the exact 10 nearest that the index must find, or nothing is published.")
+    ] = IndexConfig().recall,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, as `kar sidecar` reads it.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Write a release into the store and the index, or fresh features into the store."""
+    """Write a release into the store and the index, or fresh features into the store.
+
+    Killed and started again, it goes on where it was.
+    """
     console = Console()
+    settings = Settings.read(config, work=work, store=store)
+    work, url, aerospike = settings.work, settings.store, settings.aerospike
     release_id = release or read_active(work / "releases")
-    url = store or f"lmdb:{work / 'store'}"
     with Progress(console=console, transient=True) as progress:
         if features:
-            report = publish_features(work, release_id, url, features, progress=progress)
+            report = publish_features(work, release_id, url, features, aerospike=aerospike, progress=progress)
             summary = f"{report['written']:,} of {report['records']:,} records were newer and are written to {url}"
         else:
-            result = publish_release(work, release_id, url, force=force, progress=progress)
+            result = publish_release(
+                work,
+                release_id,
+                url,
+                aerospike=aerospike,
+                force=force,
+                max_rate=max_rate,
+                indexing=IndexConfig(index, recall, threads=len(os.sched_getaffinity(0))),
+                progress=progress,
+            )
             report = {**result.report, "ran": result.ran, "seconds": result.seconds}
             summary = (
                 f"release {release_id} is in {url}: {_counted(report, 'users')} and {_counted(report, 'items')}"

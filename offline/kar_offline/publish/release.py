@@ -1,15 +1,16 @@
 """Owns publishing a release: features, texts and vectors into the store, vectors into the index, then the seal.
 
 The seals are meta values, `space:<id>` of both vector spaces and `schema:<hash>` of the features, written after all
-data: a killed publish is visible as not published, and running it again completes it.
+data: a killed publish is visible as not published. How many records of each kind are safely written is a meta value
+too, `publish:<release id>`, so that running a killed publish again goes on from there.
 """
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,22 +21,35 @@ from rich.progress import Progress
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.samples import Dataset
 from kar_offline.generate.records import read_clusters, read_knowledge
-from kar_offline.stage import StageResult
+from kar_offline.stage import StageResult, folder_hash
 from kar_offline.train.arms import ARMS
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.features import History, schema_hash
+from kar_sidecar.index.config import IndexConfig
 from kar_sidecar.index.faiss import FaissIndex
+from kar_sidecar.index.snapshot import make_current, read_current
 from kar_sidecar.release import Release
 from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, schema_meta, space_meta, vector_part
+from kar_sidecar.store.cluster import AerospikeSettings
 from kar_sidecar.store.open import open_store
 from kar_sidecar.store.records import FULL, NEVER, encode_vectors, now_ms
 
-__all__ = ["publish", "publish_release"]
+__all__ = ["NAMES", "expiries", "publish", "publish_release"]
 
 NAMES: Final = {USER: "user", ITEM: "item"}
 NEIGHBOUR: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR)
 SCHEMA: Final = "features"
 """Name of the meta value that holds the hash of the one schema that the store's features are packed in."""
+
+CHECKPOINT: Final = 20_000
+"""Records between two notes of how far a publish is: at most so many are offered to the store again."""
+SAMPLED: Final = 200
+"""Records that a publish looks for before it trusts that what was written is still there."""
+SAMPLE_TIMEOUT_S: Final = 5.0
+BURST_S: Final = 0.5
+"""What a capped publish that fell behind may make up for at once, in seconds of its rate."""
+SLEEP_S: Final = 0.01
+"""Shortest pause of a capped publish."""
 
 Records = Iterator[tuple[EntityKey, bytes]]
 
@@ -45,29 +59,45 @@ def publish(
     release_id: str,
     store_url: str,
     *,
+    aerospike: AerospikeSettings | None = None,
     force: bool = False,
+    max_rate: int | None = None,
+    indexing: IndexConfig | None = None,
     clock: Callable[[], int] = now_ms,
     progress: Progress | None = None,
 ) -> StageResult:
     """Publish a release of a work folder into the store that `store_url` names; does nothing when it is there.
 
-    `force` publishes again, and replaces features of another schema. `clock` gives milliseconds since the epoch. The
-    report has `release_id`, `store`, `users` and `items` with a vector, how many of them are `lent`,
-    `published_at_ms`, and records `written`.
+    `aerospike` has the settings of such a store. `force` publishes again, and replaces features of another schema.
+    `max_rate` caps records a second. `indexing` says how the index is built. `clock` gives milliseconds since the
+    epoch. The report has `release_id`, `store`, `users` and `items` with a vector, how many of them are `lent`,
+    `published_at_ms`, and records `written` now.
 
     Raises:
         NotFoundError: no such release.
         IntegrityError: a corrupt release or store.
         PreconditionError: the dataset, or what the store holds, is of another feature schema.
+        InputError: the index does not reach the recall that `indexing` requires.
         UnavailableError: the store does not answer.
     """
     began = time.perf_counter()
     release = Release.load(work / "releases", release_id)
     dataset = Dataset.load(work / "dataset")
     index = work / "index" / release_id
-    store = open_store(store_url)
+    store = open_store(store_url, aerospike=aerospike)
     try:
-        written = publish_release(release, dataset, store, index, force=force, clock=clock, progress=progress)
+        written = publish_release(
+            release,
+            dataset,
+            store,
+            index,
+            dataset_hash=folder_hash(work / "dataset"),
+            force=force,
+            max_rate=max_rate,
+            indexing=indexing,
+            clock=clock,
+            progress=progress,
+        )
         seal = read_seal(store, space_meta(release.manifest.adapted_space.space_id))
     finally:
         store.close()
@@ -81,13 +111,19 @@ def publish_release(
     store: Store,
     index: Path,
     *,
+    dataset_hash: str = "",
     force: bool = False,
+    max_rate: int | None = None,
+    every: int = CHECKPOINT,
+    indexing: IndexConfig | None = None,
     clock: Callable[[], int] = now_ms,
     progress: Progress | None = None,
 ) -> Mapping[str, int]:
     """Write all of a release and return the number of records written by kind of part; nothing when it was there.
 
-    Records that the store already has, newer or from a killed run, are kept. See `publish` for errors.
+    Records that the store already has, newer or the very same, are kept, and those that a killed run of the same
+    release, dataset (`dataset_hash`) and `force` noted as written, each `every` records, are not even offered. See
+    `publish` for the other arguments and for errors.
     """
     manifest = release.manifest
     schema = manifest.feature_schema_hash
@@ -97,50 +133,13 @@ def publish_release(
         return {}
     _claim_features(store, schema, force)
     users, items = (_Knowledge.load(release, kind) for kind in NAMES)
+    # First, since an index that does not reach its recall ends the publish.
+    _snapshots((users, items), index, indexing or IndexConfig(), clock(), force)
+    loads = _loads(release, dataset, users, items, store, force)
+    of = {"release_id": release.release_id, "dataset": dataset_hash, "force": force}
+    checkpoint = _Checkpoint.read(store, publish_meta(release.release_id), of)
     shown = progress or Progress(disable=True)
-
-    def write(part: str, what: str, records: Iterable[tuple[EntityKey, bytes]], total: int, *, newer_only: bool) -> int:
-        return store.write(part, shown.track(records, total, description=what), newer_only=newer_only)
-
-    written = {
-        "features": write(
-            FEATURES,
-            "features",
-            chain(_user_features(release, dataset), _item_features(release, dataset)),
-            len(dataset.users) + len(dataset.items),
-            newer_only=store.read_meta(schema_meta(schema)) is not None,
-        ),
-        "texts": write(
-            TEXT,
-            "texts",
-            chain(users.texts(), items.texts()),
-            len(users.texts_by_id) + len(items.texts_by_id),
-            newer_only=False,
-        ),
-    }
-    sources = (users, items)
-    adapted = [source for source in sources if source.kind in release.towers]
-    spaces = [("adapted", manifest.adapted_space, adapted), ("encoded", manifest.encoded_space, sources)]
-    for name, space, of in spaces:
-        written[name] = write(
-            vector_part(space.space_id),
-            f"{name} vectors",
-            chain.from_iterable(source.vectors(name, space) for source in of),
-            sum(len(source.ids) for source in of),
-            newer_only=not force,
-        )
-    if manifest.affinity.HasField("space"):
-        space = manifest.affinity.space
-        known = items.with_affinity()
-        written["affinity"] = write(
-            vector_part(space.space_id),
-            "affinity vectors",
-            known.vectors("affinity", space),
-            len(known.ids),
-            newer_only=not force,
-        )
-    for source in (users, items):
-        _snapshot(source, index / NAMES[source.kind], force)
+    written = {load.name: _write(load, store, checkpoint, shown, every, max_rate) for load in loads}
     counts = {
         "users": len(users.ids),
         "items": len(items.ids),
@@ -148,6 +147,119 @@ def publish_release(
     }
     _seal(release, store, counts, clock())
     return written
+
+
+def publish_meta(release_id: str) -> str:
+    """Name of the meta value that says how far the publish of a release is; absent when none is under way."""
+    return f"publish:{release_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """One kind of part of all its entities; `records` makes them anew, each time in the same order."""
+
+    name: str
+    part: str
+    records: Callable[[], Iterable[tuple[EntityKey, bytes]]]
+    total: int
+    newer_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """How many records of each load are safely written, kept in the store itself."""
+
+    store: Store
+    name: str
+    of: Mapping[str, Any]
+    """What is published; another publish's rows count for nothing."""
+    rows: dict[str, int]
+
+    @staticmethod
+    def read(store: Store, name: str, of: Mapping[str, Any]) -> "_Checkpoint":
+        held = json.loads(store.read_meta(name) or b"{}")
+        return _Checkpoint(store, name, of, held["rows"] if held.get("of") == of else {})
+
+    def note(self, load: str, rows: int) -> None:
+        self.rows[load] = rows
+        self.store.write_meta(self.name, json.dumps({"of": self.of, "rows": self.rows}).encode())
+
+
+def _loads(
+    release: Release, dataset: Dataset, users: "_Knowledge", items: "_Knowledge", store: Store, force: bool
+) -> Iterator[_Load]:
+    """All that a release has for a store, kind by kind."""
+    manifest, sources = release.manifest, (users, items)
+    yield _Load(
+        "features",
+        FEATURES,
+        lambda: chain(_user_features(release, dataset), _item_features(release, dataset)),
+        len(dataset.users) + len(dataset.items),
+        newer_only=store.read_meta(schema_meta(manifest.feature_schema_hash)) is not None,
+    )
+    texts = sum(len(source.texts_by_id) for source in sources)
+    yield _Load("texts", TEXT, lambda: chain(users.texts(), items.texts()), texts, newer_only=False)
+    adapted = [source for source in sources if source.kind in release.towers]
+    spaces = [("adapted", manifest.adapted_space, adapted), ("encoded", manifest.encoded_space, sources)]
+    if manifest.affinity.HasField("space"):
+        spaces.append(("affinity", manifest.affinity.space, [items.with_affinity()]))
+    for name, space, of in spaces:
+        yield _Load(
+            name,
+            vector_part(space.space_id),
+            partial(_vectors, name, space, of),
+            sum(len(source.ids) for source in of),
+            newer_only=not force,
+        )
+
+
+def _vectors(name: str, space: records_pb2.VectorSpace, of: Iterable["_Knowledge"]) -> Records:
+    return chain.from_iterable(source.vectors(name, space) for source in of)
+
+
+def _write(
+    load: _Load, store: Store, checkpoint: _Checkpoint, shown: Progress, every: int, max_rate: int | None
+) -> int:
+    """Write what a checkpoint does not have, and note it every so many records."""
+    done = checkpoint.rows.get(load.name, 0)
+    if not _still_there(load, store, done):
+        done = 0
+    if done == load.total:
+        return 0
+    stream = iter(shown.track(load.records(), load.total, description=load.name))
+    for _ in islice(stream, done):
+        pass
+    if max_rate is not None:
+        stream = paced(stream, max_rate)
+    written = 0
+    # One more than there are: the last slice asks beyond the end, so that the stream can tell when it has too few.
+    for start in range(done, load.total + 1, every):
+        written += store.write(load.part, islice(stream, every), newer_only=load.newer_only)
+        checkpoint.note(load.name, min(start + every, load.total))
+    return written
+
+
+def _still_there(load: _Load, store: Store, rows: int) -> bool:
+    """Whether the first of so many rows are in the store: meanwhile the part may have been removed as a whole."""
+    keys = [key for key, _ in islice(load.records(), min(rows, SAMPLED))]
+    return all(record[0] is not None for record in store.read(keys, [load.part], SAMPLE_TIMEOUT_S))
+
+
+def paced(
+    records: Records,
+    per_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Records:
+    """The same records, at most `per_s` a second but for what was missed in the last `BURST_S`."""
+    due_s = clock()
+    for record in records:
+        now_s = clock()
+        if due_s - now_s >= SLEEP_S:
+            sleep(due_s - now_s)
+        due_s = max(due_s, now_s - BURST_S) + 1 / per_s
+        yield record
 
 
 def read_seal(store: Store, name: str) -> dict[str, Any]:
@@ -159,9 +271,11 @@ def read_seal(store: Store, name: str) -> dict[str, Any]:
 def _seal(release: Release, store: Store, counts: Mapping[str, Any], published_at_ms: int) -> None:
     value = {"release_id": release.release_id, **counts, "published_at_ms": published_at_ms}
     manifest = release.manifest
-    # The adapted space comes last: it alone is the release's own, so it says that all of the release is there.
-    for name in (*_shared(manifest), space_meta(manifest.adapted_space.space_id)):
+    for name in _shared(manifest):
         store.write_meta(name, json.dumps(value).encode())
+    store.write_meta(publish_meta(release.release_id), None)
+    # The adapted space comes last: it alone is the release's own, so it says that all of the release is there.
+    store.write_meta(space_meta(manifest.adapted_space.space_id), json.dumps(value).encode())
 
 
 def _shared(manifest: records_pb2.Manifest) -> list[str]:
@@ -176,7 +290,7 @@ def _is_published(release: Release, store: Store, index: Path) -> bool:
     return (
         read_seal(store, space_meta(manifest.adapted_space.space_id)).get("release_id") == release.release_id
         and all(store.read_meta(name) is not None for name in _shared(manifest))
-        and all((index / name).is_dir() for name in NAMES.values())
+        and all(read_current(index / name) is not None for name in NAMES.values())
     )
 
 
@@ -198,7 +312,7 @@ def _user_features(release: Release, dataset: Dataset) -> Records:
     layout = release.user_layout
     ids = np.array([item.id for item in dataset.items], dtype=object)
     for row, user in enumerate(dataset.users):
-        events = dataset.prompt_events(row)
+        events = dataset.written_from(row)
         history = History(tuple(ids[dataset.event_item[events]]), dataset.event_rating[events])
         written_at_ms = int(dataset.event_time[events].max(initial=0)) * 1000
         blob = layout.encode(layout.row(user.features), written_at_ms=written_at_ms, history=history)
@@ -237,8 +351,8 @@ class _Knowledge:
         borrowers = frozenset(lent.read_text().splitlines()) if lent.is_file() else frozenset()
         # Raw texts are the entities' own facts, which hold whatever becomes of the language model's.
         raw = any(ARMS[model.recipe].texts == "raw" for model in release.manifest.models if model.recipe)
-        expiries = {} if raw else _expiries(records, clusters)
-        return _Knowledge(release, kind, records, ids, borrowers, expiries)
+        ends = {} if raw else expiries(records, clusters)
+        return _Knowledge(release, kind, records, ids, borrowers, ends)
 
     def with_affinity(self) -> "_Knowledge":
         """The items that have an affinity vector."""
@@ -269,7 +383,7 @@ class _Knowledge:
             yield EntityKey(self.kind, identity), blobs[0]
 
 
-def _expiries(
+def expiries(
     records: Mapping[str, records_pb2.KnowledgeRecord], clusters: Mapping[str, records_pb2.KnowledgeRecord]
 ) -> dict[str, int]:
     """When vectors are stale, milliseconds since the epoch: with their text, or with the first that they borrow."""
@@ -283,11 +397,15 @@ def _expiries(
     return found
 
 
-def _snapshot(source: _Knowledge, folder: Path, force: bool) -> None:
-    """Index the encoder's vectors: those that a caller can make of an unknown entity's text."""
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
-    if not folder.is_dir():
-        index = FaissIndex.build(source.ids, source.array("encoded"))
-        index.save(folder)
-        index.close()
+def _snapshots(sources: Sequence[_Knowledge], index: Path, config: IndexConfig, at_ms: int, force: bool) -> None:
+    """Index the encoder's vectors, those that a caller can make of an unknown entity's text: of all kinds or none."""
+    roots = {index / NAMES[source.kind]: source for source in sources}
+    built = {
+        root: FaissIndex.build(source.ids, source.array("encoded"), config)
+        for root, source in roots.items()
+        if force or read_current(root) is None
+    }
+    for root, made in built.items():
+        space_id = roots[root].release.manifest.encoded_space.space_id
+        make_current(root, made.save(root, space_id=space_id), at_ms)
+        made.close()

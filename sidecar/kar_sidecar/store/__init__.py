@@ -64,15 +64,17 @@ class Store(Protocol):
         """Read `parts` of all `keys` in one batch, in the order of `keys`; duplicates are allowed.
 
         Raises:
-            DeadlineError: no complete answer within `timeout_s`.
+            DeadlineError: no answer within `timeout_s`.
+            IncompleteError: some records could not be read; it carries those that could.
         """
         ...
 
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
         """Write one part of many entities, leaving their other parts alone; returns how many were written.
 
-        With `newer_only`, a record is kept when its header's `written_at` is not older than the new one's; texts,
-        which have no header, cannot be written so. Of several records of one key the last one counts.
+        A record whose very bytes are there already is not written. With `newer_only`, a record is kept when its
+        header's `written_at` is not older than the new one's; texts, which have no header, cannot be written so. Of
+        several records of one key the last one counts.
         """
         ...
 

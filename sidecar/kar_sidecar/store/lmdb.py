@@ -24,7 +24,9 @@ MAP_SIZE_BYTES: Final = 64 << 30
 """Address space, not disk: the file grows as it is written."""
 MAX_READERS: Final = 1024
 BATCH: Final = 10_000
-"""Records in one write transaction: bounds the dirty pages and the time that another writer waits."""
+"""Records in one write transaction: bounds the time that another writer waits."""
+BATCH_BYTES: Final = 4 << 20
+"""Bytes in one write transaction: bounds what has to reach the disk while another writer waits."""
 LONGEST_ID_BYTES: Final = 440
 DATA: Final = "data.mdb"
 
@@ -103,11 +105,13 @@ class LmdbStore:
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
         """See `Store.write`; a killed write leaves whole batches of `BATCH` records."""
         written = 0
-        for batch in in_batches(records, BATCH):
+        prefixes = {kind: _prefix(kind, part) for kind in (USER, ITEM)}
+        for batch in in_batches(records, BATCH, BATCH_BYTES):
             with self._writing() as transaction:
                 for key, blob in batch.items():
-                    name = _prefix(key.kind, part) + _id_bytes(key.id)
-                    if not newer_only or is_newer(blob, transaction.get(name)):
+                    name = prefixes[key.kind] + _id_bytes(key.id)
+                    stored = transaction.get(name)
+                    if is_newer(blob, stored) if newer_only else blob != stored:
                         transaction.put(name, blob)
                         written += 1
         return written

@@ -1,5 +1,6 @@
 """Owns the in-memory store: one process, no files; for tests and for trying things out."""
 
+import threading
 from collections.abc import Iterable, Sequence
 
 from kar_sidecar.store import EntityKey, Record
@@ -17,6 +18,7 @@ class MemoryStore:
         """Start empty."""
         self._parts: dict[str, dict[EntityKey, bytes]] = {}
         self._meta: dict[str, bytes] = {}
+        self._writing = threading.Lock()
 
     def read(self, keys: Sequence[EntityKey], parts: Sequence[str], timeout_s: float | None = None) -> list[Record]:
         """See `Store.read`."""
@@ -28,9 +30,11 @@ class MemoryStore:
         column = self._parts.setdefault(part, {})
         written = 0
         for key, blob in records:
-            if not newer_only or is_newer(blob, column.get(key)):
-                column[key] = blob
-                written += 1
+            with self._writing:
+                stored = column.get(key)
+                if is_newer(blob, stored) if newer_only else blob != stored:
+                    column[key] = blob
+                    written += 1
         return written
 
     def remove_part(self, part: str) -> int:

@@ -1,20 +1,23 @@
 """Owns which store a URL names."""
 
+import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from kar_sidecar.errors import InputError
 from kar_sidecar.store import Store
+from kar_sidecar.store.cluster import PASSWORD, AerospikeSettings
 
 __all__ = ["open_store"]
 
-FORMS = "lmdb:PATH or aerospike:HOST:PORT/NAMESPACE/SET"
+FORMS = "lmdb:PATH or aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET"
 
 
-def open_store(url: str, *, readonly: bool = False) -> Store:
-    """Open the store that `url` names: `lmdb:PATH` or `aerospike:HOST:PORT/NAMESPACE/SET`.
+def open_store(url: str, *, aerospike: AerospikeSettings | None = None, readonly: bool = False) -> Store:
+    """Open the store that `url` names: `lmdb:PATH` or `aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET`.
 
-    Implementations are imported on demand: only the one in use needs its package.
+    Implementations are imported on demand: only the one in use needs its package. `aerospike` has the settings of such
+    a store, by default their defaults; its password comes from the environment.
 
     Raises:
         InputError: not such a URL.
@@ -27,14 +30,21 @@ def open_store(url: str, *, readonly: bool = False) -> Store:
 
         return LmdbStore(Path(rest), readonly=readonly)
     if scheme == "aerospike":
-        parsed = urlsplit(f"//{rest}")
-        path = parsed.path.strip("/").split("/")
-        try:
-            host, port = parsed.hostname, parsed.port
-        except ValueError:
-            host, port = None, None
-        if host and port and len(path) == 2 and all(path):
+        servers, *path = rest.split("/")
+        hosts = [_host(server) for server in servers.split(",")]
+        if all(host and port for host, port in hosts) and len(path) == 2 and all(path):
             from kar_sidecar.store.aerospike import AerospikeStore
 
-            return AerospikeStore([(host, port)], path[0], path[1])
+            known = [(host, port) for host, port in hosts if host and port]
+            settings = aerospike or AerospikeSettings()
+            return AerospikeStore(known, path[0], path[1], settings, password=os.environ.get(PASSWORD, ""))
     raise InputError(f"{url!r} is not a store URL: use {FORMS}")
+
+
+def _host(server: str) -> tuple[str | None, int | None]:
+    """Name and port of HOST:PORT; None where there is none."""
+    try:
+        parsed = urlsplit(f"//{server}")
+        return parsed.hostname, parsed.port
+    except ValueError:
+        return None, None

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
+from struct import Struct
 from typing import Final
 from zlib import crc32
 
@@ -53,6 +55,9 @@ HEADER: Final = np.dtype(
     ]
 )
 
+PACKED: Final = Struct("<HBBIQqq")
+"""The same as `HEADER`, for one record: a fifth of NumPy's time."""
+
 FULL: Final = int(records_pb2.KNOWLEDGE_LEVEL_FULL)
 STALE: Final = int(records_pb2.KNOWLEDGE_LEVEL_STALE)
 NEUTRAL: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEUTRAL)
@@ -63,6 +68,7 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+@lru_cache(maxsize=64)
 def fingerprint(content_hash: str) -> int:
     """The number in a header for a hexadecimal content hash of at most 16 digits."""
     return int(content_hash, 16)
@@ -79,9 +85,9 @@ class Header:
 
     def seal(self, payload: bytes) -> bytes:
         """The part: 32 bytes of header and the payload."""
-        row = (MAGIC, LAYOUT, self.level, 0, self.fingerprint, self.written_at_ms, self.expires_at_ms)
-        draft = np.array([row], dtype=HEADER).tobytes() + payload
-        return draft[:4] + checksum(draft).to_bytes(4, "little") + draft[8:]
+        head = PACKED.pack(MAGIC, LAYOUT, self.level, 0, self.fingerprint, self.written_at_ms, self.expires_at_ms)
+        known = crc32(payload, crc32(head[8:], crc32(head[:4])))
+        return head[:4] + known.to_bytes(4, "little") + head[8:] + payload
 
 
 def checksum(blob: bytes | memoryview) -> int:
@@ -97,12 +103,12 @@ def read_header(blob: bytes | memoryview) -> Header:
     """
     if len(blob) < HEADER.itemsize:
         raise IntegrityError(f"a store record has {len(blob)} bytes, less than its header: publish it again")
-    row = np.frombuffer(blob, dtype=HEADER, count=1)[0]
-    if row["magic"] != MAGIC or row["layout"] != LAYOUT:
+    magic, layout, level, known, *rest = PACKED.unpack_from(blob)
+    if (magic, layout) != (MAGIC, LAYOUT):
         raise IntegrityError("a store record is not in this version's layout: publish it again")
-    if row["crc32"] != checksum(blob):
+    if known != checksum(blob):
         raise IntegrityError("a store record is corrupt (its checksum differs): publish it again")
-    return Header(*(int(row[name]) for name in ("level", "fingerprint", "written_at_ms", "expires_at_ms")))
+    return Header(level, *rest)
 
 
 def is_newer(blob: bytes, stored: bytes | memoryview | None) -> bool:
@@ -119,14 +125,21 @@ def is_newer(blob: bytes, stored: bytes | memoryview | None) -> bool:
     return read_header(blob).written_at_ms > known.written_at_ms
 
 
-def in_batches(records: Iterable[tuple[EntityKey, bytes]], size: int) -> Iterator[dict[EntityKey, bytes]]:
-    """Cut a stream into batches of at most `size` records; a key that comes again starts a new batch."""
+def in_batches(
+    records: Iterable[tuple[EntityKey, bytes]], size: int, size_bytes: float = inf
+) -> Iterator[dict[EntityKey, bytes]]:
+    """Cut a stream into batches of at most `size` records; a key that comes again starts a new batch.
+
+    A batch ends, too, with the record that makes it `size_bytes` or more.
+    """
     batch: dict[EntityKey, bytes] = {}
+    held_bytes = 0
     for key, blob in records:
-        if len(batch) == size or key in batch:
+        if len(batch) == size or held_bytes >= size_bytes or key in batch:
             yield batch
-            batch = {}
+            batch, held_bytes = {}, 0
         batch[key] = blob
+        held_bytes += len(blob)
     if batch:
         yield batch
 
@@ -152,6 +165,8 @@ class VectorBatch:
 
     vectors: NDArray[np.float32]
     levels: NDArray[np.uint8]
+    written_at_ms: NDArray[np.int64]
+    """[n] since the epoch; 0 where there is no vector."""
 
 
 def decode_parts(
@@ -203,4 +218,6 @@ def decode_vectors(
     expired = (header["expires_at_ms"] != NEVER) & (header["expires_at_ms"] <= at_ms)
     vectors[present] = records["values"]
     levels[present] = np.where(expired, STALE, header["level"])
-    return VectorBatch(vectors, levels)
+    written_at_ms = np.zeros(len(blobs), np.int64)
+    written_at_ms[present] = header["written_at_ms"]
+    return VectorBatch(vectors, levels, written_at_ms)
