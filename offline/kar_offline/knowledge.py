@@ -1,6 +1,8 @@
-"""Owns `kar knowledge`: what is known about an entity and why it may be used, and what knowledge has cost."""
+"""Owns `kar knowledge`: what is known about an entity and why it may be used, how fresh it all is, and what it cost."""
 
 import json
+from contextlib import closing
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -15,11 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 from kar.records.v1 import records_pb2
+from kar_offline.dataset.samples import Dataset
 from kar_offline.generate.ledger import COLUMNS, Ledger, Spending
-from kar_offline.generate.records import ENTITY, read_knowledge, read_quarantine
+from kar_offline.generate.records import ENTITY, KINDS, read_knowledge, read_quarantine
 from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
 from kar_offline.prompts import Prompt, read_prompts
+from kar_offline.refresh.policy import Policy
+from kar_offline.refresh.status import served_status, text_status
 from kar_sidecar.errors import NotFoundError
+from kar_sidecar.release import Release, read_active
+from kar_sidecar.settings import Settings
+from kar_sidecar.store.open import open_store
 
 __all__ = ["knowledge"]
 
@@ -27,7 +35,7 @@ knowledge = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look at knowledge: a text with its verdicts, and what was spent.",
+    help="Look at knowledge: a text with its verdicts, how fresh texts and vectors are, and what was spent.",
 )
 OUTCOME: Final = {
     records_pb2.OUTCOME_PASSED: Text("passed", "green"),
@@ -184,3 +192,56 @@ def _cells(row: Spending) -> list[str]:
 
 def _numbers(row: Spending) -> dict[str, Any]:
     return {name: value for name, value in row._asdict().items() if name != "group"}
+
+
+@knowledge.command()
+def status(
+    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="The store whose vectors are counted, too; default: lmdb:WORK/store, where there is one."),
+    ] = None,
+    release: Annotated[str | None, typer.Option(help="The release that is served; default: the active one.")] = None,
+    grown_by: Annotated[
+        int, typer.Option(min=1, help="Events since a user's text that make it due.")
+    ] = Policy().grown_by,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, as `kar sidecar` reads it.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Print how many entities have texts, how old those are, what is due, and the same of the vectors served."""
+    console = Console()
+    now = datetime.now(UTC)
+    settings = Settings.read(config, work=work, store=store)
+    work, url = settings.work, settings.store
+    texts = text_status(work, Policy(grown_by), now)
+    table = Table("", "items", "users", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    _section(table, "texts", *(_flat(texts[kind]) for kind in KINDS))
+    _section(table, "days since they were written", *(texts[kind]["age_days"] for kind in KINDS))
+    _section(table, "events since they were written", {}, texts["user"]["events_since"])
+    served = None
+    if url != f"lmdb:{work / 'store'}" or (work / "store").is_dir():
+        chosen = Release.load(work / "releases", release or read_active(work / "releases"), verify=False)
+        with closing(open_store(url, aerospike=settings.aerospike, readonly=True)) as opened:
+            served = served_status(Dataset.load(work / "dataset"), chosen, opened, round(now.timestamp() * 1000))
+        kinds = [served[kind] for kind in KINDS]
+        _section(table, f"vectors of release {chosen.release_id}", *(about["levels"] for about in kinds))
+        _section(table, "days since they were written", *(about["age_days"] for about in kinds))
+        console.print(f"vectors are those in {url}: {kinds[0]['vectors']} of items, {kinds[1]['vectors']} of users")
+    console.print(table)
+    write_json(json_file, {"texts": texts, "served": served})
+
+
+def _flat(about: dict[str, Any]) -> dict[str, int]:
+    """The counts of one kind, and what is due by reason."""
+    counts = {name.replace("_", " "): about[name] for name in ("entities", "own_text", "lent", "none", "expired")}
+    return counts | {f"due: {reason}": count for reason, count in about["due"].items()}
+
+
+def _section(table: Table, title: str, items: dict[str, int], users: dict[str, int]) -> None:
+    """Counts of both kinds by name; a kind that lacks one has none to tell."""
+    table.add_section()
+    table.add_row(Text(title, "bold"))
+    for name in users:
+        table.add_row(f"  {name}", *(f"{about[name]:,}" if name in about else "" for about in (items, users)))

@@ -13,7 +13,7 @@ from kar_sidecar.errors import PreconditionError
 from kar_sidecar.hashing import file_sha256
 from kar_sidecar.lock import held
 
-__all__ = ["RECORD", "StageResult", "draft_of", "folder_hash", "run_stage", "stage_seconds"]
+__all__ = ["RECORD", "StageResult", "draft_of", "folder_hash", "run_stage", "settle", "stage_seconds"]
 
 RECORD = "stage.json"
 
@@ -53,6 +53,12 @@ def stage_seconds(folder: Path) -> float:
 def draft_of(folder: Path) -> Path:
     """Where a stage works before `folder` is ready."""
     return folder.parent / f".{folder.name}.draft"
+
+
+def settle(folder: Path) -> None:
+    """Put a stage's finished folder in its place, where a kill came just after the former one was taken away."""
+    if not folder.exists() and (draft_of(folder) / RECORD).is_file():
+        draft_of(folder).replace(folder)
 
 
 def run_stage(
@@ -105,8 +111,11 @@ def _make(
     content = folder_hash(draft)
     made = {"source": source, "seconds": seconds, "report": report, "content": content}
     (draft / RECORD).write_text(json.dumps(made, indent=2) + "\n")
+    former = folder.parent / f".{folder.name}.former"
+    shutil.rmtree(former, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.replace(former)
     draft.replace(folder)
+    shutil.rmtree(former, ignore_errors=True)
     marker.unlink()
     return StageResult(name, folder, True, seconds, report)

@@ -19,9 +19,9 @@ from kar_sidecar.query import Column, Query
 from kar_sidecar.scoring import AFFINITY, Tensors
 from kar_sidecar.served import ENCODED, ServedRelease
 from kar_sidecar.store import ITEM, USER, EntityKey, Record
-from kar_sidecar.store.records import NEUTRAL, VectorBatch, decode_vectors
+from kar_sidecar.store.records import NEUTRAL, STALE, VectorBatch, decode_vectors
 
-__all__ = ["Assembly", "UserView", "assemble", "keys", "nothing_read", "rated_keys", "view_user"]
+__all__ = ["Assembly", "Given", "UserView", "assemble", "keys", "nothing_read", "rated_keys", "view_user"]
 
 T = TypeVar("T")
 
@@ -41,6 +41,19 @@ class UserView:
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """Knowledge vectors of some entities that the tensors hold: levels [n] uint8, and as in `VectorBatch` when written.
+
+    NEUTRAL stands for those that there is no vector of.
+    """
+
+    entity: str
+    """"user", "item", or "history" for the items that the user rated."""
+    levels: NDArray[np.uint8]
+    written_at_ms: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
 class Assembly:
     """One request's tensors, and what is worth telling about them.
 
@@ -56,6 +69,14 @@ class Assembly:
     inline_history_used: bool
     faults: tuple[str, ...]
     """Why records were not used; empty when all is well."""
+    given: tuple[Given, ...]
+    """The knowledge vectors that the tensors hold; an item may have two, of knowledge and of affinity."""
+
+    @property
+    def oldest_ms(self) -> int:
+        """When the oldest of them was written; 0 without any."""
+        times = [one.written_at_ms[one.levels != NEUTRAL] for one in self.given]
+        return int(min((t.min() for t in times if len(t)), default=0))
 
 
 def keys(query: Query) -> list[EntityKey]:
@@ -130,13 +151,23 @@ def assemble(
         "item_categorical": item_categorical,
         "item_numeric": item_numeric,
     }
-    levels = np.zeros(len(records), np.uint8)
+    levels, given = np.zeros(len(records), np.uint8), []
     if len(parts) > 1:
-        levels = _knowledge(served, parts[1], at_ms, tensors, faults)
+        levels, written_at_ms = _knowledge(served, parts[1], at_ms, tensors, faults)
+        given = [Given("user", levels[:1], written_at_ms[:1]), Given("item", levels[1:], written_at_ms[1:])]
         if release.affinity is not None:
-            vectors = parts[2][1:] if len(parts) > 2 else [None] * len(query.item_ids)
-            known = _affinity(served, release.affinity, user.history, vectors, rated, at_ms, tensors, faults)
-            levels = np.where(np.isin([USER] + [ITEM] * len(query.item_ids), release.towers), levels, known)
+            count = len(query.item_ids)
+            vectors = parts[2][1:] if len(parts) > 2 else [None] * count
+            seen = _affinity(served, release.affinity, user.history, vectors, rated, at_ms, tensors, faults)
+            given += [
+                Given("item", seen.levels[:count], seen.written_at_ms[:count]),
+                Given("history", seen.levels[count:], seen.written_at_ms[count:]),
+            ]
+            # A user whose own knowledge is not read is known as well as the best known item of the history.
+            best = int(seen.levels[count:].min(initial=NEUTRAL))
+            known = np.fromiter(chain([best], seen.levels[:count]), np.uint8, 1 + count)
+            levels = np.where(np.isin([USER] + [ITEM] * count, release.towers), levels, known)
+            levels[1:][known[1:] == STALE] = STALE
     return Assembly(
         tensors,
         int(levels[0]),
@@ -146,6 +177,7 @@ def assemble(
         user.written_at_ms,
         user.inline,
         tuple(dict.fromkeys(faults)),
+        tuple(given),
     )
 
 
@@ -197,8 +229,8 @@ def _knowledge(
     at_ms: int,
     tensors: dict[str, NDArray],
     faults: list[str],
-) -> NDArray[np.uint8]:
-    """Add the tensors of the adaptor's towers; returns the levels [1 + C] of user and candidates."""
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Add the tensors of the adaptor's towers; returns levels [1 + C] of user and candidates, and when written."""
     towers = served.release.towers
     batch = _vectors(served.space, blobs, served.neutral[1], at_ms, faults)
     vectors, levels = batch.vectors, batch.levels
@@ -213,7 +245,7 @@ def _knowledge(
             tensors |= {f"{name}_encoding": own, f"{name}_present": known}
         else:
             tensors[f"{name}_knowledge"] = own
-    return levels
+    return levels, batch.written_at_ms
 
 
 def _affinity(
@@ -225,18 +257,16 @@ def _affinity(
     at_ms: int,
     tensors: dict[str, NDArray],
     faults: list[str],
-) -> NDArray[np.uint8]:
-    """Add the affinity tensors; returns levels [1 + C]: the best of the rated items, then the candidates' own."""
+) -> VectorBatch:
+    """Add the affinity tensors; returns the affinity vectors of the candidates, then of the rated items."""
     ratings = history.ratings[-how.events :][None]
     seen = np.ones(ratings.shape, bool)
-    space, count = served.affinity_space, len(candidates)
-    vectors, levels = np.zeros((count, 0), np.float32), np.full(count, NEUTRAL, np.uint8)
-    past, best = np.zeros((ratings.shape[1], 0), np.float32), NEUTRAL
+    space, count, rows = served.affinity_space, len(candidates), len(candidates) + ratings.shape[1]
+    batch = VectorBatch(np.zeros((rows, 0), np.float32), np.full(rows, NEUTRAL, np.uint8), np.zeros(rows, np.int64))
     if space is not None:
         parts = [*candidates, *(rated or [None] * ratings.shape[1])]
         batch = _vectors(space, parts, np.zeros(space.dim, np.float32), at_ms, faults)
-        vectors, past = batch.vectors[:count], batch.vectors[count:]
-        levels, best = batch.levels[:count], int(batch.levels[count:].min(initial=NEUTRAL))
+    vectors, past = batch.vectors[:count], batch.vectors[count:]
     if how.mean:
         columns = affinity(vectors[None], past[None], ratings, seen, [segment.dim for segment in how.segments])[0]
         mean, scale = (np.array(list(values), np.float32) for values in (how.mean, how.scale))
@@ -246,4 +276,4 @@ def _affinity(
         tensors["item_vector"] = vectors
         tensors["history_vector"] = np.pad(past, ((0, padding), (0, 0)))
         tensors["history_weight"] = np.pad(centred(ratings, seen)[0], (0, padding))
-    return np.fromiter(chain([best], levels), np.uint8, 1 + count)
+    return batch

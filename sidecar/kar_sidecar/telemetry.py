@@ -1,10 +1,14 @@
 """Owns what the sidecar says about itself to Prometheus: every metric, its labels and its buckets."""
 
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
 from google.protobuf.message import Message
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
@@ -14,6 +18,36 @@ __all__ = ["Telemetry"]
 STAGES: Final = ("assign", "fetch", "assemble", "score", "respond", "total")
 BUCKETS_MS: Final = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 250, 500, 1000)
 LEVELS: Final = records_pb2.KnowledgeLevel.keys()
+STALE: Final = int(records_pb2.KNOWLEDGE_LEVEL_STALE)
+NEUTRAL: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEUTRAL)
+ENTITIES: Final = ("user", "item", "history")
+"""Whose vectors models read: "history" are the items that the user rated."""
+AGES_HOURS: Final = (1, 6, 24, 72, 168, 336, 720, 2160, 4320, 8760)
+"""An hour to a year."""
+HOUR_MS: Final = 3_600_000
+
+
+class _Ages(Collector):
+    """A histogram by entity that takes the values of a whole request in one step."""
+
+    def __init__(self, name: str, documentation: str, entities: Sequence[str]) -> None:
+        self._name, self._documentation = name, documentation
+        self._counts = {entity: np.zeros(len(AGES_HOURS) + 1, np.int64) for entity in entities}
+        self._sums = dict.fromkeys(entities, 0.0)
+
+    def observe(self, entity: str, hours: NDArray[np.float64]) -> None:
+        """Count values [n]."""
+        self._counts[entity] += np.bincount(np.searchsorted(AGES_HOURS, hours), minlength=len(AGES_HOURS) + 1)
+        self._sums[entity] += float(hours.sum())
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """See `Collector`."""
+        family = HistogramMetricFamily(self._name, self._documentation, labels=["entity"])
+        bounds = [*(str(float(hours)) for hours in AGES_HOURS), "+Inf"]
+        for entity, counts in self._counts.items():
+            buckets = list(zip(bounds, counts.cumsum().tolist(), strict=True))
+            family.add_metric([entity], buckets=buckets, sum_value=self._sums[entity])
+        yield family
 
 
 class Telemetry:
@@ -40,11 +74,20 @@ class Telemetry:
         )
         self._stages = {stage: stages.labels(stage) for stage in STAGES}
         levels = Counter(
-            "kar_knowledge_levels", "Entities of Rank by their knowledge.", ("entity", "level"), registry=self.registry
+            "kar_knowledge_levels",
+            "Entities of Rank and BatchGetKnowledge by their knowledge.",
+            ("entity", "level"),
+            registry=self.registry,
         )
         self._levels = {
             entity: [levels.labels(entity, _short(level)) for level in LEVELS] for entity in ("user", "item")
         }
+        expired = Counter(
+            "kar_knowledge_expired", "Knowledge vectors served past their expiry.", ("entity",), registry=self.registry
+        )
+        self._expired = {entity: expired.labels(entity) for entity in ENTITIES}
+        self._ages = _Ages("kar_knowledge_age_hours", "Age of the knowledge vectors served.", ENTITIES)
+        self.registry.register(self._ages)
         self._missing = Counter("kar_missing_values", "Numbers that were NaN or infinite.", registry=self.registry)
         self._failures = Counter(
             "kar_backend_failures",
@@ -67,10 +110,26 @@ class Telemetry:
         for stage, histogram in self._stages.items():
             histogram.observe(getattr(response.timings, f"{stage}_ms"))
         self._levels["user"][response.user_level].inc()
-        for level, count in enumerate(np.bincount(response.item_levels)):
-            if count:
-                self._levels["item"][level].inc(int(count))
+        self._count("item", response.item_levels)
         self._missing.inc(missing_values)
+
+    def served(self, entity: str, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int) -> None:
+        """Observe ages and expiries of vectors [n] of "user", "item" or "history", served at `at_ms`.
+
+        Those whose level is NEUTRAL do not exist.
+        """
+        self._expired[entity].inc(int(np.count_nonzero(levels == STALE)))
+        self._ages.observe(entity, (at_ms - written_at_ms[levels != NEUTRAL]) / HOUR_MS)
+
+    def handed_out(self, entity: str, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int) -> None:
+        """The same of vectors that a caller reads, one an entity: their levels count, too."""
+        self._count(entity, levels)
+        self.served(entity, levels, written_at_ms, at_ms)
+
+    def _count(self, entity: str, levels: Sequence[int] | NDArray[np.uint8]) -> None:
+        for level, count in enumerate(np.bincount(levels)):
+            if count:
+                self._levels[entity][level].inc(int(count))
 
     def failed(self, backend: str) -> None:
         """Count one failure of "store" or of a model."""

@@ -116,3 +116,9 @@ def test_batches_are_bounded_ordered_and_without_repeated_keys(stream: list[tupl
     batches = list(in_batches(records, size))
     assert [record for batch in batches for record in batch.items()] == records
     assert all(0 < len(batch) <= size for batch in batches)
+
+
+def test_batches_end_when_they_hold_enough_bytes() -> None:
+    records = [(EntityKey(ITEM, str(number)), b"x" * length) for number, length in enumerate([3, 3, 9, 1, 4, 1])]
+    lengths = [[len(blob) for blob in batch.values()] for batch in in_batches(records, 10, 5)]
+    assert lengths == [[3, 3], [9], [1, 4], [1]]

@@ -1,5 +1,6 @@
 """Owns `kar bench`."""
 
+import os
 import shlex
 import sys
 import time
@@ -16,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kar_offline.bench.collective import Options as Collective
 from kar_offline.bench.collective import measure_collective
 from kar_offline.bench.direct import measure_direct
+from kar_offline.bench.freshness import READERS, measure_freshness
+from kar_offline.bench.freshness import Job as FreshnessJob
+from kar_offline.bench.freshness import Options as Freshness
 from kar_offline.bench.gates import gates_table, measure_gates
 from kar_offline.bench.jobs import Job, Protocol, default_jobs, possible_arms
 from kar_offline.bench.kernels import Device, measure_kernels, write_docs
@@ -24,15 +28,18 @@ from kar_offline.bench.quality import measure, train_jobs
 from kar_offline.bench.report import (
     collective_table,
     direct_table,
+    freshness_table,
     modes_table,
     quality_table,
     training_table,
     write_collective_plot,
+    write_freshness_plot,
     write_quality_report,
 )
 from kar_offline.bench.training import Options, measure_training
 from kar_offline.check import facts_table
 from kar_offline.dataset.samples import FOLDS
+from kar_offline.encode.huggingface import ENCODERS
 from kar_offline.generate.local import MODEL, LocalChat
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.stage import cases_of, utc_now
@@ -41,6 +48,8 @@ from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, refuse_unkno
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
 from kar_sidecar.errors import InputError
+from kar_sidecar.index.config import KINDS, STORAGES
+from kar_sidecar.settings import Settings
 
 __all__ = ["bench"]
 
@@ -64,7 +73,7 @@ def _typed() -> str:
 
 @bench.callback()
 def _bench() -> None:
-    """Measure the quality of models, the speed of training and serving, and asking a language model instead."""
+    """Measure models' quality, the speed of training, serving and searching, and asking a language model instead."""
 
 
 @bench.command()
@@ -188,6 +197,76 @@ def collective(
     if plot is not None:
         write_collective_plot(report, plot)
         console.print(f"{plot}: AUC against calls")
+
+
+@bench.command()
+def freshness(
+    dataset: Annotated[str, typer.Option(help="ml-100k; or 'prepared': WORK already holds the stages.")] = "ml-100k",
+    work: Work = Path("var/quality"),
+    arm: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(READERS)}, each beside the control; default: all.")
+    ] = None,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Calls a day, beside none and any number; default: 1, 3 and 10."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model to train.")] = Freshness().model,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Of the events, those before the month's first day.")
+    ] = Freshness().share,
+    days: Annotated[int, typer.Option(min=1, help="Of the month.")] = Freshness().days,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of training; default: 0 and 1.")] = None,
+    usd_per_million: Annotated[
+        tuple[float, float],
+        typer.Option(min=0, help="Price of a million tokens, read and written; the default is an example."),
+    ] = Freshness().usd_per_million,
+    epochs: Annotated[int, typer.Option(min=1, help="At most; early stopping ends sooner.")] = TrainSettings().epochs,
+    workers: Annotated[int, typer.Option(min=0, help="Processes, one thread each; 0: train in this one.")] = 2,
+    json_file: JsonFile = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw AUC and cost against the budget into this picture.")
+    ] = None,
+) -> None:
+    """Replay a month, its knowledge refreshed with a budget of calls a day, and tell what each budget gives and costs.
+
+    Killed and started again, it goes on where it was.
+    """
+    refuse_unknown("model", [model], BACKBONES)
+    arms, default = once(arm) or READERS, Freshness()
+    refuse_unknown("arm", arms, READERS)
+    console = Console()
+    base = "encoding" if dataset == PREPARED else prepare(work, dataset, None, "minilm", console=console)
+    options = Freshness(
+        arms=arms,
+        budgets=once(budget) or default.budgets,
+        model=model,
+        seeds=once(seed) or default.seeds,
+        share=share,
+        days=days,
+        usd_per_million=usd_per_million,
+    )
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("encode texts about users", total=None)
+
+        def on_epoch(job: FreshnessJob, epoch: int, done: int, total: int) -> None:
+            what = f"{job.arm}, seed {job.seed}, epoch {epoch}" if epoch else None
+            progress.update(task, description=what, completed=done, total=total)
+
+        report = measure_freshness(
+            work,
+            base,
+            options,
+            TrainSettings(epochs=epochs),
+            ENCODERS["minilm"],
+            workers=workers,
+            on_epoch=on_epoch,
+        )
+    report |= {"command": _typed()}
+    console.print(freshness_table(report))
+    write_json(json_file, report)
+    if plot is not None:
+        write_freshness_plot(report, plot)
+        console.print(f"{plot}: AUC and cost against the budget")
 
 
 @bench.command()
@@ -332,6 +411,85 @@ def modes(
         )
     report |= {"command": _typed()}
     console.print(modes_table(report))
+    write_json(json_file, report)
+
+
+@bench.command()
+def store(
+    store: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="lmdb:FOLDER (for temporary ones) or aerospike:HOST:PORT/NAMESPACE/SET; "
+            "default: LMDB, and Aerospike where AEROSPIKE_HOSTS is set."
+        ),
+    ] = None,
+    entities: Annotated[int, typer.Option(min=1_000, help="Entities to load.")] = 1_000_000,
+    reads: Annotated[float, typer.Option(min=1, help="Batches of 200 entities read a second.")] = 100.0,
+    quiet: Annotated[float, typer.Option(min=0.1, help="Seconds of reading before the load, and after it.")] = 10.0,
+    text_bytes: Annotated[int, typer.Option(min=0, help="Of each entity's text; 0: no texts.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, as `kar sidecar` reads it.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Load a store while batches are read at a steady rate, beside the bare client: rates, sizes, latencies."""
+    from kar_offline.bench.store import Options as Stores
+    from kar_offline.bench.store import measure_store, store_table
+
+    hosts = os.environ.get("AEROSPIKE_HOSTS")
+    urls = once(store) or ["lmdb:", *([f"aerospike:{hosts}/test/bench"] if hosts else [])]
+    console = Console()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("load", total=None)
+        report = measure_store(
+            Stores(urls, entities, reads, quiet, text_bytes),
+            Settings.read(config).aerospike,
+            on_step=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )
+    report |= {"command": _typed()}
+    console.print(store_table(report))
+    write_json(json_file, report)
+
+
+@bench.command()
+def index(
+    size: Annotated[
+        list[int] | None, typer.Option(min=100, help="Vectors; repeat for several.", show_default="10000 and 1000000")
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Of flat, ivf, hnsw.", show_default="all, flat up to 200,000 vectors")
+    ] = None,
+    storage: Annotated[
+        list[str] | None, typer.Option(help="Of float32, float16, int8.", show_default="float32")
+    ] = None,
+    recall: Annotated[float, typer.Option(help="Share of the exact 10 nearest that must be found.")] = 0.95,
+    dim: Annotated[int, typer.Option(min=2, help="Components of a vector.")] = 384,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each; one more warms up.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of a turn.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="That build.", show_default="this machine's cores")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Build, search and load nearest-neighbour indexes, beside bare FAISS."""
+    from kar_offline.bench.index import SIZES, index_table, measure_index
+    from kar_offline.bench.index import Options as Indexes
+
+    refuse_unknown("kind", kind or (), KINDS)
+    refuse_unknown("storage", storage or (), STORAGES)
+    console = Console()
+    options = Indexes(
+        sizes=once(size) or SIZES,
+        kinds=[known for known in KINDS if known in (kind or ())],
+        storages=[known for known in STORAGES if known in (storage or ("float32",))],
+        recall=recall,
+        dim=dim,
+        threads=threads or len(os.sched_getaffinity(0)),
+        rounds=rounds,
+        seconds=seconds,
+    )
+    with console.status("") as status:
+        report = measure_index(options, on_step=status.update)
+    report |= {"command": _typed()}
+    console.print(index_table(report))
     write_json(json_file, report)
 
 

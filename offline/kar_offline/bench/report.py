@@ -21,10 +21,12 @@ from kar_offline.bench.quality import LIST_METRICS, METRICS
 __all__ = [
     "collective_table",
     "direct_table",
+    "freshness_table",
     "modes_table",
     "quality_table",
     "training_table",
     "write_collective_plot",
+    "write_freshness_plot",
     "write_quality_report",
 ]
 
@@ -44,6 +46,13 @@ CURVES: Final = {
     ("knowledge", "nearest"): ("clusters, of which only the nearest lends", "#2a9d8f", "v"),
 }
 """What is drawn of shared calls, by arm and way: label, colour, marker."""
+MONTH: Final = {
+    ("knowledge", "never"): ("knowledge: texts about items, no loans", "#e4572e", "o"),
+    ("knowledge", "served"): ("the same, loans when served", "#e9b44c", "v"),
+    ("knowledge", "trained"): ("the same, loans in training, too", "#7b2d8b", "^"),
+    ("paper", "never"): ("paper: texts about items and users", "#2a9d8f", "s"),
+}
+"""What is drawn of a simulated month, by arm and loans: label, colour, marker."""
 IDLE_CORES: Final = 0.2
 FEWEST: Final = 100
 """Samples of a bucket that is drawn: the noise of fewer would set the scale."""
@@ -208,6 +217,70 @@ def plot_collective(report: Mapping[str, Any]) -> Figure:
 def write_collective_plot(report: Mapping[str, Any], path: Path) -> None:
     """Write the plot of calls against AUC as a picture of the kind that the file's name says."""
     plot_collective(report).savefig(path, dpi=140)
+
+
+def _budget(calls: int | None) -> str:
+    return "any" if calls is None else str(calls)
+
+
+def freshness_table(report: Mapping[str, Any]) -> Group:
+    """What each budget of calls gives and costs in a simulated month, ready to print."""
+    month = report["month"]
+    title = (
+        f"{report['dataset']}, {report['model']}: {month['days']} days, {month['test_events']:,} events of "
+        f"{month['users']:,} users"
+    )
+    table = _table(title, ("arm", "loans"), ("a day", "calls", "USD", "AUC", "- control, 1e-4", "- no_calls"))
+    last = ""
+    for entry in report["summary"]:
+        if last not in ("", entry["arm"]):
+            table.add_section()
+        last = entry["arm"]
+        minus = [_signed(entry["minus"][name]) if name in entry["minus"] else "" for name in ("control", "no_calls")]
+        calls, usd = entry["calls_before"] + sum(entry["calls"].values()), entry["usd_before"] + entry["usd"]
+        numbers = [_budget(entry["budget"]), f"{calls:,}", f"{usd:.2f}", f"{entry['auc']:.4f}"]
+        table.add_row(entry["arm"], entry["loans"], *numbers, *minus)
+    return Group(table, *(Text(f"- {caveat}", style="dim") for caveat in report["caveats"]))
+
+
+def plot_freshness(report: Mapping[str, Any]) -> Figure:
+    """AUC of the month against the calls a day, with 95 % intervals of the differences to no calls, and its cost."""
+    summary = {(entry["arm"], entry["loans"], entry["budget"]): entry for entry in report["summary"]}
+    budgets = list(dict.fromkeys(budget for arm, _, budget in summary if arm != "control"))
+    budgets.sort(key=lambda budget: (budget is None, budget))
+    figure = Figure(figsize=(6.8, 6.0), layout="constrained")
+    quality, cost = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    control = summary["control", "never", 0]["auc"]
+    quality.axhline(control, color=COLOURS["control"], linewidth=1.2, linestyle="--", label="control: no texts")
+    for number, ((arm, loans), (label, colour, marker)) in enumerate(MONTH.items()):
+        if not any(key[:2] == (arm, loans) for key in summary):
+            continue
+        # Without calls nobody lends, and with any number nearly nobody borrows: these ends are the same for all.
+        entries = [summary[arm, loans if budget else "never", budget] for budget in budgets]
+        auc = [entry["auc"] for entry in entries]
+        minus = [entry["minus"].get("no_calls", {"mean": 0, "low": 0, "high": 0}) for entry in entries]
+        error = [[found["mean"] - found["low"] for found in minus], [found["high"] - found["mean"] for found in minus]]
+        at = [place + 0.06 * (number - 1.5) for place in range(len(budgets))]  # side by side, not on each other
+        quality.errorbar(at, auc, yerr=error, fmt=f"{marker}-", color=colour, capsize=2, linewidth=1.4, label=label)
+        if loans == "never":
+            at = [place + (0.19 if arm == "paper" else -0.19) for place in range(len(budgets))]
+            earlier = [entry["usd_before"] for entry in entries]
+            cost.bar(at, earlier, 0.36, color=colour, alpha=0.4)
+            bars = cost.bar(at, [entry["usd"] for entry in entries], 0.36, earlier, color=colour)
+            cost.bar_label(bars, [f"{sum(e['calls'].values()) + e['calls_before']:,}" for e in entries], fontsize=8)
+    quality.set_ylabel("AUC of the month")
+    cost.set(xlabel="calls to the language model a day", ylabel="cost, USD (pale: before the\nmonth; above: all calls)")
+    cost.set_xticks(range(len(budgets)), ["none" if budget == 0 else _budget(budget) for budget in budgets])
+    cost.margins(y=0.12)
+    quality.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    for axes in (quality, cost):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write_freshness_plot(report: Mapping[str, Any], path: Path) -> None:
+    """Write the plot of a simulated month as a picture of the kind that the file's name says."""
+    plot_freshness(report).savefig(path, dpi=140)
 
 
 def plot_forest(summary: Sequence[Mapping[str, Any]]) -> Figure:

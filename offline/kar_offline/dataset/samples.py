@@ -1,6 +1,8 @@
 """Owns the leakage-safe dataset: events in time order, prompt cut-offs, samples and their split.
 
-The first `cutoff` events of a user may feed prompts and are never samples; every later event is one.
+The first `cutoff` events of a user may feed prompts and are never samples; every later event is one. Prompts show the
+last `PROMPT_EVENTS` of them. A cut-off only ever moves on (`advanced`), and new events never move one back
+(`extended`), so what a text was written from cannot become a sample.
 """
 
 import hashlib
@@ -86,7 +88,7 @@ class Dataset:
     event_item: NDArray[np.int32]  # [E] item row
     event_rating: NDArray[np.float32]  # [E]
     event_time: NDArray[np.int64]  # [E] seconds since the epoch
-    cutoff: NDArray[np.int32]  # [U] events that prompts may show
+    cutoff: NDArray[np.int32]  # [U] first events that texts may be written from
     event_split: NDArray[np.uint8]  # [E] TRAIN, VALIDATION or TEST
     positive_above: float
     """A sample is positive when its rating is greater than this."""
@@ -152,6 +154,67 @@ class Dataset:
             positive_above=positive_above,
             shared_clock=shared_clock,
         ).split_by_user(seed=seed)
+
+    def extended(
+        self,
+        users: Sequence[Entity],
+        items: Sequence[Entity],
+        *,
+        user: NDArray[np.integer],
+        item: NDArray[np.integer],
+        rating: NDArray[np.floating],
+        time: NDArray[np.integer],
+    ) -> "Dataset":
+        """The same with more users, items and events; rows stay, and what texts were written from.
+
+        An event that comes late, before one that a text was written from, falls before the cut-off, too. New users'
+        cut-off is 0. New events have the split TRAIN until the dataset is split again.
+
+        Args:
+            users: They follow those that are there.
+            items: Likewise.
+            user: Rows [N], counted through old and new users.
+            item: Rows [N].
+            rating: [N]
+            time: Seconds since the epoch [N].
+        """
+        known = len(self.event_item)
+        users, items = (*self.users, *users), (*self.items, *items)
+        columns = (self.event_user, user), (self.event_item, item), (self.event_rating, rating), (self.event_time, time)
+        of, which, how, when = (np.concatenate(column) for column in columns)
+        order = np.lexsort((which, when, of))
+        of, which, how, when = (column[order] for column in (of, which, how, when))
+        counts = np.bincount(of, minlength=len(users))
+        offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        place = np.arange(len(of)) - offsets[of]
+        written_from = np.zeros(len(of), np.bool_)
+        written_from[:known] = np.arange(known) - self.offsets[self.event_user] < self.cutoff[self.event_user]
+        written_from = written_from[order]
+        cutoff = np.zeros(len(users), np.int32)
+        np.maximum.at(cutoff, of[written_from], place[written_from].astype(np.int32) + 1)
+        split = np.concatenate((self.event_split, np.full(len(of) - known, TRAIN, np.uint8)))[order]
+        return replace(
+            self,
+            users=users,
+            items=items,
+            offsets=offsets,
+            cutoff=cutoff,
+            event_item=which.astype(np.int32),
+            event_rating=how.astype(np.float32),
+            event_time=when.astype(np.int64),
+            event_split=split,
+        )
+
+    def advanced(self, users: NDArray[np.integer]) -> "Dataset":
+        """The same with the cut-offs of some users, by row, after all their events: texts are written from them now."""
+        cutoff = np.zeros_like(self.cutoff)
+        cutoff[users] = np.diff(self.offsets)[users]
+        return self.advanced_to(cutoff)
+
+    def advanced_to(self, cutoff: NDArray[np.integer]) -> "Dataset":
+        """The same with cut-offs of at least `cutoff` [U] events, where there are so many."""
+        most = np.minimum(np.maximum(self.cutoff, cutoff), np.diff(self.offsets))
+        return replace(self, cutoff=most.astype(np.int32))
 
     def split_by_user(self, fold: int = 0, folds: int = FOLDS, seed: int = SEED) -> "Dataset":
         """The same events, all of a user's in one split: the users of one fold are the test split.
@@ -222,10 +285,15 @@ class Dataset:
         """Label of every event [E]: 1 when its rating is above `positive_above`."""
         return (self.event_rating > self.positive_above).astype(np.float32)
 
-    def prompt_events(self, user: int) -> slice:
-        """The events of a user row that prompts may show."""
+    def written_from(self, user: int) -> slice:
+        """The events of a user row before its cut-off."""
         start = int(self.offsets[user])
         return slice(start, start + int(self.cutoff[user]))
+
+    def prompt_events(self, user: int) -> slice:
+        """The events of a user row that prompts show: the last `PROMPT_EVENTS` before its cut-off."""
+        before = self.written_from(user)
+        return slice(max(before.start, before.stop - PROMPT_EVENTS), before.stop)
 
     def history(self, event: int, length: int) -> slice:
         """The events that a model may see for a sample: the last `length` of its user's before it."""

@@ -14,7 +14,7 @@ from kar_offline.generate.records import KINDS
 from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
 from kar_sidecar.errors import InputError
 
-__all__ = ["encode"]
+__all__ = ["ENDPOINT", "encode", "endpoint_encoder", "local_encoder"]
 
 ENDPOINT: Final = "openai"
 
@@ -93,11 +93,11 @@ def encode(
     console = Console()
     with console.status("loading the encoder"):
         if encoder == ENDPOINT:
-            chosen = _endpoint(base_url, model, chunk_chars=chunk_chars, concurrency=concurrency)
+            chosen = endpoint_encoder(base_url, model, chunk_chars=chunk_chars, concurrency=concurrency)
         else:
             if runner is Runner.RAY:
                 threads = threads or 1
-            chosen = _local(encoder, runtime=runtime, pooling=pooling, threads=threads)
+            chosen = local_encoder(encoder, runtime=runtime, pooling=pooling, threads=threads)
     if runner is Runner.RAY:
         from kar_offline.encode.ray import OnRay  # an extra of its own
 
@@ -119,13 +119,19 @@ def encode(
     write_json(json_file, report)
 
 
-def _local(encoder: str, **options: Any) -> TextEncoder:
+def local_encoder(encoder: str, **options: Any) -> TextEncoder:
+    """The encoder of a name, a folder or a hub name; options that are None are left to it."""
     from kar_offline.encode.huggingface import ENCODERS, HuggingFace
 
     return ENCODERS[encoder](**_given(options)) if encoder in ENCODERS else HuggingFace(encoder, **_given(options))
 
 
-def _endpoint(base_url: str | None, model: str | None, **options: Any) -> TextEncoder:
+def endpoint_encoder(base_url: str | None, model: str | None, **options: Any) -> TextEncoder:
+    """The encoder behind an endpoint, its key in $KAR_LLM_API_KEY.
+
+    Raises:
+        InputError: no address or no model is given.
+    """
     from kar_offline.encode.endpoint import EndpointEncoder
 
     if not base_url or not model:

@@ -31,7 +31,7 @@ from kar_offline.prompts import read_prompts, read_scenario, render_prompts
 from kar_offline.prompts.scenario import EntityKind
 from kar_sidecar.errors import InputError
 
-__all__ = ["generate"]
+__all__ = ["Source", "generate", "provider_of"]
 
 WARNING: Final = (
     "SmolLM2 (135 million parameters) shows that the live path works. It HALLUCINATES: what it says about films and "
@@ -144,7 +144,7 @@ def generate(
     console = Console()
     if dataset is not None:
         _prepare(work, dataset, console)
-    provider = _provider(work, llm, pack, gguf, base_url, model, batch, parameters, concurrency, timeout_s, price)
+    provider = provider_of(work, llm, pack, gguf, base_url, model, batch, parameters, concurrency, timeout_s, price)
     if budget_usd is not None and provider.cost_usd(1, 1) is None:
         raise InputError("--budget-usd needs to know what tokens cost: give --price, for a million read and written")
     if runner is Runner.RAY:
@@ -194,7 +194,7 @@ def _prepare(work: Path, dataset: Name, console: Console) -> None:
             render_prompts(work)
 
 
-def _provider(
+def provider_of(
     work: Path,
     llm: Source,
     pack: str,
@@ -207,6 +207,7 @@ def _provider(
     timeout_s: float,
     price: tuple[float, float] | None,
 ) -> Provider:
+    """Who answers, as options of the command line name it; errors as of the providers, and where one is missing."""
     if llm is Source.PACK:
         return Pack.load(pack)
     given = _parameters(parameters)

@@ -105,12 +105,14 @@ class Tally:
 
 
 class _Counted:
-    """The log of a run that also counts what leaves."""
+    """The log of a run that also counts what leaves, and lets no more than so many questions leave."""
 
-    def __init__(self, run: Run, tally: Tally) -> None:
-        self._run, self._tally = run, tally
+    def __init__(self, run: Run, tally: Tally, most: int | None) -> None:
+        self._run, self._tally, self._most = run, tally, most
 
     def sending(self, questions: Sequence[Question], handle: str = "") -> None:
+        if self._most is not None and self._tally.calls + len(questions) > self._most:
+            raise BudgetError(f"the budget of {self._most} calls is spent: run this again to go on with a new budget")
         self._run.sending(questions, handle)
         self._tally.calls += len(questions)
 
@@ -141,14 +143,17 @@ def _known(case: Case, kept: Mapping[str, Kept], now: datetime) -> Kept | None:
     return None if found and days is not None and found.at + timedelta(days=days) <= now else found
 
 
-async def take_from_pack(cases: Sequence[Case], pack: Pack, at: datetime) -> None:
-    """Give the cases that a pack knows its texts, and judge them: nothing is sent, so no ledger is told."""
+async def take_from_pack(cases: Sequence[Case], pack: Pack, at: datetime, *, standing: Sequence[Case] = ()) -> None:
+    """Give the cases that a pack knows its texts, and judge them: nothing is sent, so no ledger is told.
+
+    `standing` are cases as in `work_through`.
+    """
     by_entity = {(case.prompt.entity, case.prompt.id): case for case in cases}
     async with aclosing(pack.ask([case.last.question for case in cases], _Nothing())) as answers:
         async for question, outcome in answers:
             if isinstance(outcome, Reply):
                 by_entity[question.entity, question.id].last.kept = Kept(outcome, at)
-    _judge(cases, cases)
+    _judge([*standing, *cases], cases)
 
 
 async def work_through(
@@ -158,6 +163,8 @@ async def work_through(
     *,
     retries: int,
     budget_usd: float | None = None,
+    budget_calls: int | None = None,
+    standing: Sequence[Case] = (),
     on_round: Callable[[int, int], None] = lambda attempt, questions: None,
     on_answer: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
@@ -169,6 +176,8 @@ async def work_through(
         ledger: Knows what was answered before, and is told what is sent.
         retries: The most further attempts at a case.
         budget_usd: The most that this run may cost; None: any amount.
+        budget_calls: The most questions that may leave now; None: any number.
+        standing: Cases with an answer that stays as it is: no other may say nearly the same.
         on_round: Called before a round of questions, with the number of the attempt, from 0, and of questions.
         on_answer: Called after each answer.
 
@@ -190,7 +199,7 @@ async def work_through(
                 templates |= {case.last.question.prompt_sha256: case.prompt.template for case in pending}
                 on_round(attempt, len(questions))
                 try:
-                    async with aclosing(provider.ask(questions, _Counted(run, tally))) as answers:
+                    async with aclosing(provider.ask(questions, _Counted(run, tally, budget_calls))) as answers:
                         async for answer in _proven(answers, kept):
                             kept[answer.question.prompt_sha256] = run.answered(answer)
                             tally.add(answer.outcome, _cost(provider, answer))
@@ -201,7 +210,7 @@ async def work_through(
                 case.last.kept = _known(case, kept, ledger.now())
                 if case.last.kept is None and attempt:
                     case.attempts.pop()  # the budget ended before it; the answer before it counts
-            _judge(cases, pending)
+            _judge([*standing, *cases], pending)
             pending = [case for case in pending if case.last.text and case.last.refused_by]
             if tally.stopped or not pending or attempt == retries:
                 break

@@ -158,6 +158,11 @@ class Pack:
             origin = Origin(self.header.llm, template, self.header.created_at, line.confidence)
             yield Answer(question, Reply(line.text.strip(), 0, 0, requests=0, origin=origin))
 
+    def text(self, kind: str, entity_id: str, cutoff: int) -> str:
+        """What the pack says of an entity, if it was written from the first `cutoff` events; empty: nothing."""
+        line = self.lines.get((kind, entity_id))
+        return line.text.strip() if line and line.cutoff == cutoff else ""
+
     def _line(self, question: Question) -> _Line | None:
         line = self.lines.get((question.entity, question.id))
         return line if line and line.text.strip() else None

@@ -18,16 +18,25 @@ from kar_offline.generate.batch import OpenAIBatch
 from kar_offline.generate.collective import PREFIX as CLUSTER
 from kar_offline.generate.driver import Case, Tally, first_questions, gate_counts, take_from_pack, work_through
 from kar_offline.generate.estimate import Estimate, estimate
-from kar_offline.generate.ledger import LEDGER, Ledger
+from kar_offline.generate.ledger import LEDGER, Kept, Ledger
 from kar_offline.generate.model import Provider, Reply
 from kar_offline.generate.pack import Pack
-from kar_offline.generate.records import ENTITY, KINDS, write_knowledge, write_quarantine
+from kar_offline.generate.records import (
+    ENTITY,
+    KINDS,
+    read_clusters,
+    read_knowledge,
+    read_quarantine,
+    record_line,
+    write_knowledge,
+    write_quarantine,
+)
 from kar_offline.generate.sharing import Shared, Sharing, share_calls
 from kar_offline.prompts import Prompt, read_prompts, read_scenario
 from kar_offline.prompts.scenario import EntityKind
 from kar_offline.stage import StageResult, run_stage
 
-__all__ = ["cases_of", "estimate_run", "generate", "utc_now"]
+__all__ = ["cases_of", "estimate_run", "generate", "regenerate", "utc_now"]
 
 COLUMNS: Final = (
     TextColumn("{task.description}"),
@@ -165,6 +174,110 @@ def generate(
     return result
 
 
+def regenerate(
+    work: Path,
+    provider: Provider,
+    chosen: Sequence[tuple[EntityKind, str]],
+    *,
+    facts: FactsTable | None = None,
+    retries: int | None = None,
+    budget_usd: float | None = None,
+    budget_calls: int | None = None,
+    now: Callable[[], datetime] = utc_now,
+    console: Console | None = None,
+) -> StageResult:
+    """Have some entities of `work`/knowledge written about anew; every other record stays as it is.
+
+    An entity whose new text is refused, or does not come, keeps the record that it has.
+
+    Args:
+        work: The work folder.
+        provider: Who answers.
+        chosen: Kind and id of each entity, in the order to ask in.
+        facts: As of `generate`.
+        retries: As of `generate`.
+        budget_usd: As of `generate`.
+        budget_calls: The most questions that may leave; None: any number.
+        now: Tells the time.
+        console: Where progress is shown; default: nowhere.
+
+    Returns:
+        The result. Its report tells what was `written`, `refused` and left `unanswered`, the `gates`' refusals, and
+        of this run `calls`, `requests`, tokens, `cost_usd` and `stopped`.
+
+    Raises:
+        PreconditionError: there are no prompts or no knowledge, or another process generates for this work folder.
+        IntegrityError: a pack does not belong to the prompts, or the ledger is damaged.
+        UnavailableError: a language model stopped answering; the next run goes on where this one ended.
+        InputError: an endpoint refuses the requests.
+    """
+    folder = work / "knowledge"
+    prompts = {(prompt.entity, prompt.id): prompt for prompt in read_prompts(work / "prompts")}
+    scenario = read_scenario(work / "prompts")
+    known = subjects(Dataset.load(work / "dataset"), scenario, facts)
+    rules = {kind: Rules.of(scenario, kind) for kind in KINDS}
+    former = {(kind, record.id): record for kind in KINDS for record in read_knowledge(folder, kind)}
+    cases = [Case(prompts[key], known[key], rules[key[0]]) for key in chosen]
+    asked = set(chosen)
+    standing = [
+        _standing(Case(prompts[key], known[key], rules[key[0]]), record)
+        for key, record in former.items()
+        if record.text and key in prompts and key not in asked
+    ]
+    tally = Tally()
+    if isinstance(provider, Pack):
+        asyncio.run(take_from_pack(cases, provider, now(), standing=standing))
+    else:
+        with Ledger.open(work, now) as ledger:
+            tally = _work_through(
+                cases,
+                provider,
+                ledger,
+                scenario.limits.retries if retries is None else retries,
+                budget_usd,
+                console,
+                budget_calls=budget_calls,
+                standing=standing,
+            )
+    made = [(case, record) for case in cases if (record := _record(case, provider.provenance))]
+    written = {(case.prompt.entity, case.prompt.id): record for case, record in made if not case.last.refused_by}
+    refused = [record for case, record in made if case.last.refused_by]
+    # In the order of the prompts, as `generate` writes them.
+    records = [found for key in prompts if (found := written.get(key) or former.get(key))]
+    records += [record for key, record in former.items() if key not in prompts]
+    again = {(record.entity, record.id) for _, record in made}
+    quarantined = [r for r in read_quarantine(folder) if (r.entity, r.id) not in again] + refused
+    clusters = [cluster for kind in KINDS for cluster in read_clusters(folder, kind)]
+    digest = hashlib.sha256("".join(map(record_line, (*records, *quarantined))).encode()).hexdigest()
+
+    def build(draft: Path) -> Mapping[str, Any]:
+        write_knowledge(draft, records, clusters)
+        write_quarantine(draft, quarantined)
+        return {"records": len(records) + len(quarantined), "quarantined": len(quarantined), "clusters": len(clusters)}
+
+    inputs = {"prompts": work / "prompts"}
+    result = run_stage("generate", folder, build, inputs=inputs, params={"refreshed": digest}, version=3)
+    result.report.update(
+        written=sum(former.get(key) != record for key, record in written.items()),
+        refused=len(refused),
+        unanswered=len(cases) - len(made),
+        gates=gate_counts(cases),
+        calls=tally.calls,
+        requests=tally.requests,
+        input_tokens=tally.input_tokens,
+        output_tokens=tally.output_tokens,
+        cost_usd=tally.cost_usd,
+        stopped=tally.stopped,
+    )
+    return result
+
+
+def _standing(case: Case, record: records_pb2.KnowledgeRecord) -> Case:
+    """A case that is answered by a record: nobody is asked, and it only takes part in comparisons."""
+    case.last.kept = Kept(Reply(record.text, 0, 0, requests=0), record.created_at.ToDatetime(UTC))
+    return case
+
+
 def estimate_run(
     work: Path,
     provider: Provider,
@@ -192,6 +305,9 @@ def _work_through(
     retries: int,
     budget_usd: float | None,
     console: Console | None,
+    *,
+    budget_calls: int | None = None,
+    standing: Sequence[Case] = (),
 ) -> Tally:
     with Progress(*COLUMNS, console=console, disable=console is None, transient=True) as progress:
         bar = progress.add_task("generating", total=None, spent="")
@@ -218,6 +334,8 @@ def _work_through(
                 ledger,
                 retries=retries,
                 budget_usd=budget_usd,
+                budget_calls=budget_calls,
+                standing=standing,
                 on_round=on_round,
                 on_answer=on_answer,
             )

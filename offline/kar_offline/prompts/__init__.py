@@ -7,6 +7,7 @@ from kar_offline.prompts.rendering import (
     read_prompts,
     read_renderer,
     read_scenario,
+    render_again,
     render_prompts,
 )
 from kar_offline.prompts.scenario import Scenario, load_scenario
@@ -20,5 +21,6 @@ __all__ = [
     "read_prompts",
     "read_renderer",
     "read_scenario",
+    "render_again",
     "render_prompts",
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Final, Literal
 
+import numpy as np
 from jinja2 import (
     ChoiceLoader,
     FileSystemLoader,
@@ -38,7 +39,16 @@ from kar_offline.prompts.untrusted import (
 from kar_offline.stage import StageResult, run_stage
 from kar_sidecar.errors import InputError, PreconditionError
 
-__all__ = ["History", "Prompt", "Renderer", "read_prompts", "read_renderer", "read_scenario", "render_prompts"]
+__all__ = [
+    "History",
+    "Prompt",
+    "Renderer",
+    "read_prompts",
+    "read_renderer",
+    "read_scenario",
+    "render_again",
+    "render_prompts",
+]
 
 Kind = Literal["factual", "reasoning"]
 KINDS: Final[Mapping[EntityKind, Kind]] = {"item": "factual", "user": "reasoning"}
@@ -96,7 +106,7 @@ class Prompt:
     prompt: str
     prompt_sha256: str
     history_cutoff: int
-    """The number of first events that the prompt shows; 0 for items and clusters."""
+    """The number of first events that it was written from, of which it shows the last; 0 for items and clusters."""
     raw_text: str
     """The facts that the prompt shows, without the instruction."""
     title: str
@@ -178,7 +188,7 @@ class Renderer:
         **variables: object,
     ) -> Prompt:
         question = self.scenario.questions[kind]
-        seasons = [(s, day) for s, day in self.seasons if kind in s.kinds and template in self._seasonal]
+        seasons = self._seasons(kind, template)
         context = {
             "season": "; ".join(season.name for season, _ in seasons),
             "about": " and ".join(season.about for season, _ in seasons),
@@ -269,8 +279,12 @@ class Renderer:
             facts=_quoted(facts),
         )
 
-    def reasoning(self, user: Entity, items: Sequence[Entity], ratings: Sequence[float]) -> Prompt:
+    def reasoning(
+        self, user: Entity, items: Sequence[Entity], ratings: Sequence[float], cutoff: int | None = None
+    ) -> Prompt:
         """The question about one user, who rated these items (oldest first) so.
+
+        `cutoff` is the number of all the user's events until now; default: these are all.
 
         Raises:
             InputError: an item lacks the fact that names it, or the template cannot ask about a user.
@@ -284,7 +298,7 @@ class Renderer:
             user.id,
             f"{profile}Ratings in {self.scenario.words.ratings}: {rated}.",
             template=self.names["user"],
-            cutoff=len(history),
+            cutoff=len(history) if cutoff is None else cutoff,
             facts=_quoted(facts),
             history=[(quoted(title), rating) for title, rating in history],
         )
@@ -356,11 +370,22 @@ class Renderer:
         """The prompts of all items, then of all users with a history, each in dataset order."""
         for item in dataset.items:
             yield self.factual(item)
-        for row, user in enumerate(dataset.users):
-            events = dataset.prompt_events(row)
-            items = [dataset.items[i] for i in dataset.event_item[events]]
-            if items:
-                yield self.reasoning(user, items, dataset.event_rating[events].tolist())
+        for row in np.flatnonzero(dataset.cutoff):
+            yield self.about_user(dataset, int(row))
+
+    def about_user(self, dataset: Dataset, row: int) -> Prompt:
+        """The question about one user row, from the events before its cut-off; errors as of `reasoning`."""
+        events = dataset.prompt_events(row)
+        items = [dataset.items[i] for i in dataset.event_item[events]]
+        ratings = dataset.event_rating[events].tolist()
+        return self.reasoning(dataset.users[row], items, ratings, int(dataset.cutoff[row]))
+
+    def season(self, kind: EntityKind) -> str:
+        """The seasons that enter prompts about one kind, as `Prompt.context` names them; empty: none does."""
+        return "; ".join(season.name for season, _ in self._seasons(kind, self.names[kind]))
+
+    def _seasons(self, kind: EntityKind, template: str) -> list[tuple[Season, date]]:
+        return [(s, day) for s, day in self.seasons if kind in s.kinds and template in self._seasonal]
 
 
 def _quoted(facts: Mapping[str, Sequence[Part]]) -> dict[str, str]:
@@ -386,8 +411,16 @@ def render_prompts(work: Path, scenario: str | Path | None = None, on: date | No
         NotFoundError: there is no such scenario.
         InputError: the scenario or one of its templates is not valid.
     """
-    chosen = load_scenario(scenario)
-    renderer = Renderer(chosen, on, own_templates(scenario))
+    return _render(work, Renderer(load_scenario(scenario), on, own_templates(scenario)))
+
+
+def render_again(work: Path, on: date | None = None) -> StageResult:
+    """`render_prompts` with the scenario and the templates that `work`/prompts was made with."""
+    return _render(work, read_renderer(work / "prompts", on))
+
+
+def _render(work: Path, renderer: Renderer) -> StageResult:
+    chosen = renderer.scenario
     dataset = Dataset.load(work / "dataset")
 
     def build(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from kar_sidecar.errors import InputError, PreconditionError
 from kar_sidecar.features import History
 from kar_sidecar.release import Release
 from kar_sidecar.store import FEATURES, ITEM, EntityKey, schema_meta
+from kar_sidecar.store.cluster import AerospikeSettings
 from kar_sidecar.store.open import open_store
 
 __all__ = ["FreshEntity", "publish_features", "read_features"]
@@ -98,7 +99,13 @@ def _record(fresh: FreshEntity, release: Release) -> tuple[EntityKey, bytes]:
 
 
 def publish_features(
-    work: Path, release_id: str, store_url: str, file: Path, *, progress: Progress | None = None
+    work: Path,
+    release_id: str,
+    store_url: str,
+    file: Path,
+    *,
+    aerospike: AerospikeSettings | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a features file into the store of a published release, leaving vectors and texts alone.
 
@@ -117,7 +124,7 @@ def publish_features(
     release = Release.load(work / "releases", release_id)
     shown = progress or Progress(disable=True)
     records = sum(1 for _ in shown.track(read_features(file, release), description="checking"))
-    store = open_store(store_url)
+    store = open_store(store_url, aerospike=aerospike)
     try:
         if store.read_meta(schema_meta(release.manifest.feature_schema_hash)) is None:
             raise PreconditionError(f"release {release_id} is not in {store_url}: run `kar publish` without --features")

@@ -20,7 +20,7 @@ from kar_offline.train.features import EncodedDataset, Samples
 from kar_offline.train.vectors import TextVectors, load_text_vectors
 from kar_sidecar.affinity import AFFINITY_EVENTS, STATISTICS, affinity, affinity_columns, centred
 
-__all__ = ["AffinityInput", "Given", "principal"]
+__all__ = ["AffinityInput", "Components", "Given", "principal"]
 
 TEXT: Final = "text"
 RAW: Final = "raw"
@@ -41,17 +41,37 @@ def principal(vectors: Tensor, present: Tensor, width: int) -> Tensor:
         width: At most D; fewer than `width` rows or components leave zeros at the end.
     """
     out = torch.zeros(len(vectors), width)
-    known = vectors[present].double()
-    if not len(known):
-        return out
-    known = torch.nn.functional.normalize(known - known.mean(0))
-    _, axes = torch.linalg.eigh(known.T @ known)
-    axes = axes.flip(1)[:, :width]
-    # An eigenvector's sign is arbitrary: fix it, so that machines agree.
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-    projected = torch.nn.functional.normalize(known @ axes)
-    out[present, : projected.shape[1]] = projected.float()
+    if len(known := vectors[present]):
+        out[present] = Components.of(known, width).project(known)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """Principal components of some unit vectors, for vectors of the same encoder."""
+
+    mean: Tensor
+    """[D] float64"""
+    axes: Tensor
+    """[D, width] float64; fewer columns where D is less."""
+    width: int
+
+    @staticmethod
+    def of(vectors: Tensor, width: int) -> "Components":
+        """The first `width` components of vectors [n, D], n at least 1."""
+        mean = vectors.double().mean(0)
+        centred_rows = torch.nn.functional.normalize(vectors.double() - mean)
+        _, axes = torch.linalg.eigh(centred_rows.T @ centred_rows)
+        axes = axes.flip(1)[:, :width]
+        # An eigenvector's sign is arbitrary: fix it, so that machines agree.
+        return Components(mean, axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign(), width)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Vectors [n, D] in these components [n, width] float32, of unit length."""
+        projected = torch.nn.functional.normalize(
+            torch.nn.functional.normalize(vectors.double() - self.mean) @ self.axes
+        )
+        return torch.nn.functional.pad(projected.float(), (0, self.width - projected.shape[1]))
 
 
 @dataclass(frozen=True, slots=True)

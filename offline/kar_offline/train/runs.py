@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kar_offline.dataset.samples import TRAIN, VALIDATION, Dataset
+from kar_offline.generate.records import read_knowledge
 from kar_offline.models import BACKBONES, RERANKERS, CTRModel
 from kar_offline.stage import StageResult, draft_of, folder_hash, run_stage
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS, Arm
@@ -204,6 +205,21 @@ def _stage(task: tuple[Path, Run, TrainSettings], notify: Callable[[tuple[Run, E
     return result
 
 
+def _refuse_leaks(work: Path) -> None:
+    """Check that no user's text knows a sample, as it does where the dataset was built again after `kar refresh`."""
+    if not (work / "knowledge" / "user.jsonl").is_file():
+        return
+    dataset = Dataset.load(work / "dataset")
+    cutoffs = {user.id: int(cutoff) for user, cutoff in zip(dataset.users, dataset.cutoff, strict=True)}
+    for record in read_knowledge(work / "knowledge", "user"):
+        if record.text and record.history_cutoff > cutoffs.get(record.id, record.history_cutoff):
+            raise PreconditionError(
+                f"the text about user {record.id!r} was written from {record.history_cutoff} events, of which the "
+                f"dataset has those after the first {cutoffs[record.id]} as samples (leakage): run `kar refresh` with "
+                "its files again, or generate and encode again"
+            )
+
+
 def train(
     work: Path,
     backbones: Sequence[str] = DEFAULT_BACKBONES,
@@ -226,12 +242,14 @@ def train(
 
     Raises:
         InputError: an unknown backbone or arm.
-        PreconditionError: an earlier stage is missing.
+        PreconditionError: an earlier stage is missing, or a text was written from events that are samples.
         UnavailableError: a worker process was killed.
     """
     for kind, names, known in (("backbone", backbones, (*BACKBONES, *RERANKERS)), ("arm", arms, tuple(ARMS))):
         if unknown := [name for name in names if name not in known]:
             raise InputError(f"{kind} {unknown[0]!r} is not known: choose from {', '.join(known)}")
+    if any(ARMS[arm].texts for arm in arms):
+        _refuse_leaks(work)
     settings = settings or TrainSettings()
     # The longest first, so that the processes end together.
     runs = [Run(backbone, arm) for arm in reversed(arms) for backbone in reversed(backbones)]

@@ -119,20 +119,22 @@ class StageTimings(_message.Message):
     def __init__(self, assign_ms: _Optional[float] = ..., fetch_ms: _Optional[float] = ..., assemble_ms: _Optional[float] = ..., score_ms: _Optional[float] = ..., respond_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("model", "space_id", "history_events", "missing_values", "features_written_at", "inline_history_used")
+    __slots__ = ("model", "space_id", "history_events", "missing_values", "features_written_at", "inline_history_used", "knowledge_written_at")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     HISTORY_EVENTS_FIELD_NUMBER: _ClassVar[int]
     MISSING_VALUES_FIELD_NUMBER: _ClassVar[int]
     FEATURES_WRITTEN_AT_FIELD_NUMBER: _ClassVar[int]
     INLINE_HISTORY_USED_FIELD_NUMBER: _ClassVar[int]
+    KNOWLEDGE_WRITTEN_AT_FIELD_NUMBER: _ClassVar[int]
     model: str
     space_id: str
     history_events: int
     missing_values: int
     features_written_at: _timestamp_pb2.Timestamp
     inline_history_used: bool
-    def __init__(self, model: _Optional[str] = ..., space_id: _Optional[str] = ..., history_events: _Optional[int] = ..., missing_values: _Optional[int] = ..., features_written_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., inline_history_used: _Optional[bool] = ...) -> None: ...
+    knowledge_written_at: _timestamp_pb2.Timestamp
+    def __init__(self, model: _Optional[str] = ..., space_id: _Optional[str] = ..., history_events: _Optional[int] = ..., missing_values: _Optional[int] = ..., features_written_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., inline_history_used: _Optional[bool] = ..., knowledge_written_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class RankResponse(_message.Message):
     __slots__ = ("request_id", "scores", "order", "experiment", "arm", "release_id", "backbone", "rung", "reason", "user_level", "item_levels", "timings", "explanation")

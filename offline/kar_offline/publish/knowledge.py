@@ -1,0 +1,321 @@
+"""Owns publishing fresh knowledge into the spaces of a published release: what a work folder knows and it does not.
+
+Entities whose text, vector or loan is another than the release's get their text, their encoded and adapted vectors
+and, for items, their affinity vector; the release's own adaptor and text components make them, and the index is built
+anew. Whatever the store holds already stays, so publishing again writes nothing. Readers go on meanwhile: each part of
+an entity changes in one step.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kar.records.v1 import records_pb2
+from kar_kernels import FrozenAdaptor, HybridExpertAdaptor, Tower
+from kar_offline.dataset.samples import Dataset
+from kar_offline.generate.records import read_clusters, read_knowledge
+from kar_offline.publish.neighbours import borrow
+from kar_offline.publish.release import NAMES, expiries
+from kar_offline.train.arms import ARMS
+from kar_offline.train.given import TEXT as TEXT_SEGMENT
+from kar_offline.train.given import Components
+from kar_sidecar.affinity import AFFINITY_EVENTS
+from kar_sidecar.errors import IntegrityError, PreconditionError
+from kar_sidecar.features import History, schema_hash
+from kar_sidecar.index.config import IndexConfig
+from kar_sidecar.index.faiss import FaissIndex
+from kar_sidecar.index.snapshot import make_current, open_snapshot, read_current
+from kar_sidecar.release import Release
+from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, space_meta, vector_part
+from kar_sidecar.store.records import FULL, HEADER, NEVER, encode_vectors, in_batches, now_ms, read_header
+
+__all__ = ["check_published", "publish_knowledge"]
+
+CHUNK: Final = 4096
+"""Entities whose vectors are adapted and compared with the store's together; bounds memory."""
+INDEX_OPTIONS: Final = ("kind", "storage", "lists", "links", "ef_construction")
+"""What a snapshot's record says of how it was built."""
+NEIGHBOUR: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR)
+
+Blobs = Iterator[tuple[EntityKey, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """Entities of one kind whose knowledge is not what a release holds; n of them."""
+
+    kind: int
+    ids: list[str]
+    encoded: NDArray[np.float32]  # [n, D]
+    levels: list[int]
+    expires_at_ms: list[int]
+
+
+def publish_knowledge(
+    work: Path,
+    release: Release,
+    store: Store,
+    *,
+    named: Collection[EntityKey] = (),
+    clock: Callable[[], int] = now_ms,
+) -> dict[str, int]:
+    """Write what is fresh, and return the number of records written by kind of part.
+
+    Args:
+        work: Holds `dataset`, `knowledge` and `encoding`.
+        release: A release that is published in `store`.
+        store: Where to.
+        named: Entities whose features and, for users, whole history are written, where newer.
+        clock: Gives milliseconds since the epoch: what is written is true from then on.
+
+    Raises:
+        PreconditionError: the release is not published there, or does not belong to the work folder's vectors.
+        IntegrityError: the release or the work folder's stages are corrupt.
+        UnavailableError: the store does not answer.
+    """
+    dataset = Dataset.load(work / "dataset")
+    check_published(work, dataset, release, store)
+    manifest = release.manifest
+    written = {"features": store.write(FEATURES, _features(release, dataset, named), newer_only=True)}
+    at_ms = clock()
+    adaptor = HybridExpertAdaptor.load(release.folder / "adaptor.safetensors").freeze()
+    affinity = _Affinity.of(release)
+    for part in ("adapted", "encoded", *(["affinity"] if affinity else []), "texts"):
+        written[part] = 0
+    for kind in NAMES:
+        fresh = _fresh(work, release, dataset, kind)
+        for start in range(0, len(fresh.ids), CHUNK):
+            some = slice(start, start + CHUNK)
+            vectors = {"encoded": (manifest.encoded_space, fresh.encoded[some])}
+            if kind in release.towers:
+                vectors["adapted"] = (manifest.adapted_space, _adapted(adaptor, kind, fresh.encoded[some]))
+            if affinity and kind == ITEM:
+                vectors["affinity"] = (affinity.space, affinity.vectors(fresh.ids[some], fresh.encoded[some]))
+            for part, (space, rows) in vectors.items():
+                written[part] += _write_new(store, vector_part(space.space_id), _parts(fresh, some, rows, space, at_ms))
+        written["texts"] += store.write(TEXT, _texts(work, release, kind))
+        if fresh.ids:
+            _index(work / "index" / release.release_id / NAMES[kind], release, fresh, at_ms)
+    return written
+
+
+def check_published(work: Path, dataset: Dataset, release: Release, store: Store) -> None:
+    """Check that fresh vectors of a work folder belong into a release's spaces, and that those are in the store.
+
+    Raises:
+        PreconditionError: they do not, or are not; the text says why.
+    """
+    manifest = release.manifest
+    if store.read_meta(space_meta(manifest.adapted_space.space_id)) is None:
+        raise PreconditionError(f"release {release.release_id} is not in this store: run `kar publish` first")
+    if any(ARMS[model.recipe].texts not in ("", "knowledge") for model in manifest.models if model.recipe):
+        raise PreconditionError(f"release {release.release_id} reads raw texts, not knowledge: name another --release")
+    header = work / "encoding" / "knowledge_item.json"
+    if not header.is_file():
+        raise PreconditionError(f"{header} does not exist: run `kar encode` first")
+    if (encoder_id := json.loads(header.read_text())["encoder_id"]) != manifest.encoder_id:
+        raise PreconditionError(
+            f"{work / 'encoding'} is by {encoder_id}, release {release.release_id} by {manifest.encoder_id}: encode "
+            "with the release's encoder, or export a new release"
+        )
+    if schema_hash(dataset.schema) != manifest.feature_schema_hash:
+        raise PreconditionError(f"the dataset has another feature schema than {release.folder}: export a release of it")
+
+
+def _features(release: Release, dataset: Dataset, named: Collection[EntityKey]) -> Blobs:
+    """Features of some entities as the dataset knows them, users' with their whole history, true at their last event.
+
+    Items are true at the dataset's last event, and so are users without any.
+    """
+    latest = int(dataset.event_time.max(initial=0))
+    ids = np.array([item.id for item in dataset.items], dtype=object)
+    layout = release.item_layout
+    for item in dataset.items:
+        if (key := EntityKey(ITEM, item.id)) in named:
+            yield key, layout.encode(layout.row(item.features), written_at_ms=latest * 1000)
+    layout = release.user_layout
+    longest = max(AFFINITY_EVENTS, dataset.schema.history_length)
+    for row, user in enumerate(dataset.users):
+        if (key := EntityKey(USER, user.id)) in named:
+            first, end = int(dataset.offsets[row]), int(dataset.offsets[row + 1])
+            events = slice(max(first, end - longest), end)
+            history = History(tuple(ids[dataset.event_item[events]]), dataset.event_rating[events])
+            written_at_ms = int(dataset.event_time[events].max(initial=0) or latest) * 1000
+            yield key, layout.encode(layout.row(user.features), written_at_ms=written_at_ms, history=history)
+
+
+def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
+    """What a work folder knows of one kind of entities otherwise than a release.
+
+    Entities of which neither has a vector borrow from those that are most like them by their facts.
+    """
+    name = NAMES[kind]
+    about = json.loads((work / "encoding" / f"knowledge_{name}.json").read_text())
+    ids, digests, lent = about["ids"], about["text_sha256"], set(about.get("lent", ()))
+    if ids != [entity.id for entity in (dataset.users if kind == USER else dataset.items)]:
+        raise IntegrityError(f"{work / 'encoding'} does not fit the dataset: run `kar encode` again")
+    encoded = np.load(work / "encoding" / f"knowledge_{name}.npy", mmap_mode="r")
+    records = {record.id: record for record in read_knowledge(work / "knowledge", name)}
+    clusters = {record.id: record for record in read_clusters(work / "knowledge", name)}
+    ends = expiries(records, clusters)
+    former = {record.id: record for record in read_knowledge(release.folder / "knowledge", name)}
+    released = (release.folder / "vectors" / f"{name}_ids.txt").read_text().splitlines()
+    row_of = {id_: row for row, id_ in enumerate(released)}
+    vectors = np.load(release.folder / "vectors" / f"{name}_encoded.npy", mmap_mode="r")
+    rows = [
+        row
+        for row, (id_, digest) in enumerate(zip(ids, digests, strict=True))
+        if digest
+        and (
+            id_ not in row_of
+            or records.get(id_) != former.get(id_)
+            or not np.array_equal(encoded[row], vectors[row_of[id_]])
+        )
+    ]
+    levels = [NEIGHBOUR if ids[row] in lent else FULL for row in rows]
+    found, values = [ids[row] for row in rows], encoded[rows]
+    bare = [row for row, digest in enumerate(digests) if not digest and ids[row] not in row_of]
+    if bare:
+        content = np.load(work / "encoding" / f"raw_{name}.npy", mmap_mode="r")
+        knows = np.array([bool(digest) and id_ not in lent for id_, digest in zip(ids, digests, strict=True)])
+        borrowed, lends = borrow(np.asarray(content), knows, np.asarray(encoded))
+        bare = [row for row in bare if lends[row]]
+        found, values = [*found, *(ids[row] for row in bare)], np.concatenate((values, borrowed[bare]))
+        levels += [NEIGHBOUR] * len(bare)
+    return _Fresh(kind, found, np.asarray(values), levels, [ends.get(id_, NEVER) for id_ in found])
+
+
+def _adapted(adaptor: FrozenAdaptor, kind: int, encoded: NDArray[np.float32]) -> NDArray[np.float32]:
+    tower: Tower = "user" if kind == USER else "item"
+    rows = torch.from_numpy(np.ascontiguousarray(encoded))
+    return adaptor.adapt({tower: (rows, torch.ones(len(rows), dtype=torch.bool))})[tower].numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class _Affinity:
+    """How a release's items get affinity vectors; segments that do not come from texts stay as they were exported."""
+
+    space: records_pb2.VectorSpace
+    components: Components
+    text: slice
+    """Where the segment of texts lies in a vector."""
+    row_of: dict[str, int]
+    exported: NDArray[np.float32]  # [items, V]
+
+    @staticmethod
+    def of(release: Release) -> "_Affinity | None":
+        """None where the release has no affinity vectors, or none of texts.
+
+        Its text components are those of the vectors that it was trained with: all but those lent by content, of
+        which there is no record.
+        """
+        start, text = 0, None
+        for segment in release.manifest.affinity.segments:
+            if segment.name == TEXT_SEGMENT:
+                text = slice(start, start + segment.dim)
+            start += segment.dim
+        if text is None or not release.manifest.affinity.HasField("space"):
+            return None
+        folder = release.folder / "vectors"
+        recorded = {record.id for record in read_knowledge(release.folder / "knowledge", NAMES[ITEM])}
+        trained = [id_ in recorded for id_ in (folder / "item_ids.txt").read_text().splitlines()]
+        encoded = torch.from_numpy(np.load(folder / "item_encoded.npy", allow_pickle=False)[trained])
+        ids = (folder / "affinity_ids.txt").read_text().splitlines()
+        return _Affinity(
+            release.manifest.affinity.space,
+            Components.of(encoded, text.stop - text.start),
+            text,
+            {id_: row for row, id_ in enumerate(ids)},
+            np.load(folder / "affinity.npy", allow_pickle=False),
+        )
+
+    def vectors(self, ids: Sequence[str], encoded: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Affinity vectors [n, V] of items with encoded vectors [n, D]; what no text tells of new items is 0."""
+        vectors = np.zeros((len(ids), self.exported.shape[1]), np.float32)
+        for at, id_ in enumerate(ids):
+            if (row := self.row_of.get(id_)) is not None:
+                vectors[at] = self.exported[row]
+        vectors[:, self.text] = self.components.project(torch.from_numpy(np.ascontiguousarray(encoded))).numpy()
+        return vectors
+
+
+def _parts(
+    fresh: _Fresh, some: slice, vectors: NDArray[np.float32], space: records_pb2.VectorSpace, written_at_ms: int
+) -> Blobs:
+    columns = (fresh.ids[some], vectors, fresh.levels[some], fresh.expires_at_ms[some])
+    for id_, vector, level, expires_at_ms in zip(*columns, strict=True):
+        blobs = encode_vectors(
+            vector[None],
+            space.space_id,
+            dtype=space.dtype,
+            level=level,
+            written_at_ms=written_at_ms,
+            expires_at_ms=expires_at_ms,
+        )
+        yield EntityKey(fresh.kind, id_), blobs[0]
+
+
+def _texts(work: Path, release: Release, kind: int) -> Blobs:
+    """The records that are not the release's."""
+    former = {record.id: record for record in read_knowledge(release.folder / "knowledge", NAMES[kind])}
+    for record in read_knowledge(work / "knowledge", NAMES[kind]):
+        if record != former.get(record.id):
+            yield EntityKey(kind, record.id), record.SerializeToString(deterministic=True)
+
+
+def _index(root: Path, release: Release, fresh: _Fresh, at_ms: int) -> None:
+    """Build the index anew with what is fresh, in the way it was built, and have readers use it from now on.
+
+    A snapshot is named by its content: the same once more changes nothing.
+    """
+    folder = release.folder / "vectors"
+    vectors = dict(
+        zip(
+            (folder / f"{NAMES[fresh.kind]}_ids.txt").read_text().splitlines(),
+            np.load(folder / f"{NAMES[fresh.kind]}_encoded.npy", mmap_mode="r"),
+            strict=True,
+        )
+    )
+    vectors |= zip(fresh.ids, fresh.encoded, strict=True)
+    current = read_current(root)
+    config = IndexConfig()
+    if current:
+        held = open_snapshot(root / current.snapshot_id, verify=False)
+        held.lock.close()
+        config = IndexConfig(**{name: held.record[name] for name in INDEX_OPTIONS if name in held.record})
+    index = FaissIndex.build(list(vectors), np.stack(list(vectors.values())), config)
+    snapshot_id = index.save(root, space_id=release.manifest.encoded_space.space_id)
+    index.close()
+    if current is None or current.snapshot_id != snapshot_id:
+        make_current(root, snapshot_id, at_ms)
+
+
+def _write_new(store: Store, part: str, blobs: Blobs) -> int:
+    """Write what the store does not hold already, but for the time at which it was written."""
+    written = 0
+    for batch in in_batches(blobs, CHUNK):
+        held = store.read(list(batch), [part])
+        new = [
+            (key, blob)
+            for (key, blob), (stored,) in zip(batch.items(), held, strict=True)
+            if stored is None or not _same(blob, stored)
+        ]
+        written += store.write(part, new, newer_only=True)
+    return written
+
+
+def _same(blob: bytes, stored: bytes) -> bool:
+    try:
+        mine, theirs = read_header(blob), read_header(stored)
+    except IntegrityError:
+        return False
+    return (
+        mine == replace(theirs, written_at_ms=mine.written_at_ms)
+        and blob[HEADER.itemsize :] == stored[HEADER.itemsize :]
+    )

@@ -1,0 +1,142 @@
+"""Owns `kar refresh`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kar_offline.check import facts_table
+from kar_offline.encode.command import ENDPOINT, endpoint_encoder, local_encoder
+from kar_offline.encode.encoder import TextEncoder
+from kar_offline.generate.command import Source, provider_of
+from kar_offline.options import JsonFile, once, write_json
+from kar_offline.refresh.policy import Policy, Reason
+from kar_offline.refresh.run import Budget
+from kar_offline.refresh.run import refresh as run
+from kar_sidecar.errors import InputError
+from kar_sidecar.release import read_active
+from kar_sidecar.settings import Settings
+from kar_sidecar.store.open import open_store
+
+__all__ = ["refresh"]
+
+
+def refresh(
+    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
+    events: Annotated[
+        Path | None, typer.Option(help='New events, one {"user", "item", "rating", "time"} a line.')
+    ] = None,
+    entities: Annotated[
+        Path | None,
+        typer.Option(help='New items and users, one {"entity", "id", "title", "features", "facts"} a line.'),
+    ] = None,
+    grown_by: Annotated[
+        int, typer.Option(min=1, help="Events since a user's text that make it due.")
+    ] = Policy().grown_by,
+    reason: Annotated[
+        list[Reason] | None, typer.Option(help="Only what is due for this reason, repeatable; default: for any.")
+    ] = None,
+    budget_calls: Annotated[int | None, typer.Option(min=0, help="Ask at most so many questions.")] = None,
+    budget_usd: Annotated[
+        float | None, typer.Option(min=0, help="Choose what this buys, and stop before it could be exceeded.")
+    ] = None,
+    llm: Annotated[Source, typer.Option(help="Who writes; as of `kar generate`.")] = Source.PACK,
+    pack: Annotated[str, typer.Option(help="pack: name of a pack, or its folder.")] = "ml-100k",
+    base_url: Annotated[
+        str | None, typer.Option(envvar="KAR_LLM_BASE_URL", help="openai: address, such as http://127.0.0.1:8000/v1.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint.")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="local: a model file in GGUF format; default: SmolLM2.")] = None,
+    batch: Annotated[bool, typer.Option("--batch", help="openai: send batch files.")] = False,
+    parameters: Annotated[str | None, typer.Option(help="Request parameters as JSON.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight at once.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="openai: seconds for one attempt.")] = 120.0,
+    price: Annotated[
+        tuple[float, float] | None, typer.Option(help="openai: US dollars for a million tokens, read and written.")
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option(min=0, help="Ask again so often where an answer fails a check.")
+    ] = None,
+    facts: Annotated[str | None, typer.Option(help="What texts must not contradict; as of `kar generate`.")] = None,
+    encoder: Annotated[str, typer.Option(help="The release's encoder; as of `kar encode`.")] = "minilm",
+    encoder_url: Annotated[str | None, typer.Option(help="--encoder openai: address.")] = None,
+    encoder_model: Annotated[str | None, typer.Option(help="--encoder openai: the model's name.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="lmdb:PATH or aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET; default: lmdb:WORK/store."),
+    ] = None,
+    release: Annotated[
+        str | None, typer.Option(help="The release that takes the fresh vectors; default: the active one.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what is due and would be asked; change and send nothing.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, as `kar sidecar` reads it.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Take in new events and items, have the texts that are due written anew, and publish them while readers go on."""
+    console = Console()
+    settings = Settings.read(config, work=work, store=store)
+    work, url = settings.work, settings.store
+    provider = provider_of(work, llm, pack, gguf, base_url, model, batch, parameters, concurrency, timeout_s, price)
+    if budget_usd is not None and provider.cost_usd(1, 1) is None:
+        raise InputError("--budget-usd needs to know what tokens cost: give --price, for a million read and written")
+
+    def load_encoder() -> TextEncoder:
+        if encoder == ENDPOINT:
+            return endpoint_encoder(encoder_url, encoder_model)
+        return local_encoder(encoder)
+
+    report = run(
+        work,
+        provider,
+        load_encoder,
+        release_id=release or read_active(work / "releases"),
+        store=partial(open_store, url, aerospike=settings.aerospike),
+        events=events,
+        entities=entities,
+        policy=Policy(grown_by, frozenset(once(reason) or Reason)),
+        budget=Budget(budget_calls, budget_usd),
+        facts=facts_table(facts) if facts else None,
+        retries=retries,
+        dry_run=dry_run,
+        console=console,
+    )
+    _tell(console, report, url)
+    write_json(json_file, report)
+
+
+def _tell(console: Console, report: dict[str, Any], store: str) -> None:
+    arrived = report["arrived"]
+    console.print(f"new: {arrived['users']:,} users, {arrived['items']:,} items, {arrived['events']:,} events")
+    table = Table("due", "items", "users")
+    for reason, counts in report["due"].items():
+        if any(counts.values()):
+            table.add_row(reason, *(f"{counts[kind]:,}" for kind in ("item", "user")))
+    table.add_section()
+    for name in ("chosen", "waiting"):
+        table.add_row(name, *(f"{report[name][kind]:,}" for kind in ("item", "user")))
+    console.print(table)
+    waiting = report["waiting"]["most_valuable"]
+    if waiting:
+        first = ", ".join(f"{one['kind']} {one['id']} ({one['value']:.1f})" for one in waiting[:5])
+        console.print(f"waiting, most valuable first: {first}{', …' if len(waiting) > 5 else ''}", soft_wrap=True)
+    cost = "unknown" if report["cost_usd"] is None else f"${report['cost_usd']:.4f}"
+    if report["dry_run"]:
+        console.print(f"{report['calls']:,} calls, expected to cost {cost}; nothing was changed or sent")
+        return
+    texts = report["texts"]
+    console.print(
+        f"{report['calls']:,} calls, {cost}: {texts['written']:,} texts written, {texts['refused']:,} refused, "
+        f"{texts['unanswered']:,} unanswered; {report['encoded']:,} texts encoded"
+    )
+    if texts["stopped"]:
+        console.print(f"[bold yellow]stopped:[/] {texts['stopped']}", soft_wrap=True)
+    parts = ", ".join(f"{count:,} {part}" for part, count in report["written"].items() if count)
+    said = f"written to {store}: {parts}" if parts else f"{store} holds all of it already"
+    console.print(f"{said} ({report['seconds']:.1f} s)", soft_wrap=True)
