@@ -18,7 +18,7 @@ from kar_sidecar.store import ITEM, USER
 pytestmark = pytest.mark.unit
 
 ITEM_TEXTS = {"1": "a comedy", "3": "a long war drama"}
-"""Item 2 has no knowledge."""
+"""Item 2 has no text, and borrows; user 8 has neither text nor facts."""
 
 
 class Counting(HashingEncoder):
@@ -82,14 +82,21 @@ def test_rows_follow_the_dataset_and_have_zeros_where_there_is_no_text(work: Pat
     vectors = np.load(work / "encoding" / "knowledge_item.npy", mmap_mode="r")
     assert (vectors.shape, vectors.dtype) == ((3, 16), np.float32)
     np.testing.assert_array_equal(vectors[[0, 2]], HashingEncoder().encode(["a comedy", "a long war drama"]))
-    assert not vectors[1].any()
     assert json.loads((work / "encoding" / "knowledge_item.json").read_text()) == {
         "encoder_id": "hashing/16",
         "dim": 16,
         "ids": ["1", "2", "3"],
-        "text_sha256": [sha256("a comedy"), None, sha256("a long war drama")],
-        "lent": [],
+        "text_sha256": [
+            sha256("a comedy"),
+            hashlib.sha256(vectors[1].tobytes()).hexdigest(),
+            sha256("a long war drama"),
+        ],
+        "lent": ["2"],
     }
+    users = np.load(work / "encoding" / "knowledge_user.npy")
+    np.testing.assert_array_equal(users, [*HashingEncoder().encode(["likes drama"]), np.zeros(16)])
+    about = json.loads((work / "encoding" / "knowledge_user.json").read_text())
+    assert (about["text_sha256"], about["lent"]) == ([sha256("likes drama"), None], [])
     raw = np.load(work / "encoding" / "raw_user.npy")
     np.testing.assert_array_equal(raw, [*HashingEncoder().encode(["age 24"]), np.zeros(16)])
     assert result.report["texts"] == {"knowledge_item": 2, "raw_item": 3, "knowledge_user": 1, "raw_user": 1}
@@ -205,7 +212,7 @@ def test_who_borrows_has_the_weighted_mean_of_the_lenders(work: Path) -> None:
     assert encode_stage.lent_ids(work / "encoding", "knowledge", "item") == {"2", "3"}
     assert encode_stage.lent_ids(work / "encoding", "raw", "item") == set()
     assert header(work)["text_sha256"][0] == sha256("north")
-    # Items' clusters lend nothing to users.
+    # Items' clusters lend nothing to users, and nobody among these has a text.
     assert header(work, "knowledge_user")["text_sha256"] == [None, None]
     assert not np.load(work / "encoding" / "knowledge_user.npy").any()
     assert np.load(work / "encoding" / "knowledge_item_clusters.npy").tolist() == [[1, 0]]
@@ -234,7 +241,22 @@ def test_an_own_text_goes_before_loans(work: Path) -> None:
     write_knowledge(work / "knowledge", own, [record(ITEM, "cluster/0", "east")])
     encode(work, Compass())
     assert np.load(work / "encoding" / "knowledge_item.npy")[0].tolist() == [0, 1]
-    assert header(work)["lent"] == []
+    assert "1" not in header(work)["lent"]
+
+
+def test_without_text_and_loans_those_most_alike_by_their_facts_lend(work: Path) -> None:
+    # Item 2 borrows itself, so it lends nothing, though its facts are those of item 3.
+    own = [record(ITEM, "1", "north"), record(ITEM, "2", cluster0=1)]
+    write_knowledge(work / "knowledge", own, [record(ITEM, "cluster/0", "east")])
+    report = encode(work, Compass()).report
+    assert np.load(work / "encoding" / "knowledge_item.npy").tolist() == [[0, 1], [1, 0], [0, 1]]
+    assert header(work)["lent"] == ["2", "3"]
+    assert report["lent"] == {"knowledge_item": 2}
+    # A text of its own takes the place of what was lent; what borrowed it goes on.
+    write_knowledge(work / "knowledge", [record(ITEM, "3", "east")])
+    encode(work, Compass())
+    assert np.load(work / "encoding" / "knowledge_item.npy").tolist() == [[1, 0], [1, 0], [1, 0]]
+    assert header(work)["lent"] == ["1", "2"]
 
 
 def test_a_changed_loan_changes_the_hash_and_encodes_nothing(work: Path) -> None:

@@ -207,28 +207,6 @@ def test_what_is_lent_and_clusters_texts_come_along(work):
     assert dict(release.manifest.prompt_versions) == {"factual": "2", "reasoning": "2", "cluster": "4"}
 
 
-def test_entities_with_facts_but_no_text_borrow_in_both_modes_and_have_affinity(work):
-    dataset = make_dataset()
-    for kind, entities in (("user", dataset.users), ("item", dataset.items)):
-        content = np.eye(len(entities), DIM, dtype=np.float32) + 0.1
-        np.save(work / "encoding" / f"raw_{kind}.npy", content)
-        header = json.loads((work / "encoding" / f"knowledge_{kind}.json").read_text())
-        (work / "encoding" / f"raw_{kind}.json").write_text(json.dumps(header | {"text_sha256": ["0"] * len(entities)}))
-    release = Release.load(work / "releases", export(work, "dcnv2", cores=2).report["release_id"])
-    vectors = release.folder / "vectors"
-    assert (vectors / "item_ids.txt").read_text().split() == [item.id for item in dataset.items]
-    assert (vectors / "item_lent.txt").read_text().split() == ["i2"]
-    assert (vectors / "user_lent.txt").read_text().split() == ["u3"]
-    encoded, adapted = (np.load(vectors / f"item_{part}.npy") for part in ("encoded", "adapted"))
-    assert np.linalg.norm(encoded[1]) == pytest.approx(1)
-    adaptor = HybridExpertAdaptor.load(release.folder / "adaptor.safetensors")
-    with torch.inference_mode():
-        expected = adaptor.tower(torch.from_numpy(encoded), "item").numpy()
-    np.testing.assert_allclose(adapted, expected, rtol=0, atol=1e-6)
-    assert "i2" in (vectors / "affinity_ids.txt").read_text().split()
-    assert np.linalg.norm(np.load(vectors / "affinity.npy")[1]) == pytest.approx(1)
-
-
 def test_an_arm_without_an_adaptor_is_refused(work):
     for arm in ("control", "no_adaptor", "cf", "shuffled", "unheard of"):
         with pytest.raises(InputError, match="choose from raw_text, knowledge, paper"):

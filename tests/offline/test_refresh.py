@@ -412,5 +412,9 @@ def test_the_command_tells_what_it_would_do(world: World, tmp_path: Path) -> Non
     assert "new: 1 users, 1 items, 3 events" in result.output
     assert "nothing was changed or sent" in result.output
     report = json.loads((tmp_path / "report.json").read_text())
+    # The release's model reads no texts about users.
+    assert (report["chosen"], report["waiting"]["user"]) == ({"item": 1, "user": 0}, 0)
+    CliRunner().invoke(app, [*options, "--kind", "item", "--kind", "user"], catch_exceptions=False)
+    report = json.loads((tmp_path / "report.json").read_text())
     # The pack knows the film alone.
     assert (report["chosen"], report["waiting"]["user"]) == ({"item": 1, "user": 0}, 5)

@@ -52,7 +52,12 @@ def test_only_the_reasons_that_count_make_due() -> None:
     assert due([state], Policy(reasons=frozenset({Reason.NEW}))) == []
 
 
-@pytest.mark.parametrize("choices", [{"grown_by": 0}, {"reasons": frozenset()}])
+def test_only_the_kinds_that_count_are_due() -> None:
+    known = [State("item", "a", 1, written=False), State("user", "a", 9, written=False)]
+    assert [one.kind for one in due(known, Policy(kinds=frozenset({"item"})))] == ["item"]
+
+
+@pytest.mark.parametrize("choices", [{"grown_by": 0}, {"reasons": frozenset()}, {"kinds": frozenset()}])
 def test_an_empty_policy_is_refused(choices: dict) -> None:
-    with pytest.raises(InputError, match="at least 1 event of growth and one reason"):
+    with pytest.raises(InputError, match="at least 1 event of growth, one reason and one kind"):
         Policy(**choices)

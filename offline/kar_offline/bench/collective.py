@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kar_kernels.benchmark.machine import machine
 from kar_offline.bench.jobs import Job, Protocol, run_job, split_dataset
 from kar_offline.dataset.samples import TEST, Dataset
-from kar_offline.encode.stage import lend
+from kar_offline.encode.neighbours import lend
 from kar_offline.evaluate.metrics import auc, bootstrap_weights, gauc, interval, logloss, resampled_auc
 from kar_offline.generate.collective import HEAD, LENDERS, Plan, event_counts, plan
 from kar_offline.generate.records import KINDS

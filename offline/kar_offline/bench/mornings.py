@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kar_offline.bench.month import NEVER, Life, Month
-from kar_offline.publish.neighbours import borrow
+from kar_offline.encode.neighbours import borrow
 from kar_offline.train.arms import Arm
 from kar_offline.train.features import EncodedDataset, Samples
 from kar_offline.train.given import TEXT, WIDTH, AffinityInput, Components, Given

@@ -4,7 +4,6 @@ Nothing of the release, the store or the sidecar takes part but the feature enco
 sides share.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,8 @@ from numpy.typing import NDArray
 
 from kar_offline.dataset.samples import Dataset
 from kar_offline.demo.traffic import Slate
-from kar_offline.publish.neighbours import lend_by_content
 from kar_offline.train import ARMS as RECIPES
 from kar_offline.train import load_trained
-from kar_offline.train.checkpoint import TrainedModel
 from kar_offline.train.features import FeatureEncodings, encode_dataset
 from kar_offline.train.feed import Feed
 from kar_offline.train.fit import predict_logits
@@ -37,7 +34,10 @@ class OfflineScorer:
         features = FeatureEncodings(trained[CONTROL].encodings, trained[CONTROL].item_ids)
         self._encoded = encode_dataset(dataset, features)
         encodings = work / "encoding"
-        self._given = {arm: _served(dataset, one, encodings) for arm, one in trained.items()}
+        self._given = {
+            arm: Given.served(RECIPES[one.arm], dataset, one.affinity, encodings, seed=one.seed)
+            for arm, one in trained.items()
+        }
 
     def score(self, slate: Slate, arm: str) -> NDArray[np.float32]:
         """Probabilities [C] of one slate's candidates."""
@@ -46,13 +46,3 @@ class OfflineScorer:
         rows = self._encoded.at(np.full(count, event), slate.items, np.zeros(count, np.float32), list_length=count)
         logits = predict_logits(self._models[arm], Feed.of(self._encoded, rows, self._given[arm]))
         return torch.sigmoid(logits).numpy()
-
-
-def _served(dataset: Dataset, trained: TrainedModel, encodings: Path) -> Given:
-    """What serving gives a trained model, vectors that are lent by content included."""
-    recipe, seed = RECIPES[trained.arm], trained.seed
-    given = Given.served(recipe, dataset, trained.affinity, encodings, seed=seed)
-    if given.texts is None or not recipe.texts:
-        return given
-    lent = lend_by_content(encodings, dataset, recipe.texts, given.texts, trained.affinity)
-    return replace(Given.served(recipe, dataset, lent.affinity, encodings, seed=seed), texts=lent.texts)

@@ -5,8 +5,9 @@ WORK/FOLDER/{knowledge,raw}_{item,user}.json      encoder_id, dim, ids, text_sha
 WORK/FOLDER/knowledge_{item,user}_clusters.*      the same of clusters' texts, where there are some
 
 An entity without a text of its own but with loans has the mean of its lenders' vectors, weighted by the loans and
-scaled to unit length; lenders without a text do not count. `lent` lists the ids of such entities, and their
-`text_sha256` is a hash of the lenders' texts and weights.
+scaled to unit length; lenders without a text do not count. One without loans borrows from the entities with texts of
+their own that are most like it by their raw texts. `lent` lists the ids of all who borrow, and their `text_sha256` is a
+hash of what they borrow.
 """
 
 import hashlib
@@ -24,12 +25,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from kar_offline.dataset.samples import Dataset
 from kar_offline.encode.encoder import TextEncoder
+from kar_offline.encode.neighbours import borrow, lend
 from kar_offline.generate.records import KINDS, read_clusters, read_knowledge
 from kar_offline.prompts import read_prompts
 from kar_offline.stage import StageResult, run_stage
 from kar_sidecar.errors import InputError, PreconditionError
 
-__all__ = ["SOURCES", "encode", "encode_texts", "lend", "lent_ids"]
+__all__ = ["SOURCES", "encode", "encode_texts", "lent_ids"]
 
 SOURCES: Final = ("knowledge", "raw")
 FOLDER: Final = re.compile(r"encoding(_\w+)?")
@@ -110,12 +112,15 @@ def encode(
         seconds = time.perf_counter() - began
         for name, table in tables.items():
             _write(draft / name, table, vectors, encoder)
+        for kind in KINDS:
+            _lend_by_content(draft, kind)
+        lent = {f"knowledge_{kind}": len(lent_ids(draft, "knowledge", kind)) for kind in KINDS}
         journal.unlink(missing_ok=True)
         return {
             "encoder_id": encoder.encoder_id,
             "dim": encoder.dim,
             "texts": {name: sum(map(bool, table.texts)) for name, table in tables.items()},
-            "lent": {name: len(table.loans) for name, table in tables.items() if table.loans},
+            "lent": {name: count for name, count in lent.items() if count},
             "encoded": len(missing),
             "reused": reused,
             "resumed": resumed,
@@ -124,13 +129,7 @@ def encode(
         }
 
     params = {"encoder_id": encoder.encoder_id, "kinds": sorted(kinds)} | ({"words": words} if words else {})
-    return run_stage("encode", former, build, inputs=inputs, params=params, version=3)
-
-
-def lend(vectors: NDArray[np.float32], weights: NDArray[np.floating]) -> NDArray[np.float32]:
-    """The unit vectors [..., D] of who borrows those of m lenders [..., m, D] with weights [..., m]."""
-    mean = (vectors * weights[..., None]).sum(-2)
-    return (mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+    return run_stage("encode", former, build, inputs=inputs, params=params, version=4)
 
 
 def lent_ids(folder: Path, source: str, kind: str) -> set[str]:
@@ -201,6 +200,28 @@ def _write(path: Path, table: _Table, vectors: Vectors, encoder: TextEncoder) ->
         "lent": [table.ids[row] for row in table.loans],
     }
     path.with_suffix(".json").write_text(json.dumps(about) + "\n")
+
+
+def _lend_by_content(folder: Path, kind: str) -> None:
+    """Have entities of one kind without a text and loans borrow by their raw texts, in the files that `_write` made."""
+    path = folder / f"knowledge_{kind}.json"
+    about = json.loads(path.read_text())
+    digests = about["text_sha256"]
+    borrowers = set(about["lent"])
+    # Who borrows lends nothing: without content it is left out.
+    own = np.array(
+        [bool(digest) and id_ not in borrowers for id_, digest in zip(about["ids"], digests, strict=True)], dtype=bool
+    )
+    bare = np.array([not digest for digest in digests], dtype=bool)
+    array = np.load(path.with_suffix(".npy"), mmap_mode="r+")
+    content = np.where((own | bare)[:, None], np.load(folder / f"raw_{kind}.npy", mmap_mode="r"), np.float32(0))
+    found, lent = borrow(content, own, array)
+    for row in np.flatnonzero(lent):
+        array[row] = found[row]
+        digests[row] = hashlib.sha256(found[row].tobytes()).hexdigest()
+        about["lent"].append(about["ids"][row])
+    array.flush()
+    path.write_text(json.dumps(about) + "\n")
 
 
 def _sha256(text: str) -> str:

@@ -8,7 +8,7 @@ that is hashed depends on the time or on the number of cores: the same work fold
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Final
@@ -21,10 +21,10 @@ from kar.records.v1 import records_pb2
 from kar_kernels import PRECISIONS, FrozenAdaptor, HybridExpertAdaptor, Precision, Tower
 from kar_model_repository.render import TARGETS, Backbone, Sizes, is_current, render
 from kar_offline.dataset.samples import Dataset, Entity
+from kar_offline.encode.stage import lent_ids
 from kar_offline.generate.records import ENTITY, read_clusters, read_knowledge
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.models.onnx import export_onnx
-from kar_offline.publish.neighbours import Lent, lend_by_content
 from kar_offline.stage import StageResult
 from kar_offline.train.arms import ARMS
 from kar_offline.train.checkpoint import TrainedModel, load_trained
@@ -105,8 +105,8 @@ def export(
     releases = work / "releases"
     draft = releases / f".{backbone}_{arm}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    lent = lend_by_content(work / "encoding", dataset, texts, vectors, knowledge.affinity)
-    vector_error = _write_files(draft, work / "knowledge", knowledge, control, dataset, lent)
+    lent = {kind: lent_ids(work / "encoding", texts, kind) for kind in KINDS}
+    vector_error = _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors, lent)
     manifest = _manifest(draft, knowledge, control, dataset, vectors, texts)
     manifest.release_id = manifest_id(manifest)
     folder = releases / manifest.release_id
@@ -150,7 +150,8 @@ def _write_files(
     knowledge: TrainedModel,
     control: TrainedModel,
     dataset: Dataset,
-    lent: Lent,
+    vectors: TextVectors,
+    lent: Mapping[Tower, Collection[str]],
 ) -> float:
     """Write every file that the manifest lists; returns how far the precision moves an adapted vector."""
     for name in ("backbones", "vectors", "knowledge"):
@@ -164,11 +165,11 @@ def _write_files(
     _write_ids(draft / "item_ids.txt", knowledge.item_ids)
     entities: dict[str, Sequence[Entity]] = {"user": dataset.users, "item": dataset.items}
     for kind in KINDS:
-        known, present = lent.texts.tower(kind)
-        encoded = known[present]
+        present = vectors.user_present if kind == "user" else vectors.item_present
+        encoded = (vectors.user if kind == "user" else vectors.item)[present]
         ids = [entity.id for entity in compress(entities[kind], present)]
         _write_ids(draft / "vectors" / f"{kind}_ids.txt", ids)
-        _write_ids(draft / "vectors" / f"{kind}_lent.txt", [id_ for id_ in ids if id_ in lent.ids[kind]])
+        _write_ids(draft / "vectors" / f"{kind}_lent.txt", [id_ for id_ in ids if id_ in lent[kind]])
         np.save(draft / "vectors" / f"{kind}_encoded.npy", encoded.numpy())
         if kind in adaptor.towers:
             given = {kind: (encoded, torch.ones(len(encoded), dtype=torch.bool))}
@@ -185,8 +186,8 @@ def _write_files(
     nothing = torch.zeros(adaptor.out)
     neutral = torch.stack([adaptor.neutral(kind) if kind in adaptor.towers else nothing for kind in KINDS])
     np.save(draft / "vectors" / "neutral.npy", neutral.detach().numpy())
-    if lent.affinity is not None and lent.affinity.segments:
-        table = lent.affinity.vectors
+    if knowledge.affinity is not None and knowledge.affinity.segments:
+        table = knowledge.affinity.vectors
         known = table.any(1)
         _write_ids(draft / "vectors" / "affinity_ids.txt", [item.id for item in compress(dataset.items, known)])
         np.save(draft / "vectors" / "affinity.npy", table[known].numpy())

@@ -20,7 +20,6 @@ from kar.records.v1 import records_pb2
 from kar_kernels import FrozenAdaptor, HybridExpertAdaptor, Tower
 from kar_offline.dataset.samples import Dataset
 from kar_offline.generate.records import read_clusters, read_knowledge
-from kar_offline.publish.neighbours import borrow
 from kar_offline.publish.release import NAMES, expiries
 from kar_offline.train.arms import ARMS
 from kar_offline.train.given import TEXT as TEXT_SEGMENT
@@ -151,10 +150,7 @@ def _features(release: Release, dataset: Dataset, named: Collection[EntityKey]) 
 
 
 def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
-    """What a work folder knows of one kind of entities otherwise than a release.
-
-    Entities of which neither has a vector borrow from those that are most like them by their facts.
-    """
+    """What a work folder knows of one kind of entities otherwise than a release."""
     name = NAMES[kind]
     about = json.loads((work / "encoding" / f"knowledge_{name}.json").read_text())
     ids, digests, lent = about["ids"], about["text_sha256"], set(about.get("lent", ()))
@@ -179,16 +175,8 @@ def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
         )
     ]
     levels = [NEIGHBOUR if ids[row] in lent else FULL for row in rows]
-    found, values = [ids[row] for row in rows], encoded[rows]
-    bare = [row for row, digest in enumerate(digests) if not digest and ids[row] not in row_of]
-    if bare:
-        content = np.load(work / "encoding" / f"raw_{name}.npy", mmap_mode="r")
-        knows = np.array([bool(digest) and id_ not in lent for id_, digest in zip(ids, digests, strict=True)])
-        borrowed, lends = borrow(np.asarray(content), knows, np.asarray(encoded))
-        bare = [row for row in bare if lends[row]]
-        found, values = [*found, *(ids[row] for row in bare)], np.concatenate((values, borrowed[bare]))
-        levels += [NEIGHBOUR] * len(bare)
-    return _Fresh(kind, found, np.asarray(values), levels, [ends.get(id_, NEVER) for id_ in found])
+    found = [ids[row] for row in rows]
+    return _Fresh(kind, found, np.asarray(encoded[rows]), levels, [ends.get(id_, NEVER) for id_ in found])
 
 
 def _adapted(adaptor: FrozenAdaptor, kind: int, encoded: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -199,7 +187,10 @@ def _adapted(adaptor: FrozenAdaptor, kind: int, encoded: NDArray[np.float32]) ->
 
 @dataclass(frozen=True, slots=True)
 class _Affinity:
-    """How a release's items get affinity vectors; segments that do not come from texts stay as they were exported."""
+    """How a release's items get affinity vectors; segments that do not come from texts stay as they were exported.
+
+    Text components are those of the vectors that the release was trained with.
+    """
 
     space: records_pb2.VectorSpace
     components: Components
@@ -210,11 +201,7 @@ class _Affinity:
 
     @staticmethod
     def of(release: Release) -> "_Affinity | None":
-        """None where the release has no affinity vectors, or none of texts.
-
-        Its text components are those of the vectors that it was trained with: all but those lent by content, of
-        which there is no record.
-        """
+        """None where the release has no affinity vectors, or none of texts."""
         start, text = 0, None
         for segment in release.manifest.affinity.segments:
             if segment.name == TEXT_SEGMENT:
@@ -223,9 +210,7 @@ class _Affinity:
         if text is None or not release.manifest.affinity.HasField("space"):
             return None
         folder = release.folder / "vectors"
-        recorded = {record.id for record in read_knowledge(release.folder / "knowledge", NAMES[ITEM])}
-        trained = [id_ in recorded for id_ in (folder / "item_ids.txt").read_text().splitlines()]
-        encoded = torch.from_numpy(np.load(folder / "item_encoded.npy", allow_pickle=False)[trained])
+        encoded = torch.from_numpy(np.load(folder / "item_encoded.npy", allow_pickle=False))
         ids = (folder / "affinity_ids.txt").read_text().splitlines()
         return _Affinity(
             release.manifest.affinity.space,

@@ -11,13 +11,13 @@ from rich.table import Table
 from kar_offline.check import facts_table
 from kar_offline.encode.command import ENDPOINT, endpoint_encoder, local_encoder
 from kar_offline.encode.encoder import TextEncoder
-from kar_offline.generate.command import Source, provider_of
+from kar_offline.generate.command import Kind, Source, provider_of
 from kar_offline.options import JsonFile, once, write_json
 from kar_offline.refresh.policy import Policy, Reason
-from kar_offline.refresh.run import Budget
+from kar_offline.refresh.run import Budget, kinds_read
 from kar_offline.refresh.run import refresh as run
 from kar_sidecar.errors import InputError
-from kar_sidecar.release import read_active
+from kar_sidecar.release import Release, read_active
 from kar_sidecar.settings import Settings
 from kar_sidecar.store.open import open_store
 
@@ -38,6 +38,10 @@ def refresh(
     ] = Policy().grown_by,
     reason: Annotated[
         list[Reason] | None, typer.Option(help="Only what is due for this reason, repeatable; default: for any.")
+    ] = None,
+    kind: Annotated[
+        list[Kind] | None,
+        typer.Option(help="Write about these, repeatable; default: those whose texts the release's model reads."),
     ] = None,
     budget_calls: Annotated[int | None, typer.Option(min=0, help="Ask at most so many questions.")] = None,
     budget_usd: Annotated[
@@ -92,15 +96,17 @@ def refresh(
             return endpoint_encoder(encoder_url, encoder_model)
         return local_encoder(encoder)
 
+    release_id = release or read_active(work / "releases")
+    kinds = frozenset(one.value for one in once(kind)) or kinds_read(Release.load(work / "releases", release_id))
     report = run(
         work,
         provider,
         load_encoder,
-        release_id=release or read_active(work / "releases"),
+        release_id=release_id,
         store=partial(open_store, url, aerospike=settings.aerospike),
         events=events,
         entities=entities,
-        policy=Policy(grown_by, frozenset(once(reason) or Reason)),
+        policy=Policy(grown_by, frozenset(once(reason) or Reason), kinds),
         budget=Budget(budget_calls, budget_usd),
         facts=facts_table(facts) if facts else None,
         retries=retries,

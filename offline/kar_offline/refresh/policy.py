@@ -58,20 +58,22 @@ class State:
 class Policy:
     """What makes knowledge due.
 
-    `grown_by` is the number of a user's events since its text that make it due; `reasons` are those that count.
+    `grown_by` is the number of a user's events since its text that make it due; `reasons` and `kinds` of entities are
+    those that count.
     """
 
     grown_by: int = 10
     reasons: frozenset[Reason] = frozenset(Reason)
+    kinds: frozenset[str] = frozenset({"item", "user"})
 
     def __post_init__(self) -> None:
         """Check the numbers.
 
         Raises:
-            InputError: `grown_by` is less than 1, or no reason counts.
+            InputError: `grown_by` is less than 1, or no reason or kind counts.
         """
-        if self.grown_by < 1 or not self.reasons:
-            raise InputError("a policy needs at least 1 event of growth and one reason: give them")
+        if self.grown_by < 1 or not self.reasons or not self.kinds:
+            raise InputError("a policy needs at least 1 event of growth, one reason and one kind: give them")
 
 
 class Due(NamedTuple):
@@ -93,6 +95,8 @@ def due(states: Iterable[State], policy: Policy) -> list[Due]:
     """What is due, most valuable first; ties by kind and id, so that the order is always the same."""
     found = []
     for state in states:
+        if state.kind not in policy.kinds:
+            continue
         stale = {reason: share for reason, share in _staleness(state, policy).items() if reason in policy.reasons}
         if stale:
             reasons = sorted(stale, key=lambda reason: -stale[reason])

@@ -33,6 +33,7 @@ from kar_offline.generate.stage import regenerate, utc_now
 from kar_offline.prompts import Renderer, read_renderer, render_again
 from kar_offline.prompts.scenario import EntityKind
 from kar_offline.publish.knowledge import check_published, publish_knowledge
+from kar_offline.publish.release import NAMES
 from kar_offline.refresh.arrivals import read_arrivals
 from kar_offline.refresh.policy import Due, Policy, Reason, due, most_valuable
 from kar_offline.refresh.states import Records, read_records, states
@@ -40,9 +41,9 @@ from kar_offline.stage import settle
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.lock import held
 from kar_sidecar.release import Release
-from kar_sidecar.store import Store
+from kar_sidecar.store import ITEM, Store
 
-__all__ = ["Budget", "Plan", "plan", "refresh"]
+__all__ = ["Budget", "Plan", "kinds_read", "plan", "refresh"]
 
 SHOWN: Final = 20
 """Entities that wait and are named in a report, the most valuable first."""
@@ -68,6 +69,12 @@ class Plan:
     """Questions that have no answer in the ledger."""
     cost_usd: float | None
     """What they are expected to cost; None: the price is not known."""
+
+
+def kinds_read(release: Release) -> frozenset[str]:
+    """Kinds of entities whose vectors a release's model reads: texts about others change no score."""
+    items = {ITEM} if release.affinity else set()
+    return frozenset(NAMES[kind] for kind in {*release.towers, *items})
 
 
 def plan(
