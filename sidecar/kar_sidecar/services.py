@@ -12,7 +12,7 @@ from kar.feedback.v1 import feedback_pb2, feedback_pb2_grpc
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 from kar.records.v1 import records_pb2
-from kar_sidecar.errors import DeadlineError, IncompleteError, InputError, UnsupportedError
+from kar_sidecar.errors import DeadlineError, IncompleteError, InputError, UnavailableError, UnsupportedError
 from kar_sidecar.index.live import LiveIndexes
 from kar_sidecar.rank import Ranker
 from kar_sidecar.reading import STORE_SHARE, call_store
@@ -88,11 +88,13 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
         try:
             async with asyncio.timeout(timeout_s):
                 records = await call_store(self._store, self._store.read, keys, parts, STORE_SHARE * timeout_s)
-        except IncompleteError as error:
+        except (UnavailableError, TimeoutError) as error:
             self._telemetry.failed("store")
+            if isinstance(error, TimeoutError):
+                raise DeadlineError(f"the store gave no answer within {timeout_s * 1e3:.1f} ms: allow more") from error
+            if not isinstance(error, IncompleteError):
+                raise
             records, unread = list(error.records), error.unread
-        except TimeoutError as error:
-            raise DeadlineError(f"the store gave no answer within {timeout_s * 1e3:.1f} ms: allow more") from error
         at_ms = self._wall_ms()
         batch = decode_vectors(
             [record[0] for record in records],
@@ -126,6 +128,7 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
             NotFoundError: the entity has no vector.
             PreconditionError: the release named is not loaded, or has no snapshot.
             IntegrityError: the snapshot is corrupt, or of another vector space.
+            UnavailableError: the snapshot cannot be loaded now.
             UnsupportedError: FAISS is not installed.
         """
         if request.entity not in (USER, ITEM):

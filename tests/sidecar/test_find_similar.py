@@ -3,16 +3,25 @@
 import asyncio
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from tests.sidecar.test_index_snapshot import no_file_left
 
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.records.v1 import records_pb2
 from kar_sidecar.client import KarClient
-from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError, UnsupportedError
+from kar_sidecar.errors import (
+    InputError,
+    IntegrityError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+    UnsupportedError,
+)
 from kar_sidecar.index import live
 from kar_sidecar.index.faiss import FaissIndex, require_one_faiss
 from kar_sidecar.index.live import LiveIndexes
@@ -167,6 +176,9 @@ def test_snapshots_are_swapped_under_concurrent_searches_without_an_error_or_a_m
         async with grpc.aio.insecure_channel(sidecar.addresses.grpc) as channel:
             stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
             asking = [asyncio.create_task(ask(stub)) for _ in range(8)]
+            while not seen:
+                await asyncio.sleep(0.001)
+                assert not any(task.done() for task in asking)
             for number in range(1, 6):
                 snapshot_id = await asyncio.to_thread(publish, root, generation(number))
                 expected[snapshot_id] = number
@@ -228,11 +240,63 @@ def test_a_bad_snapshot_leaves_the_good_one_answering_and_is_told_once(world, ca
     assert len([record for record in caplog.records if bad in record.message]) == 1
 
 
+@pytest.mark.parametrize(
+    "fault", [OSError(5, "Input/output error"), MemoryError(), RuntimeError("can't start new thread")]
+)
+def test_a_fault_that_may_pass_holds_no_other_kind_up_and_is_tried_again(world, monkeypatch, caplog, fault):
+    publish(root_of(world), VECTORS)
+    publish(root_of(world, "user"), {"u1": [1, 0, 0], "u2": [0, 1, 0]})
+    load, faulty = FaissIndex.load, {root_of(world, "user")}
+
+    def fail(folder):
+        if folder.parent in faulty:
+            raise fault
+        return load(folder)
+
+    monkeypatch.setattr(live.FaissIndex, "load", fail)
+    caplog.set_level("INFO", live.__name__)
+
+    async def body():
+        indexes = LiveIndexes(root_of(world).parents[1])
+        for _ in range(2):
+            await indexes.refresh(world.release_id, SPACE)
+        with pytest.raises(UnavailableError, match="user could not be loaded"):
+            await indexes.get(world.release_id, SPACE, USER)
+        told = [record for record in caplog.records if record.name == live.__name__]
+        assert len(told) == 2  # items are loaded, users are not
+        faulty.clear()
+        await indexes.refresh(world.release_id, SPACE)
+        items, users = [await indexes.get(world.release_id, SPACE, kind) for kind in (ITEM, USER)]
+        found = [items.index.search_like("i1", 1).ids, users.index.search_like("u1", 1).ids]
+        await indexes.close()
+        return found
+
+    assert asyncio.run(body()) == [[["i2"]], [["u2"]]]
+
+
+def test_a_fault_that_passes_leaves_what_was_known(world):
+    snapshot_id = publish(root_of(world, "user"), {"u1": [1, 0, 0]})
+    (root_of(world, "user") / snapshot_id / "index.faiss").write_bytes(b"?")
+
+    async def body():
+        indexes = LiveIndexes(root_of(world).parents[1])
+        for kind, before in ((USER, IntegrityError), (ITEM, PreconditionError)):
+            for context, error in ((nullcontext, before), (no_file_left, UnavailableError), (nullcontext, before)):
+                with context(), pytest.raises(error) as caught:
+                    await indexes.get(world.release_id, SPACE, kind)
+                assert caught.type is error
+        await indexes.close()
+
+    asyncio.run(body())
+
+
 def test_a_load_outlives_the_caller_that_asked_for_it(world, monkeypatch):
     publish(root_of(world), VECTORS)
     begun, go, load = threading.Event(), threading.Event(), FaissIndex.load
+    loads = []
 
     def slow(folder):
+        loads.append(folder)
         begun.set()
         assert go.wait(PATIENCE_S)
         return load(folder)
@@ -251,6 +315,7 @@ def test_a_load_outlives_the_caller_that_asked_for_it(world, monkeypatch):
         return found.ids
 
     assert asyncio.run(body()) == [["i2"]]
+    assert len(loads) == 1
 
 
 def test_without_faiss_it_is_unimplemented(world, monkeypatch):

@@ -214,6 +214,45 @@ def test_searches_that_wait_are_answered_by_one_call_each_as_if_alone() -> None:
     index.close()
 
 
+def test_a_request_that_fails_fails_alone_and_the_next_is_answered() -> None:
+    index = FaissIndex.build(IDS, VECTORS)
+    entries, ids, inner, busy, free = index._cpu_index, index._ids, index._index, Event(), Event()
+
+    class Broken:
+        """Knows neither the vector of the first row nor its name, and lets requests gather before it searches."""
+
+        def reconstruct(self, row):
+            if row == 0:
+                raise MemoryError
+            return entries.reconstruct(row)
+
+        def search(self, queries, k):
+            busy.set()
+            assert free.wait(30)
+            return inner.search(queries, k)
+
+        def row(self, id_):
+            return ids.row(id_)
+
+        def at(self, rows):
+            if 0 in rows:
+                raise IndexError("beyond its end")
+            return ids.at(rows)
+
+        def __len__(self):
+            return len(ids)
+
+    index._cpu_index = index._ids = index._index = Broken()
+    first = index.submit(unit_rows(VECTORS[1:2]), 1)
+    assert busy.wait(30)
+    unread, unnamed, other = index.submit_like("east", 1), index.submit(VECTORS[:1], 1), index.submit(VECTORS[1:2], 1)
+    free.set()
+    assert isinstance(unread.exception(30), MemoryError)
+    assert isinstance(unnamed.exception(30), IndexError)
+    assert other.result(30).ids == first.result(30).ids == [["north"]]
+    index.close()
+
+
 def test_closing_answers_what_was_asked_before() -> None:
     vectors = clustered(100)
     index = FaissIndex.build(named(100), vectors)

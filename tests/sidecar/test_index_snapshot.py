@@ -1,14 +1,17 @@
 """A snapshot is named by its content, checked when it is read, and kept for as long as somebody reads it."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kar_sidecar.errors import IntegrityError, PreconditionError
+from kar_sidecar.errors import IntegrityError, KarError, PreconditionError, UnavailableError
 from kar_sidecar.index.config import KINDS, IndexConfig
-from kar_sidecar.index.faiss import FaissIndex
+from kar_sidecar.index.faiss import FaissIndex, import_faiss
 from kar_sidecar.index.ids import Ids
 from kar_sidecar.index.snapshot import make_current, read_current
 
@@ -31,6 +34,17 @@ def publish(root: Path, at_ms: int = 1, **choices) -> str:
     index.close()
     make_current(root, snapshot_id, at_ms)
     return snapshot_id
+
+
+@contextmanager
+def no_file_left() -> Iterator[None]:
+    """Have this process open no file: EMFILE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def snapshots(root: Path) -> set[str]:
@@ -164,6 +178,38 @@ def test_a_damaged_file_is_named_and_mended_by_publishing_again(file, damage, tm
     assert publish(tmp_path) == folder.name
     assert path.read_bytes() == content
     FaissIndex.load(folder).close()
+
+
+def test_what_cannot_be_read_now_is_neither_missing_nor_corrupt(tmp_path: Path) -> None:
+    folder = tmp_path / publish(tmp_path)
+    FaissIndex.load(folder).close()
+    with no_file_left():
+        with pytest.raises(UnavailableError, match=r"current cannot be read now .*Too many open files"):
+            read_current(tmp_path)
+        with pytest.raises(UnavailableError, match=rf"{folder.name} cannot be read now .*Too many open files"):
+            FaissIndex.load(folder)
+    FaissIndex.load(folder).close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (RuntimeError("could not open index.faiss for reading: Too many open files"), UnavailableError),
+        (RuntimeError("could not mmap(): Cannot allocate memory"), UnavailableError),
+        (MemoryError(), UnavailableError),
+        (RuntimeError("Index type 0x3f3f3f3f not recognized"), IntegrityError),
+    ],
+)
+def test_what_faiss_says_is_told_apart(fault: Exception, kind: type[KarError], tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / publish(tmp_path)
+
+    def read_index(path: str, flags: int) -> None:
+        raise fault
+
+    monkeypatch.setattr(import_faiss(), "read_index", read_index)
+    with pytest.raises(kind) as caught:
+        FaissIndex.load(folder)
+    assert type(caught.value) is kind
 
 
 def test_a_snapshot_under_another_name_or_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -74,6 +74,10 @@ class ScriptedClient:
                 self.stored[name] = write.ops[0]["val"]
         return batch
 
+    def get(self, key: tuple, policy: dict[str, Any]) -> tuple:
+        self._call(policy)
+        return key, {}, {"value": self.stored[key[2].decode()]}
+
     def put(self, key: tuple, bins: dict[str, bytes], policy: dict[str, Any]) -> None:
         self._call(policy)
         self.stored[key[2].decode()] = bins["value"]
@@ -199,6 +203,18 @@ def test_settings_reach_batches(opened) -> None:
     store, _ = opened(client)
     store.read(KEYS, [FEATURES], 0.0161)
     assert [client.policies[-1][name] for name in ("total_timeout", "socket_timeout", "max_retries")] == [16, 8, 1]
+
+
+def test_a_hung_node_holds_a_health_check_no_longer_than_three_attempts_at_a_seal(opened) -> None:
+    client = ScriptedClient()
+    store, _ = opened(client)
+    store.write_meta("x", b"value")
+    assert store.read_meta("x") == b"value"
+    assert client.policies[-1] == {"total_timeout": 500, "socket_timeout": 250, "max_retries": 1}
+    assert Settings.model_fields["health_timeout_ms"].default > 3 * 250
+    store, _ = opened(client, read_max_retries=4, read_attempt_timeout_ms=7)
+    store.read_meta("x")
+    assert client.policies[-1] == {"total_timeout": 500, "socket_timeout": 100, "max_retries": 4}
 
 
 @pytest.fixture

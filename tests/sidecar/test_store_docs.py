@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kar_sidecar.store.cluster import PASSWORD, AerospikeSettings
-from kar_sidecar.store.lmdb import BATCH, LONGEST_ID_BYTES
+from kar_sidecar.store.lmdb import BATCH, BATCH_BYTES, LONGEST_ID_BYTES
 from kar_sidecar.store.records import HEADER
 
 pytestmark = pytest.mark.unit
@@ -46,7 +46,7 @@ def test_the_header_is_told_byte_by_byte() -> None:
 
 
 def test_limits_are_those_of_the_code() -> None:
-    assert f"at most {BATCH:,} records and 4 MiB" in DOC
+    assert f"at most {BATCH:,} records and ends with the record that reaches {BATCH_BYTES >> 20} MiB" in DOC
     assert f"ids beyond {LONGEST_ID_BYTES} bytes" in DOC
 
 

@@ -1,14 +1,19 @@
 """A batch that is read in part costs a request the entities that were not read, and nothing else."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+from tests.sidecar.test_freshness import Patient, serve
 from tests.sidecar.test_rank import rank, request
 
+from kar.knowledge.v1 import knowledge_pb2
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
 from kar_sidecar.errors import DeadlineError, IncompleteError, UnavailableError
+from kar_sidecar.index.live import LiveIndexes
+from kar_sidecar.services import KnowledgeService
 from kar_sidecar.store import ITEM, USER, EntityKey, Record, Store
 from kar_sidecar.store.memory import MemoryStore
 from kar_sidecar.telemetry import Telemetry
@@ -89,6 +94,28 @@ def test_nothing_read_at_all_is_a_failed_read(world):
     assert answer.reason == "store: the server did not answer: add capacity"
     assert set(answer.item_levels) == {NEUTRAL}
     assert failures == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (IncompleteError("1 of 1 records were not read: wait", [(None,)], [0]), nullcontext()),
+        (UnavailableError("the server is gone: start it"), pytest.raises(UnavailableError, match="is gone")),
+        (DeadlineError("the server did not answer: wait"), pytest.raises(DeadlineError, match="did not answer")),
+        (TimeoutError(), pytest.raises(DeadlineError, match="no answer within 30000")),
+    ],
+)
+def test_a_read_that_hands_out_knowledge_and_fails_is_counted_once(world, fault, told):
+    async def call(releases, telemetry):
+        indexes = LiveIndexes(world.folder.parent / "index")
+        limits = {"max_ids": 10, "max_similar": 10, "timeout_s": 30}
+        service = KnowledgeService(releases, world.store, indexes, telemetry, wall_ms=lambda: 0, **limits)
+        world.store.fault = fault
+        with told:
+            await service.BatchGetKnowledge(knowledge_pb2.BatchGetKnowledgeRequest(entity=ITEM, ids=["i1"]), Patient())
+
+    _, telemetry = serve(world, call)
+    assert telemetry.registry.get_sample_value("kar_backend_failures_total", {"backend": "store"}) == 1
 
 
 def test_whoever_does_not_care_sees_an_unavailable_store():

@@ -6,6 +6,8 @@ Searches that wait for it are answered together, by one call of FAISS for each k
 HNSW: Malkov and Yashunin, arXiv 1603.09320. Recall is of unit vectors' inner product, against exact search.
 """
 
+import errno
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from kar_sidecar.errors import (
 from kar_sidecar.index import Neighbours, checked_entries, checked_queries
 from kar_sidecar.index.config import RECALL_AT, IndexConfig
 from kar_sidecar.index.ids import Ids
-from kar_sidecar.index.snapshot import PAYLOAD, open_snapshot, write_snapshot
+from kar_sidecar.index.snapshot import PAYLOAD, open_snapshot, passing_faults, write_snapshot
 
 __all__ = ["FaissIndex", "faiss_threads", "import_faiss", "require_one_faiss"]
 
@@ -45,6 +47,10 @@ EF_MOST: Final = 1024
 """hnsw: where the search for `ef_search` begins and ends."""
 SAME: Final = 1e-6
 """Cosines that differ by less are equal: recall does not care which of equals is found."""
+PASSING: Final = tuple(
+    map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO, errno.ENOMEM, errno.EAGAIN))
+)
+"""Of what FAISS reports of a file, which it does in words alone: what says nothing of the file's content."""
 
 
 def _installed(name: str) -> bool:
@@ -228,42 +234,49 @@ class FaissIndex:
         for request in waiting:
             if not request.future.set_running_or_notify_cancel():
                 continue
-            row = -1
-            if isinstance(request.queries, str):
-                found = self._ids.row(request.queries)
-                if found is None:
-                    text = f"{request.queries!r} has no vector in the index: name another, or send a vector"
-                    request.future.set_exception(NotFoundError(text))
-                    continue
-                row, queries = found, self._cpu_index.reconstruct(found)[None]
+            try:
+                queries, row = self._asked(request.queries)
+            except Exception as error:
+                request.future.set_exception(error)
             else:
-                queries = request.queries
-            groups.setdefault(request.k, []).append((request, queries, row))
+                groups.setdefault(request.k, []).append((request, queries, row))
         for k, group in groups.items():
             try:
-                for (request, _, _), found_of in zip(group, self._search(group, k), strict=True):
-                    request.future.set_result(found_of)
+                similarities, found = self._found([queries for _, queries, _ in group], k)
             except Exception as error:
                 for request, _, _ in group:
-                    if not request.future.done():
-                        request.future.set_exception(error)
+                    request.future.set_exception(error)
+                continue
+            end = 0
+            for request, queries, row in group:
+                one = slice(end, end := end + len(queries))
+                try:
+                    if row < 0:
+                        neighbours = self._named(similarities[one], found[one])
+                    else:
+                        neighbours = self._others(similarities[one], found[one], row)
+                except Exception as error:
+                    request.future.set_exception(error)
+                else:
+                    request.future.set_result(neighbours)
 
-    def _search(self, group: Sequence[tuple[_Request, NDArray[np.float32], int]], k: int) -> Iterator[Neighbours]:
-        queries = np.concatenate([of for _, of, _ in group])
+    def _asked(self, queries: NDArray[np.float32] | str) -> tuple[NDArray[np.float32], int]:
+        """A request's vectors [n, dim], and the row of the entity that it names; -1 where it names none."""
+        if not isinstance(queries, str):
+            return queries, -1
+        row = self._ids.row(queries)
+        if row is None:
+            raise NotFoundError(f"{queries!r} has no vector in the index: name another, or send a vector")
+        return self._cpu_index.reconstruct(row)[None], row
+
+    def _found(self, together: Sequence[NDArray[np.float32]], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Cosines and rows [n, at most k] of the nearest of all queries, one after the other; -1 where none was."""
+        queries = np.concatenate(together)
         k = min(k, len(self))
         if k and len(queries):
             similarities, found = self._index.search(queries, k)
-        else:
-            similarities, found = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
-        at = 0
-        for _, of, row in group:
-            one = slice(at, at + len(of))
-            at += len(of)
-            yield (
-                self._named(similarities[one], found[one])
-                if row < 0
-                else self._others(similarities[one], found[one], row)
-            )
+            return similarities, found
+        return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
 
     def _others(self, similarities: NDArray[np.float32], found: NDArray[np.int64], row: int) -> Neighbours:
         """All but the entity itself, or all but the last where an approximate search missed it."""
@@ -297,14 +310,18 @@ class FaissIndex:
         Raises:
             PreconditionError: no snapshot there.
             IntegrityError: a missing, corrupt or foreign file, which the text names.
+            UnavailableError: one cannot be read now.
         """
         faiss = import_faiss()
         held = open_snapshot(folder, verify=verify)
         try:
-            ids = Ids.load(folder, mapped=mapped)
             try:
-                index = faiss.read_index(str(folder / PAYLOAD), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+                with passing_faults(folder):
+                    ids = Ids.load(folder, mapped=mapped)
+                    index = faiss.read_index(str(folder / PAYLOAD), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
             except RuntimeError as error:
+                if any(text in str(error) for text in PASSING):
+                    raise UnavailableError(f"{folder / PAYLOAD} cannot be read now ({error}): retry") from error
                 raise IntegrityError(f"{folder / PAYLOAD} is no index that FAISS reads: publish again") from error
             record = held.record
             if (index.ntotal, index.d, len(ids)) != (record["count"], record["dim"], record["count"]):

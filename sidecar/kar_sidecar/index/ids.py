@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from kar_sidecar.errors import IntegrityError
 
-__all__ = ["FILES", "Ids"]
+__all__ = ["Ids"]
 
 TEXT: Final = "ids.utf8"
 ENDS: Final = "id_ends.npy"
 ORDER: Final = "id_order.npy"
-FILES: Final = (TEXT, ENDS, ORDER)
 ERRORS: Final = "surrogatepass"
 
 
@@ -58,7 +57,7 @@ class Ids:
         return cls(text.view(np.ndarray), ends.view(np.ndarray), order.view(np.ndarray))
 
     def save(self, folder: Path) -> None:
-        """Write `FILES` into a folder."""
+        """Write `ids.utf8`, `id_ends.npy` and `id_order.npy` into a folder."""
         self._text.tofile(folder / TEXT)
         np.save(folder / ENDS, self._ends)
         np.save(folder / ORDER, self._order)

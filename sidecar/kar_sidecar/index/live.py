@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from kar.records.v1 import records_pb2
-from kar_sidecar.errors import IntegrityError, KarError, PreconditionError
+from kar_sidecar.errors import IntegrityError, KarError, PreconditionError, UnavailableError
 from kar_sidecar.index.faiss import FaissIndex
 from kar_sidecar.index.snapshot import Current, read_current
 from kar_sidecar.store import ITEM, USER
@@ -42,7 +42,7 @@ class _Slot:
     live: LiveSnapshot | None = None
     seen: Current | None = None
     fault: KarError | None = None
-    """Why `seen` cannot be used; it is looked at again when it changes."""
+    """Why what is current cannot be used; `seen` is looked at again when it changes, what may pass at every look."""
     look: "asyncio.Task[None] | None" = None
     """Looks for a new snapshot. It outlives who waits for it: a caller whose deadline ends must not end a load."""
 
@@ -61,6 +61,7 @@ class LiveIndexes:
         Raises:
             PreconditionError: none was published.
             IntegrityError: it is corrupt, or of another space.
+            UnavailableError: it cannot be loaded now.
             UnsupportedError: FAISS is not installed.
         """
         slot = self._slot(release_id, space, kind)
@@ -73,7 +74,10 @@ class LiveIndexes:
         raise PreconditionError(f"{slot.root} holds no index snapshot: run `kar publish` first")
 
     async def refresh(self, release_id: str, space: records_pb2.VectorSpace) -> None:
-        """Look for new snapshots of a release, and of all that were asked for before, and swap what is new."""
+        """Look for new snapshots of a release, and of all that were asked for before, and swap what is new.
+
+        What keeps one of them from being used is told by `get`, and keeps no other back.
+        """
         for kind in FOLDERS:
             self._slot(release_id, space, kind)
         for slot in list(self._slots.values()):
@@ -104,16 +108,24 @@ async def _swap(slot: _Slot) -> None:
     current = None
     try:
         current = await asyncio.to_thread(read_current, slot.root)
-        if current is None or current == slot.seen:
+        if current is None:
+            slot.seen = slot.fault = None
+            return
+        if current == slot.seen:
             return
         if old is not None and old.snapshot_id == current.snapshot_id:
-            slot.live, slot.seen = LiveSnapshot(old.index, *current), current
+            slot.live, slot.seen, slot.fault = LiveSnapshot(old.index, *current), current, None
             return
         index = await asyncio.to_thread(_load, slot.root / current.snapshot_id, slot.space)
-    except KarError as error:
-        if str(error) != str(slot.fault):
-            log.warning("index_unavailable root=%s reason=%s", slot.root, error)
-        slot.fault, slot.seen = error, current
+    except Exception as error:
+        if isinstance(error, KarError):
+            fault = error
+        else:
+            fault = UnavailableError(f"{slot.root} could not be loaded ({error!r}): see the log, then retry")
+        if str(fault) != str(slot.fault):
+            log.warning("index_unavailable root=%s reason=%s", slot.root, fault, exc_info=fault is not error)
+        # What may pass is looked at again, whether or not something else is published.
+        slot.fault, slot.seen = fault, None if isinstance(fault, UnavailableError) else current
         return
     slot.live, slot.seen, slot.fault = LiveSnapshot(index, *current), current, None
     log.info("index_loaded root=%s snapshot=%s vectors=%d", slot.root, current.snapshot_id, len(index))

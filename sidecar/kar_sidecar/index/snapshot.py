@@ -14,14 +14,25 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
-from kar_sidecar.errors import IntegrityError, PreconditionError
+from kar_sidecar.errors import IntegrityError, PreconditionError, UnavailableError
 from kar_sidecar.hashing import file_sha256
 
-__all__ = ["KEPT", "PAYLOAD", "Current", "Held", "make_current", "open_snapshot", "read_current", "write_snapshot"]
+__all__ = [
+    "KEPT",
+    "PAYLOAD",
+    "Current",
+    "Held",
+    "make_current",
+    "open_snapshot",
+    "passing_faults",
+    "read_current",
+    "write_snapshot",
+]
 
 FORMAT: Final = 2
 RECORD: Final = "snapshot.json"
@@ -48,6 +59,22 @@ class Held(NamedTuple):
     lock: IO[bytes]
 
 
+@contextmanager
+def passing_faults(path: Path) -> Iterator[None]:
+    """Have what the system refuses for now, such as too many open files, told apart from damage.
+
+    Raises:
+        UnavailableError: for any OSError or MemoryError.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        told = str(error) or "out of memory"
+        raise UnavailableError(
+            f"{path} cannot be read now ({told}): see its permissions, its disk and this process's limits, then retry"
+        ) from error
+
+
 def write_snapshot(root: Path, about: Mapping[str, Any], write: Callable[[Path], None]) -> str:
     """Write a snapshot below `root`, unless it is there and whole, and return its id.
 
@@ -55,6 +82,9 @@ def write_snapshot(root: Path, about: Mapping[str, Any], write: Callable[[Path],
         root: Of one kind of entity.
         about: What the record says; it must depend on the content alone.
         write: Writes the files into the folder that it is given.
+
+    Raises:
+        UnavailableError: what is there under that id cannot be read now.
     """
     draft = root / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
@@ -76,7 +106,11 @@ def write_snapshot(root: Path, about: Mapping[str, Any], write: Callable[[Path],
 
 
 def make_current(root: Path, snapshot_id: str, published_at_ms: int) -> None:
-    """Have readers use a snapshot from now on, and delete old ones that nobody reads."""
+    """Have readers use a snapshot from now on, and delete old ones that nobody reads.
+
+    Raises:
+        UnavailableError: the pointer to the former one cannot be read now.
+    """
     draft = root / f".{CURRENT}"
     draft.write_text(json.dumps({"snapshot_id": snapshot_id, "published_at_ms": published_at_ms}) + "\n")
     try:
@@ -102,14 +136,18 @@ def read_current(root: Path) -> Current | None:
 
     Raises:
         IntegrityError: the pointer is corrupt.
+        UnavailableError: it cannot be read now.
     """
     path = root / CURRENT
     try:
-        found = json.loads(path.read_bytes())
+        with passing_faults(path):
+            try:
+                text = path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        found = json.loads(text)
         return Current(str(found["snapshot_id"]), int(found["published_at_ms"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path} does not name a snapshot ({error}): publish again with --force") from error
 
 
@@ -119,18 +157,19 @@ def open_snapshot(folder: Path, *, verify: bool = True) -> Held:
     Raises:
         PreconditionError: no snapshot there.
         IntegrityError: a missing, corrupt or foreign file, which the text names.
+        UnavailableError: it cannot be read now, which says nothing of what is there.
     """
-    path = folder / RECORD
-    try:
-        lock = path.open("rb")
-    except OSError as error:
-        raise PreconditionError(f"{folder} holds no index snapshot: run `kar publish` first") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        return Held(folder, _checked_record(folder, lock.read(), verify), lock)
-    except BaseException:
-        lock.close()
-        raise
+    with passing_faults(folder):
+        try:
+            lock = (folder / RECORD).open("rb")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise PreconditionError(f"{folder} holds no index snapshot: run `kar publish` first") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            return Held(folder, _checked_record(folder, lock.read(), verify), lock)
+        except BaseException:
+            lock.close()
+            raise
 
 
 def _checked_record(folder: Path, text: bytes, verify: bool) -> Mapping[str, Any]:

@@ -37,7 +37,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 BATCH_BYTES: Final = 1 << 20
-"""Bytes in one batch of writes: bounds what a server has to take at once."""
+"""Bytes that end a batch of writes: bounds what a server has to take at once."""
+META_READ_MS: Final = 500
+"""For one meta value, in milliseconds: three seals whose node hangs are read from its replica, each at a second attempt
+after half of this, within the 1,000 of a health check."""
 POLL_S: Final = 0.05
 """Between two looks at a background job."""
 FIRST_PAUSE_S: Final = 0.05
@@ -188,6 +191,7 @@ class AerospikeStore:
             "socket_timeout": settings.write_attempt_timeout_ms,
             "max_retries": settings.write_max_retries,
         }
+        self._meta_policy = self._read_policy(META_READ_MS)
         self._write_policy: dict[str, Any] = {
             "ttl": aerospike.TTL_NEVER_EXPIRE,  # expiry is in our header: a stale vector still beats none
             "commit_level": getattr(aerospike, f"POLICY_COMMIT_LEVEL_{settings.commit_level.upper()}"),
@@ -238,18 +242,20 @@ class AerospikeStore:
     def _key(self, key: EntityKey) -> tuple[str, str, bytearray]:
         return self._user_key(f"{key.kind}:{key.id}")
 
+    def _read_policy(self, limit_ms: int, attempt_ms: int = 0) -> dict[str, int]:
+        retries = self._settings.read_max_retries
+        return {
+            "total_timeout": limit_ms,
+            "socket_timeout": attempt_ms or max(1, limit_ms // (1 + retries)),
+            "max_retries": retries,
+        }
+
     def read(self, keys: Sequence[EntityKey], parts: Sequence[str], timeout_s: float | None = None) -> list[Record]:
         """See `Store.read`; one batch read."""
         if not keys:
             return []
-        settings = self._settings
-        limit_ms = settings.read_timeout_ms if timeout_s is None else max(1, int(1000 * timeout_s))
-        policy = {
-            **self._batch_policy,
-            "total_timeout": limit_ms,
-            "socket_timeout": settings.read_attempt_timeout_ms or max(1, limit_ms // (1 + settings.read_max_retries)),
-            "max_retries": settings.read_max_retries,
-        }
+        limit_ms = self._settings.read_timeout_ms if timeout_s is None else max(1, int(1000 * timeout_s))
+        policy = {**self._batch_policy, **self._read_policy(limit_ms, self._settings.read_attempt_timeout_ms)}
         with self._failures():
             batch = self._client.batch_read([self._key(key) for key in keys], list(parts), policy)
         absent: Record = (None,) * len(parts)
@@ -332,9 +338,9 @@ class AerospikeStore:
         return count
 
     def read_meta(self, name: str) -> bytes | None:
-        """See `Store.read_meta`."""
+        """See `Store.read_meta`; takes at most `META_READ_MS`."""
         with self._failures(), suppress(exception.RecordNotFound):
-            return self._client.get(self._user_key(f"meta:{name}"), self._patient_policy)[2][VALUE]
+            return self._client.get(self._user_key(f"meta:{name}"), self._meta_policy)[2][VALUE]
         return None
 
     def write_meta(self, name: str, value: bytes | None) -> None:

@@ -48,7 +48,7 @@ class AerospikeSettings(BaseModel):
         default=1_000, ge=0, description="Longest wait for one attempt to write, in milliseconds; 0: the whole time."
     )
     write_timeout_ms: Milliseconds = Field(
-        default=5_000, description="Longest wait for one batch of writes or a meta value, in milliseconds."
+        default=5_000, description="Longest wait to write one batch or a meta value, in milliseconds."
     )
     write_max_retries: int = Field(default=2, ge=0, description="More attempts to write within that time.")
     write_patience_ms: int = Field(

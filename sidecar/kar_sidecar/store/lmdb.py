@@ -26,7 +26,7 @@ MAX_READERS: Final = 1024
 BATCH: Final = 10_000
 """Records in one write transaction: bounds the time that another writer waits."""
 BATCH_BYTES: Final = 4 << 20
-"""Bytes in one write transaction: bounds what has to reach the disk while another writer waits."""
+"""Bytes that end a write transaction: bounds what has to reach the disk while another writer waits."""
 LONGEST_ID_BYTES: Final = 440
 DATA: Final = "data.mdb"
 
@@ -103,7 +103,7 @@ class LmdbStore:
             ]
 
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
-        """See `Store.write`; a killed write leaves whole batches of `BATCH` records."""
+        """See `Store.write`; a killed write leaves whole batches, of at most `BATCH` records each."""
         written = 0
         prefixes = {kind: _prefix(kind, part) for kind in (USER, ITEM)}
         for batch in in_batches(records, BATCH, BATCH_BYTES):

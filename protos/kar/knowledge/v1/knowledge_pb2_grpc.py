@@ -61,7 +61,8 @@ class KnowledgeServiceServicer:
     def FindSimilar(self, request, context):
         """Finds the entities whose knowledge is nearest, in the index snapshot that was current when the call arrived.
         NOT_FOUND: the entity has no vector; INVALID_ARGUMENT: another dimension, or a limit out of range;
-        FAILED_PRECONDITION: no snapshot was published; UNIMPLEMENTED: FAISS is not installed.
+        FAILED_PRECONDITION: no snapshot was published; UNAVAILABLE: it cannot be read now;
+        UNIMPLEMENTED: FAISS is not installed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
