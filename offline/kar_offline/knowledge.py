@@ -72,7 +72,7 @@ def show(
     if prompt is not None:
         console.print(Panel(Text(prompt.prompt), title=f"prompt · {prompt.template}"))
     if record is None:
-        console.print(f"[yellow]There is no text about {kind.value} {entity_id}: it is ranked with the neutral vector.")
+        console.print(f"[yellow]There is no text about {kind.value} {entity_id}: others lend theirs, if it has facts.")
         return
     quarantined = entity_id in refused
     style, state = ("bold red", "quarantined, not used") if quarantined else ("green", "in use")
@@ -131,7 +131,7 @@ def _verdicts(record: records_pb2.KnowledgeRecord) -> Table:
 
 
 def _neighbours(work: Path, encoding: str, kind: Kind, entity_id: str, number: int) -> list[tuple[str, float]]:
-    """The entities whose knowledge vectors have the largest cosine with this one's; none where nothing is encoded."""
+    """The entities whose texts' vectors have the largest cosine with this one's; none where nothing is encoded."""
     path = work / encoding / f"knowledge_{kind.value}.npy"
     if not (path.is_file() and number):
         return []
@@ -142,7 +142,9 @@ def _neighbours(work: Path, encoding: str, kind: Kind, entity_id: str, number: i
         return []
     row = ids.index(entity_id)
     cosine = vectors @ vectors[row]
-    cosine[[at for at, digest in enumerate(about["text_sha256"]) if not digest]] = -np.inf
+    lent = set(about.get("lent", ()))
+    texts = zip(ids, about["text_sha256"], strict=True)
+    cosine[[at for at, (id_, digest) in enumerate(texts) if not digest or id_ in lent]] = -np.inf
     cosine[row] = -np.inf
     nearest = np.argsort(-cosine)[:number]
     return [(ids[at], float(cosine[at])) for at in nearest if np.isfinite(cosine[at])]

@@ -19,6 +19,8 @@ from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate.records import record_line
 from kar_offline.publish import publish, publish_features
 from kar_offline.publish.command import publish as publish_command
+from kar_offline.publish.release import publish_meta
+from kar_offline.stage import folder_hash
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError, UnavailableError
 from kar_sidecar.features import FeatureLayout, schema_hash
 from kar_sidecar.hashing import file_sha256
@@ -320,6 +322,20 @@ def test_features_of_another_schema_are_not_overwritten_unasked(world: World) ->
     assert world.meta(schema_meta(schema_hash(schema_of()))) is None
     layout = FeatureLayout(schema_of(history_length=9), USER)
     assert layout.decode_user(world.read(USER, ["ann"], FEATURES)[0]).history.item_ids == ("heat", "alien")
+
+
+def test_what_a_killed_publish_noted_does_not_outlive_features_of_another_schema(world: World) -> None:
+    world.publish()
+    other = make_release(world.work, schema_of(history_length=9), adapted="bbbbbbbbbbbb")
+    of = {"release_id": world.release, "dataset": folder_hash(world.work / "dataset"), "force": True}
+    store = open_store(world.url)
+    store.write_meta(publish_meta(world.release), json.dumps({"of": of, "rows": {"features": 5}}).encode())
+    store.close()
+    make_dataset(world.work, schema_of(history_length=9))
+    world.publish(other, force=True)
+    make_dataset(world.work, schema_of())
+    assert world.publish(force=True)["written"]["features"] == 5
+    assert_complete(world)
 
 
 def test_a_dataset_of_another_schema_is_refused(world: World) -> None:

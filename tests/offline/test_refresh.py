@@ -33,16 +33,19 @@ from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
 from kar_offline.dataset.samples import Dataset
 from kar_offline.encode.encoder import HashingEncoder
+from kar_offline.export import export
 from kar_offline.generate import ScriptedModel, read_knowledge
 from kar_offline.generate.ledger import Ledger
 from kar_offline.prompts import render_prompts
+from kar_offline.publish.release import publish_release
 from kar_offline.refresh.command import refresh as command
 from kar_offline.refresh.policy import Policy, Reason
 from kar_offline.refresh.run import Budget
 from kar_offline.train import train
 from kar_sidecar.errors import InputError, PreconditionError, UnavailableError
 from kar_sidecar.features import FeatureLayout
-from kar_sidecar.index.snapshot import read_current
+from kar_sidecar.index.config import IndexConfig
+from kar_sidecar.index.snapshot import open_snapshot, read_current
 from kar_sidecar.rank import Ranker
 from kar_sidecar.release import Release
 from kar_sidecar.releases import Releases
@@ -190,6 +193,7 @@ def reader(world: World) -> Iterator[list[BaseException]]:
     yield faults
     stop.set()
     thread.join()
+    assert not faults
 
 
 def test_readers_go_on_and_then_see_what_is_new(world: World, reader: list[BaseException]) -> None:
@@ -418,3 +422,47 @@ def test_the_command_tells_what_it_would_do(world: World, tmp_path: Path) -> Non
     report = json.loads((tmp_path / "report.json").read_text())
     # The pack knows the film alone.
     assert (report["chosen"], report["waiting"]["user"]) == ({"item": 1, "user": 0}, 5)
+
+
+def test_events_that_come_late_reach_the_store(world: World) -> None:
+    world.refresh(**world.files)
+    schema = world.release.manifest.feature_schema
+    for hours in (1, 2):
+        late = [{"user": "u0", "item": f"i{5 + hours}", "rating": 3.0, "time": NOON_S - hours * 3600}]
+        files = {"events": write_lines(world.work.parent / "late.jsonl", late)}
+        assert world.refresh(policy=Policy(100), **files)["written"]["features"] == 1
+        assert world.refresh(policy=Policy(100), **files)["written"]["features"] == 0
+        [(features,)] = world.store.read([EntityKey(USER, "u0")], [FEATURES])
+        told = FeatureLayout(schema, USER).decode_user(features).history.item_ids
+        assert told == ("i0", "i1", "i2", "i3", "i4", "i5", *(["i7"] if hours == 2 else []), "i6", "i8", "i7")
+
+
+def test_fresher_features_of_others_stay(world: World) -> None:
+    layout = FeatureLayout(world.release.manifest.feature_schema, USER)
+    theirs = layout.encode(layout.row({"age": 77}), written_at_ms=(NOON_S + 2) * 1000)
+    world.store.write(FEATURES, [(EntityKey(USER, "u0"), theirs)])
+    world.refresh(**world.files)
+    assert world.store.read([EntityKey(USER, "u0")], [FEATURES]) == [(theirs,)]
+
+
+def test_the_index_keeps_the_recall_that_it_was_published_with(world: World) -> None:
+    root = world.work / "index" / world.release_id
+    options = {"force": True, "indexing": IndexConfig(recall=0.75)}
+    publish_release(world.release, world.dataset(), world.store, root, **options)
+    before = read_current(root / "item")
+    world.refresh(**world.files)
+    after = read_current(root / "item")
+    assert before != after is not None
+    held = open_snapshot(root / "item" / after.snapshot_id)
+    held.lock.close()
+    assert (held.record["count"], held.record["recall"]["required"]) == (9, 0.75)
+
+
+def test_a_release_of_other_vectors_than_its_training_is_refused(world: World) -> None:
+    world.refresh(policy=Policy(2, kinds=frozenset({"item"})), **world.files)
+    other = str(export(world.work, "dcnv2", now_s=LATER.timestamp).report["release_id"])
+    assert other != world.release_id
+    provider = model()
+    with pytest.raises(PreconditionError, match="exported from other vectors than its model was trained on"):
+        refreshed(world.work, provider, published(world.work, other), other)
+    assert not provider.asked

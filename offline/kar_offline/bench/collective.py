@@ -94,7 +94,10 @@ def lend_texts(work: Path, base: str, line: Line, seed: int) -> Mapping[str, int
             prompts = {prompt.id: prompt.raw_text for prompt in read_prompts(work / "prompts") if prompt.entity == kind}
             header = json.loads((work / base / f"knowledge_{kind}.json").read_text())
             raw, own = (np.load(work / base / f"{source}_{kind}.npy") for source in ("raw", "knowledge"))
-            ids = header["ids"]
+            ids, lent = header["ids"], set(header.pop("lent", ()))
+            own[np.isin(ids, list(lent))] = 0
+            digests = zip(ids, header["text_sha256"], strict=True)
+            header["text_sha256"] = [None if id_ in lent else digest for id_, digest in digests]
             texts = [prompts.get(id_, "") for id_ in ids]
             found = plan(ids, texts, raw, line.share, counts=counts[kind], seed=seed, **WAYS[line.way])
             np.save(draft / f"knowledge_{kind}.npy", _lent(found, ids, own))

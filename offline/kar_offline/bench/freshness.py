@@ -35,7 +35,7 @@ from kar_offline.bench.month import Call, Life, Month, live, taste
 from kar_offline.bench.mornings import Mornings
 from kar_offline.dataset.samples import PROMPT_EVENTS, SPLITS, TEST, TRAIN, VALIDATION, Dataset, Entity
 from kar_offline.encode.encoder import TextEncoder
-from kar_offline.encode.stage import SOURCES
+from kar_offline.encode.stage import SOURCES, lent_ids
 from kar_offline.evaluate.metrics import auc, bootstrap_weights, gauc, interval, logloss, resampled_auc
 from kar_offline.generate.estimate import TOKENS_PER_CHAR
 from kar_offline.generate.records import KINDS, read_knowledge
@@ -59,7 +59,7 @@ READERS: Final = ("knowledge", "paper")
 users. Calls are made about what the arm reads."""
 LOANS: Final = ("never", "served", "trained")
 """Items without a text of their own never borrow from those most like them by raw text, or do when they are served
-alone (as `kar export` does it), or in training, too (as with the loans of `kar generate --share`)."""
+alone, or in training, too (as `kar encode` has it)."""
 CAVEATS: Final = (
     "Released texts stand in for a language model's answers about items, template-made ones for those about users.",
     "Most users of MovieLens-100K rate all they ever rate on one day: a text of the next morning finds few of them.",
@@ -173,6 +173,9 @@ class _Study(NamedTuple):
         """
         (month, data), life = self.month(), self.life(arm, budget)
         released, raw = (load_text_vectors(self.work / self.base, source, month.dataset) for source in SOURCES)
+        lent = lent_ids(self.work / self.base, "knowledge", "item")
+        own = torch.tensor([item.id not in lent for item in month.dataset.items])
+        released = replace(released, item_present=released.item_present & own)
         versions = np.zeros((0, released.dim), np.float32)
         if life.versions:
             about = self.user_texts()

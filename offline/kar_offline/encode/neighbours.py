@@ -31,7 +31,6 @@ def borrow(
     *,
     lenders: int = LENDERS,
     temperature: float = TEMPERATURE,
-    threads: int = 1,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Have those of n entities that know nothing borrow from the nearest that do.
 
@@ -41,7 +40,6 @@ def borrow(
         vectors: Knowledge vectors [n, D2]; rows of those that know nothing do not matter.
         lenders: From how many an entity borrows, at most.
         temperature: Of the softmax over cosines.
-        threads: Cores that search.
 
     Returns:
         Knowledge vectors [n, D2], lent ones of unit length, and [n] which are lent.
@@ -55,6 +53,6 @@ def borrow(
         return found, lent
     at, known = unit_rows(content[able]), found[able]
     for some in np.split(rows, range(CHUNK, len(rows), CHUNK)):
-        nearest, weights = nearest_lenders(content[some], at, lenders, threads, temperature)
+        nearest, weights = nearest_lenders(content[some], at, lenders, 1, temperature)
         found[some] = lend(known[nearest], weights)
     return found, lent

@@ -38,6 +38,11 @@ __all__ = ["check_published", "publish_knowledge"]
 
 CHUNK: Final = 4096
 """Entities whose vectors are adapted and compared with the store's together; bounds memory."""
+ROUNDING: Final = 1e-4
+"""What components of the same vectors may differ by."""
+READ_BATCH: Final = 1_000
+"""Records that are compared with the store's at once."""
+READ_TIMEOUT_S: Final = 5.0
 INDEX_OPTIONS: Final = ("kind", "storage", "lists", "links", "ef_construction")
 """What a snapshot's record says of how it was built."""
 NEIGHBOUR: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR)
@@ -81,7 +86,7 @@ def publish_knowledge(
     dataset = Dataset.load(work / "dataset")
     check_published(work, dataset, release, store)
     manifest = release.manifest
-    written = {"features": store.write(FEATURES, _features(release, dataset, named), newer_only=True)}
+    written = {"features": _write_changed(store, FEATURES, _features(release, dataset, named), _later)}
     at_ms = clock()
     adaptor = HybridExpertAdaptor.load(release.folder / "adaptor.safetensors").freeze()
     affinity = _Affinity.of(release)
@@ -97,7 +102,9 @@ def publish_knowledge(
             if affinity and kind == ITEM:
                 vectors["affinity"] = (affinity.space, affinity.vectors(fresh.ids[some], fresh.encoded[some]))
             for part, (space, rows) in vectors.items():
-                written[part] += _write_new(store, vector_part(space.space_id), _parts(fresh, some, rows, space, at_ms))
+                written[part] += _write_changed(
+                    store, vector_part(space.space_id), _parts(fresh, some, rows, space, at_ms)
+                )
         written["texts"] += store.write(TEXT, _texts(work, release, kind))
         if fresh.ids:
             _index(work / "index" / release.release_id / NAMES[kind], release, fresh, at_ms)
@@ -125,6 +132,7 @@ def check_published(work: Path, dataset: Dataset, release: Release, store: Store
         )
     if schema_hash(dataset.schema) != manifest.feature_schema_hash:
         raise PreconditionError(f"the dataset has another feature schema than {release.folder}: export a release of it")
+    _Affinity.of(release)
 
 
 def _features(release: Release, dataset: Dataset, named: Collection[EntityKey]) -> Blobs:
@@ -161,6 +169,8 @@ def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
     clusters = {record.id: record for record in read_clusters(work / "knowledge", name)}
     ends = expiries(records, clusters)
     former = {record.id: record for record in read_knowledge(release.folder / "knowledge", name)}
+    former_clusters = {record.id: record for record in read_clusters(release.folder / "knowledge", name)}
+    former_ends = expiries(former, former_clusters)
     released = (release.folder / "vectors" / f"{name}_ids.txt").read_text().splitlines()
     row_of = {id_: row for row, id_ in enumerate(released)}
     vectors = np.load(release.folder / "vectors" / f"{name}_encoded.npy", mmap_mode="r")
@@ -171,6 +181,7 @@ def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
         and (
             id_ not in row_of
             or records.get(id_) != former.get(id_)
+            or ends.get(id_) != former_ends.get(id_)
             or not np.array_equal(encoded[row], vectors[row_of[id_]])
         )
     ]
@@ -201,7 +212,11 @@ class _Affinity:
 
     @staticmethod
     def of(release: Release) -> "_Affinity | None":
-        """None where the release has no affinity vectors, or none of texts."""
+        """None where the release has no affinity vectors, or none of texts.
+
+        Raises:
+            PreconditionError: they were not made of the release's encoded vectors.
+        """
         start, text = 0, None
         for segment in release.manifest.affinity.segments:
             if segment.name == TEXT_SEGMENT:
@@ -211,14 +226,19 @@ class _Affinity:
             return None
         folder = release.folder / "vectors"
         encoded = torch.from_numpy(np.load(folder / "item_encoded.npy", allow_pickle=False))
+        components = Components.of(encoded, text.stop - text.start)
         ids = (folder / "affinity_ids.txt").read_text().splitlines()
-        return _Affinity(
-            release.manifest.affinity.space,
-            Components.of(encoded, text.stop - text.start),
-            text,
-            {id_: row for row, id_ in enumerate(ids)},
-            np.load(folder / "affinity.npy", allow_pickle=False),
-        )
+        row_of = {id_: row for row, id_ in enumerate(ids)}
+        exported = np.load(folder / "affinity.npy", allow_pickle=False)
+        rows = [row_of.get(id_) for id_ in (folder / "item_ids.txt").read_text().splitlines()]
+        known = [row for row in rows if row is not None]
+        projected = components.project(encoded).numpy()[[row is not None for row in rows]]
+        if len(known) < len(rows) or not np.allclose(projected, exported[known, text], atol=ROUNDING):
+            raise PreconditionError(
+                f"release {release.release_id} was exported from other vectors than its model was trained on: train "
+                "and export again"
+            )
+        return _Affinity(release.manifest.affinity.space, components, text, row_of, exported)
 
     def vectors(self, ids: Sequence[str], encoded: NDArray[np.float32]) -> NDArray[np.float32]:
         """Affinity vectors [n, V] of items with encoded vectors [n, D]; what no text tells of new items is 0."""
@@ -273,7 +293,8 @@ def _index(root: Path, release: Release, fresh: _Fresh, at_ms: int) -> None:
     if current:
         held = open_snapshot(root / current.snapshot_id, verify=False)
         held.lock.close()
-        config = IndexConfig(**{name: held.record[name] for name in INDEX_OPTIONS if name in held.record})
+        options = {name: held.record[name] for name in INDEX_OPTIONS if name in held.record}
+        config = IndexConfig(**options, recall=held.record["recall"]["required"])
     index = FaissIndex.build(list(vectors), np.stack(list(vectors.values())), config)
     snapshot_id = index.save(root, space_id=release.manifest.encoded_space.space_id)
     index.close()
@@ -281,18 +302,38 @@ def _index(root: Path, release: Release, fresh: _Fresh, at_ms: int) -> None:
         make_current(root, snapshot_id, at_ms)
 
 
-def _write_new(store: Store, part: str, blobs: Blobs) -> int:
-    """Write what the store does not hold already, but for the time at which it was written."""
+def _write_changed(
+    store: Store, part: str, blobs: Blobs, stamp: Callable[[bytes, bytes], bytes] = lambda blob, stored: blob
+) -> int:
+    """Write what the store does not hold already, but for the time at which it was written, where that is newer.
+
+    `stamp` may give what is written, instead of a blob, in place of another that is stored.
+    """
     written = 0
-    for batch in in_batches(blobs, CHUNK):
-        held = store.read(list(batch), [part])
+    for batch in in_batches(blobs, READ_BATCH):
+        held = store.read(list(batch), [part], READ_TIMEOUT_S)
         new = [
-            (key, blob)
+            (key, blob if stored is None else stamp(blob, stored))
             for (key, blob), (stored,) in zip(batch.items(), held, strict=True)
             if stored is None or not _same(blob, stored)
         ]
         written += store.write(part, new, newer_only=True)
     return written
+
+
+def _later(blob: bytes, stored: bytes) -> bytes:
+    """Features, dated after stored ones that are of the same second or before.
+
+    They are as old as a user's last event. An event that came late makes them no younger, and must be seen too.
+    """
+    try:
+        mine, theirs = read_header(blob), read_header(stored)
+    except IntegrityError:
+        return blob
+    if theirs.written_at_ms // 1000 > mine.written_at_ms // 1000:
+        return blob
+    dated = replace(mine, written_at_ms=max(mine.written_at_ms, theirs.written_at_ms + 1))
+    return dated.seal(blob[HEADER.itemsize :])
 
 
 def _same(blob: bytes, stored: bytes) -> bool:

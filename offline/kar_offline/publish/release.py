@@ -131,7 +131,7 @@ def publish_release(
         raise PreconditionError(f"the dataset has another feature schema than {release.folder}: export a release of it")
     if not force and _is_published(release, store, index):
         return {}
-    _claim_features(store, schema, force)
+    _claim_features(store, schema, release.release_id, force)
     users, items = (_Knowledge.load(release, kind) for kind in NAMES)
     # First, since an index that does not reach its recall ends the publish.
     _snapshots((users, items), index, indexing or IndexConfig(), clock(), force)
@@ -294,8 +294,11 @@ def _is_published(release: Release, store: Store, index: Path) -> bool:
     )
 
 
-def _claim_features(store: Store, schema: str, force: bool) -> None:
-    """Note whose schema the store's features are of; there is one features part, so others lose theirs."""
+def _claim_features(store: Store, schema: str, release_id: str, force: bool) -> None:
+    """Note whose schema the store's features are of; there is one features part, so others lose theirs.
+
+    What a killed publish of the release noted before the others came is not there any more.
+    """
     held = (store.read_meta(SCHEMA) or b"").decode()
     if held and held != schema:
         if not force:
@@ -304,6 +307,7 @@ def _claim_features(store: Store, schema: str, force: bool) -> None:
                 "that serve from it: publish to another --store, or use --force once they are retired"
             )
         store.write_meta(schema_meta(held), None)
+        store.write_meta(publish_meta(release_id), None)
     store.write_meta(SCHEMA, schema.encode())
 
 
@@ -386,7 +390,10 @@ class _Knowledge:
 def expiries(
     records: Mapping[str, records_pb2.KnowledgeRecord], clusters: Mapping[str, records_pb2.KnowledgeRecord]
 ) -> dict[str, int]:
-    """When vectors are stale, milliseconds since the epoch: with their text, or with the first that they borrow."""
+    """When vectors are stale, milliseconds since the epoch: with their text, or with the first that their loans name.
+
+    Vectors that are lent by content have no record, and are never stale.
+    """
     lenders = {id_: record for id_, record in (*clusters.items(), *records.items()) if record.text}
     found = {}
     for identity, record in records.items():

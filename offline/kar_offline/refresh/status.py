@@ -27,8 +27,10 @@ GROWTH_EVENTS: Final = (1, 10, 30, 100)
 UNKNOWN: Final = "unknown"
 LEVELS: Final = [name.removeprefix("KNOWLEDGE_LEVEL_").lower() for name, _ in records_pb2.KnowledgeLevel.items()]
 DAY_MS: Final = 86_400_000
-BATCH: Final = 10_000
+BATCH: Final = 1_000
 """Entities of one read of the store."""
+TIMEOUT_S: Final = 5.0
+"""Of one such read."""
 
 
 def text_status(work: Path, policy: Policy, now: datetime) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def _headers(store: Store, kind: EntityKind, entities: Sequence[Entity], part: s
     found = []
     for start in range(0, len(entities), BATCH):
         keys = [EntityKey(ENTITY[kind], entity.id) for entity in entities[start : start + BATCH]]
-        found += [blob[: HEADER.itemsize] for (blob,) in store.read(keys, [part]) if blob]
+        found += [blob[: HEADER.itemsize] for (blob,) in store.read(keys, [part], TIMEOUT_S) if blob]
     return np.frombuffer(b"".join(found), HEADER)
 
 
