@@ -80,6 +80,18 @@ def test_with_one_lender_everybody_has_a_medoids_vector(asked):
     assert (nearest[np.unique(nearest)] == np.unique(nearest)).all()
 
 
+def test_what_an_item_borrows_by_content_is_not_its_own(asked):
+    header = asked / "encoding" / "knowledge_item.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"lent": ["i03"]}))
+    line = Line("knowledge", 1.0, "nearest")
+    lend_texts(asked, "encoding", line, 0)
+    folder = asked / line.encodings("encoding", 0)
+    about = json.loads((folder / "knowledge_item.json").read_text())
+    assert [at for at, digest in enumerate(about["text_sha256"]) if digest is None] == [3]
+    assert "lent" not in about
+    assert np.flatnonzero(~vectors(folder).any(1)).tolist() == [3]
+
+
 def test_the_head_keeps_its_vectors(asked):
     line = Line("knowledge", 0.2, "head")
     lend_texts(asked, "encoding", line, 0)

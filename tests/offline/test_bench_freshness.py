@@ -212,8 +212,8 @@ def test_levels_by_hand(mornings):
     assert found["unknown_ratio"] == pytest.approx(2 / 3)  # nothing, all and all of one's events
 
 
-def prepare(work, dataset):
-    """All stages up to the vectors."""
+def prepare(work, dataset, refused=()):
+    """All stages up to the vectors; items `refused` have no text."""
     (work / "dataset").mkdir(parents=True)
     dataset.save(work / "dataset")
     render_prompts(work)
@@ -224,6 +224,7 @@ def prepare(work, dataset):
             records_pb2.KnowledgeRecord(id=one.id, entity=ENTITY[kind], text=f"A text about {one.id}, {GENRES[at % 3]}")
             for kind, entities in (("item", dataset.items), ("user", dataset.users))
             for at, one in enumerate(entities)
+            if one.id not in refused
         ],
     )
     encode(work, HashingEncoder())
@@ -282,6 +283,16 @@ def test_the_report_tells_what_the_predictions_give_and_a_second_run_trains_noth
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     assert measure(work) == report
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")} == times
+
+
+def test_an_item_whose_released_text_was_refused_has_none_of_its_own(tmp_path):
+    work = prepare(tmp_path, random_log(), refused={"i05"})
+    report = measure(work, replace(SMALL, arms=("knowledge",), budgets=()))
+    month = Month.of(Dataset.load(work / "dataset"), share=0.5, days=3)
+    others = month.dataset.event_item[month.dataset.samples(TEST)] != 5
+    [levels] = [e["levels"]["item"] for e in report["summary"] if e["arm"] == "knowledge" and e["budget"] is None]
+    assert levels == {"full": others.mean(), "lent": 0, "neutral": (~others).mean()}
+    assert others.mean() < 1
 
 
 def test_the_scores_of_a_day_use_no_later_event(tmp_path):

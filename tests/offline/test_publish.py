@@ -19,8 +19,6 @@ from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.generate.records import record_line
 from kar_offline.publish import publish, publish_features
 from kar_offline.publish.command import publish as publish_command
-from kar_offline.publish.release import publish_meta
-from kar_offline.stage import folder_hash
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError, UnavailableError
 from kar_sidecar.features import FeatureLayout, schema_hash
 from kar_sidecar.hashing import file_sha256
@@ -324,20 +322,6 @@ def test_features_of_another_schema_are_not_overwritten_unasked(world: World) ->
     assert layout.decode_user(world.read(USER, ["ann"], FEATURES)[0]).history.item_ids == ("heat", "alien")
 
 
-def test_what_a_killed_publish_noted_does_not_outlive_features_of_another_schema(world: World) -> None:
-    world.publish()
-    other = make_release(world.work, schema_of(history_length=9), adapted="bbbbbbbbbbbb")
-    of = {"release_id": world.release, "dataset": folder_hash(world.work / "dataset"), "force": True}
-    store = open_store(world.url)
-    store.write_meta(publish_meta(world.release), json.dumps({"of": of, "rows": {"features": 5}}).encode())
-    store.close()
-    make_dataset(world.work, schema_of(history_length=9))
-    world.publish(other, force=True)
-    make_dataset(world.work, schema_of())
-    assert world.publish(force=True)["written"]["features"] == 5
-    assert_complete(world)
-
-
 def test_a_dataset_of_another_schema_is_refused(world: World) -> None:
     make_dataset(world.work, schema_of(history_length=9))
     with pytest.raises(PreconditionError, match="another feature schema"):
@@ -395,17 +379,26 @@ publish_release(
     Dying(),
     work / "index" / release_id,
     dataset_hash=folder_hash(work / "dataset"),
+    force=sys.argv[5] == "True",
 )
 """
 STEPS = 1 + (5 + 2) + 3 * (4 + 2) + 4
 """Schema's claim, features, texts and two spaces of vectors, each noted; the seals, and the notes' removal."""
 
 
+def killed(world: World, release: str, dies_at: int, force: bool = False) -> int:
+    """Exit code of a publish that is killed at a step."""
+    arguments = [str(world.work), release, world.url, str(dies_at), str(force)]
+    return subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False).returncode
+
+
+def kill(world: World, release: str, dies_at: int, force: bool = False) -> None:
+    assert killed(world, release, dies_at, force) == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("dies_at", [1, 4, 7, 8, 12, 14, 15, 20, 26, 27, 28, 29, STEPS])
 def test_a_publish_killed_anywhere_is_seen_and_completed(world: World, dies_at: int) -> None:
-    arguments = [str(world.work), world.release, world.url, str(dies_at)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
-    assert done.returncode == -signal.SIGKILL
+    kill(world, world.release, dies_at)
     assert world.meta(space_meta("aaaaaaaaaaaa")) is None  # the last seal: readers see that it is not published
     features = world.read(USER, ["ann"], FEATURES)[0]
     assert FeatureLayout(schema_of(), USER).decode_user(features).history.item_ids in {(), ("heat", "alien")}
@@ -414,9 +407,24 @@ def test_a_publish_killed_anywhere_is_seen_and_completed(world: World, dies_at: 
     assert not world.publish()["ran"]
 
 
+@pytest.mark.parametrize("claimed_back", [False, True])
+def test_what_a_killed_publish_noted_does_not_outlive_features_of_another_schema(
+    world: World, claimed_back: bool
+) -> None:
+    ours, theirs = schema_of(), schema_of(history_length=9)
+    kill(world, world.release, dies_at=9, force=True)  # with the first text: features are noted
+    make_dataset(world.work, theirs)
+    world.publish(make_release(world.work, theirs, adapted="bbbbbbbbbbbb"), force=True)
+    make_dataset(world.work, ours)
+    if claimed_back:
+        # Another release of our schema, which writes no more than its claim.
+        kill(world, make_release(world.work, ours, adapted="dddddddddddd"), dies_at=4, force=True)
+    assert world.publish(force=True)["written"]["features"] == 5
+    assert_complete(world)
+
+
 def test_the_last_step_of_the_kill_test_is_the_last_step_of_publishing(world: World) -> None:
-    arguments = [str(world.work), world.release, world.url, str(STEPS + 1)]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False).returncode == 0
+    assert killed(world, world.release, STEPS + 1) == 0
 
 
 def line(**changes: object) -> str:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer
 from tests.offline.refreshable import (
+    DAY_S,
     LATER,
     NOON_S,
     TITLES,
@@ -36,7 +37,9 @@ from kar_offline.encode.encoder import HashingEncoder
 from kar_offline.export import export
 from kar_offline.generate import ScriptedModel, read_knowledge
 from kar_offline.generate.ledger import Ledger
+from kar_offline.generate.records import record_line
 from kar_offline.prompts import render_prompts
+from kar_offline.publish.knowledge import publish_knowledge
 from kar_offline.publish.release import publish_release
 from kar_offline.refresh.command import refresh as command
 from kar_offline.refresh.policy import Policy, Reason
@@ -53,7 +56,7 @@ from kar_sidecar.scoring.memory import MemoryScorer
 from kar_sidecar.served import ServedRelease
 from kar_sidecar.settings import Settings
 from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, vector_part
-from kar_sidecar.store.records import FULL, decode_vectors
+from kar_sidecar.store.records import FULL, decode_vectors, read_header
 from kar_sidecar.telemetry import Telemetry
 
 pytestmark = pytest.mark.service
@@ -163,8 +166,8 @@ def expected(release: Release, text: str) -> np.ndarray:
 
 
 @pytest.fixture
-def reader(world: World) -> Iterator[list[BaseException]]:
-    """Somebody who reads every vector of the release all the time; what went wrong for them."""
+def reader(world: World) -> Iterator[None]:
+    """Somebody who reads every vector of the release all the time, and for whom nothing may go wrong."""
     manifest = world.release.manifest
     spaces = (manifest.adapted_space, manifest.encoded_space, manifest.affinity.space)
     ids = {ITEM: [f"i{row}" for row in range(8)], USER: [f"u{row}" for row in range(4)]}
@@ -190,16 +193,16 @@ def reader(world: World) -> Iterator[list[BaseException]]:
     thread = threading.Thread(target=read)
     thread.start()
     began.wait()
-    yield faults
+    yield
     stop.set()
     thread.join()
     assert not faults
 
 
-def test_readers_go_on_and_then_see_what_is_new(world: World, reader: list[BaseException]) -> None:
+@pytest.mark.usefixtures("reader")
+def test_readers_go_on_and_then_see_what_is_new(world: World) -> None:
     before = world.records("item")
     report = world.refresh(**world.files)
-    assert not reader
     assert report["arrived"] == {"users": 1, "items": 1, "events": 3}
     # The film and the new viewer have no text; of the four others all did three more than their text knows.
     assert report["due"]["new"] == {"item": 1, "user": 1}
@@ -466,3 +469,20 @@ def test_a_release_of_other_vectors_than_its_training_is_refused(world: World) -
     with pytest.raises(PreconditionError, match="exported from other vectors than its model was trained on"):
         refreshed(world.work, provider, published(world.work, other), other)
     assert not provider.asked
+
+
+def test_a_borrower_is_stale_when_its_lenders_new_answer_is(world: World) -> None:
+    release = world.release
+    for folder, days in ((release.folder, 30), (world.work, 90)):
+        records = {record.id: record for record in read_knowledge(folder / "knowledge", "user")}
+        records["u0"].expires_at.FromSeconds(NOON_S + days * DAY_S)
+        loan = records_pb2.Loan(id="u0", weight=1)
+        records["u1"].CopyFrom(records_pb2.KnowledgeRecord(id="u1", entity=USER, loans=[loan]))
+        lines = "".join(record_line(record) + "\n" for record in records.values())
+        (folder / "knowledge" / "user.jsonl").write_text(lines)
+    now_ms = round(LATER.timestamp() * 1000)
+    # u0's record has another expiry; u1's record and vector are the same.
+    assert publish_knowledge(world.work, release, world.store, clock=lambda: now_ms)["encoded"] == 2
+    part = vector_part(release.manifest.encoded_space.space_id)
+    for (blob,) in world.store.read([EntityKey(USER, "u0"), EntityKey(USER, "u1")], [part]):
+        assert read_header(blob).expires_at_ms == (NOON_S + 90 * DAY_S) * 1000

@@ -110,7 +110,7 @@ def lend_texts(work: Path, base: str, line: Line, seed: int) -> Mapping[str, int
     params = {"share": line.share, "seed": seed, **WAYS[line.way]}
     inputs = {"dataset": work / "dataset", "encoding": work / base, "prompts": work / "prompts"}
     folder = work / line.encodings(base, seed)
-    return run_stage(f"lend {folder.name}", folder, build, inputs=inputs, params=params, version=1).report
+    return run_stage(f"lend {folder.name}", folder, build, inputs=inputs, params=params, version=2).report
 
 
 def _lent(found: Plan, ids: Sequence[str], own: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -230,10 +230,10 @@ class _Affinity:
         ids = (folder / "affinity_ids.txt").read_text().splitlines()
         row_of = {id_: row for row, id_ in enumerate(ids)}
         exported = np.load(folder / "affinity.npy", allow_pickle=False)
-        rows = [row_of.get(id_) for id_ in (folder / "item_ids.txt").read_text().splitlines()]
-        known = [row for row in rows if row is not None]
-        projected = components.project(encoded).numpy()[[row is not None for row in rows]]
-        if len(known) < len(rows) or not np.allclose(projected, exported[known, text], atol=ROUNDING):
+        # Items whose vector would be 0 were not exported.
+        rows = [row_of.get(id_, -1) for id_ in (folder / "item_ids.txt").read_text().splitlines()]
+        trained = np.pad(exported[:, text], ((0, 1), (0, 0)))[rows]
+        if not np.allclose(components.project(encoded).numpy(), trained, atol=ROUNDING):
             raise PreconditionError(
                 f"release {release.release_id} was exported from other vectors than its model was trained on: train "
                 "and export again"

@@ -39,7 +39,8 @@ __all__ = ["NAMES", "expiries", "publish", "publish_release"]
 NAMES: Final = {USER: "user", ITEM: "item"}
 NEIGHBOUR: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR)
 SCHEMA: Final = "features"
-"""Name of the meta value that holds the hash of the one schema that the store's features are packed in."""
+"""Name of the meta value that holds the hash of the one schema that the store's features are packed in, and, once that
+changed, how often it did."""
 
 CHECKPOINT: Final = 20_000
 """Records between two notes of how far a publish is: at most so many are offered to the store again."""
@@ -131,12 +132,12 @@ def publish_release(
         raise PreconditionError(f"the dataset has another feature schema than {release.folder}: export a release of it")
     if not force and _is_published(release, store, index):
         return {}
-    _claim_features(store, schema, release.release_id, force)
+    claim = _claim_features(store, schema, force)
     users, items = (_Knowledge.load(release, kind) for kind in NAMES)
     # First, since an index that does not reach its recall ends the publish.
     _snapshots((users, items), index, indexing or IndexConfig(), clock(), force)
     loads = _loads(release, dataset, users, items, store, force)
-    of = {"release_id": release.release_id, "dataset": dataset_hash, "force": force}
+    of = {"release_id": release.release_id, "dataset": dataset_hash, "force": force, "claim": claim}
     checkpoint = _Checkpoint.read(store, publish_meta(release.release_id), of)
     shown = progress or Progress(disable=True)
     written = {load.name: _write(load, store, checkpoint, shown, every, max_rate) for load in loads}
@@ -294,21 +295,27 @@ def _is_published(release: Release, store: Store, index: Path) -> bool:
     )
 
 
-def _claim_features(store: Store, schema: str, release_id: str, force: bool) -> None:
+def _claim_features(store: Store, schema: str, force: bool) -> str:
     """Note whose schema the store's features are of; there is one features part, so others lose theirs.
 
-    What a killed publish of the release noted before the others came is not there any more.
+    Returns what was noted. It is another one after each change of schema: what a killed publish wrote before is gone,
+    even where a release of its own schema has claimed the features again.
     """
-    held = (store.read_meta(SCHEMA) or b"").decode()
-    if held and held != schema:
+    claim = (store.read_meta(SCHEMA) or b"").decode()
+    held, _, changes = claim.partition(" ")
+    if held == schema:
+        return claim
+    claim = schema
+    if held:
         if not force:
             raise PreconditionError(
                 f"the store holds features of schema {held}, this release needs {schema} and would break those "
                 "that serve from it: publish to another --store, or use --force once they are retired"
             )
         store.write_meta(schema_meta(held), None)
-        store.write_meta(publish_meta(release_id), None)
-    store.write_meta(SCHEMA, schema.encode())
+        claim = f"{schema} {int(changes or 0) + 1}"
+    store.write_meta(SCHEMA, claim.encode())
+    return claim
 
 
 def _user_features(release: Release, dataset: Dataset) -> Records:
@@ -373,7 +380,7 @@ class _Knowledge:
             yield EntityKey(self.kind, identity), record.SerializeToString(deterministic=True)
 
     def vectors(self, name: str, space: records_pb2.VectorSpace) -> Records:
-        """Vector parts, each true since the release was made and stale when the first text behind it is."""
+        """Vector parts, each true since the release was made and stale when `expiries` says so, if ever."""
         written_at_ms = self.release.manifest.created_at.ToMilliseconds()
         for identity, vector in zip(self.ids, self.array(name), strict=True):
             blobs = encode_vectors(
