@@ -31,7 +31,19 @@ from kar_offline.prompts import read_prompts, read_scenario, render_prompts
 from kar_offline.prompts.scenario import EntityKind
 from kar_sidecar.errors import InputError
 
-__all__ = ["Source", "generate", "provider_of"]
+__all__ = [
+    "BaseUrl",
+    "Concurrency",
+    "Gguf",
+    "Kind",
+    "ModelName",
+    "PackName",
+    "PerMillion",
+    "Source",
+    "TimeoutS",
+    "generate",
+    "provider_of",
+]
 
 WARNING: Final = (
     "SmolLM2 (135 million parameters) shows that the live path works. It HALLUCINATES: what it says about films and "
@@ -67,6 +79,21 @@ class Kind(StrEnum):
     USER = "user"
 
 
+PackName = Annotated[str, typer.Option(help="pack: name of a pack, or its folder.")]
+BaseUrl = Annotated[
+    str | None, typer.Option(envvar="KAR_LLM_BASE_URL", help="openai: address, such as http://127.0.0.1:8000/v1.")
+]
+ModelName = Annotated[
+    str | None, typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint.")
+]
+Gguf = Annotated[Path | None, typer.Option(help="local: a model file in GGUF format; default: SmolLM2.")]
+Concurrency = Annotated[int | None, typer.Option(min=1, help="Requests in flight at once.")]
+TimeoutS = Annotated[float, typer.Option(min=0.1, help="openai: seconds for one attempt.")]
+PerMillion = Annotated[
+    tuple[float, float] | None, typer.Option(help="openai: US dollars for a million tokens, read and written.")
+]
+
+
 def generate(
     llm: Annotated[
         Source,
@@ -82,14 +109,10 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the records; default: WORK/knowledge, or WORK/knowledge-LLM.")
     ] = None,
-    pack: Annotated[str, typer.Option(help="pack: name of a pack, or its folder.")] = "ml-100k",
-    base_url: Annotated[
-        str | None, typer.Option(envvar="KAR_LLM_BASE_URL", help="openai: address, such as http://127.0.0.1:8000/v1.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint.")
-    ] = None,
-    gguf: Annotated[Path | None, typer.Option(help="local: a model file in GGUF format; default: SmolLM2.")] = None,
+    pack: PackName = "ml-100k",
+    base_url: BaseUrl = None,
+    model: ModelName = None,
+    gguf: Gguf = None,
     batch: Annotated[
         bool, typer.Option("--batch", help="openai: send batch files (cheaper, slower) instead of single requests.")
     ] = False,
@@ -99,11 +122,9 @@ def generate(
             help='Request parameters as JSON; default: \'{"temperature": 0, "max_tokens": M}\', M the scenario\'s.'
         ),
     ] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight at once.")] = None,
-    timeout_s: Annotated[float, typer.Option(min=0.1, help="openai: seconds for one attempt.")] = 120.0,
-    price: Annotated[
-        tuple[float, float] | None, typer.Option(help="openai: US dollars for a million tokens, read and written.")
-    ] = None,
+    concurrency: Concurrency = None,
+    timeout_s: TimeoutS = 120.0,
+    price: PerMillion = None,
     retries: Annotated[
         int | None,
         typer.Option(min=0, help="Ask again so often where an answer fails a check; default: the scenario's."),

@@ -33,7 +33,7 @@ from kar_offline.generate.records import (
 )
 from kar_offline.generate.sharing import Shared, Sharing, share_calls
 from kar_offline.prompts import Prompt, read_prompts, read_scenario
-from kar_offline.prompts.scenario import EntityKind
+from kar_offline.prompts.scenario import EntityKind, Scenario
 from kar_offline.stage import StageResult, run_stage
 
 __all__ = ["cases_of", "estimate_run", "generate", "regenerate", "utc_now"]
@@ -69,14 +69,22 @@ def cases_of(
     scenario = read_scenario(work / "prompts")
     prompts = [prompt for prompt in read_prompts(work / "prompts") if kind in (None, prompt.entity)][:limit]
     shared = share_calls(work, prompts, sharing, on) if sharing else None
+    case_of = _judged(work, scenario, facts)
+    return [case_of(prompt) for prompt in ([*shared.own, *shared.clusters] if shared else prompts)], shared
+
+
+def _judged(work: Path, scenario: Scenario, facts: FactsTable | None) -> Callable[[Prompt], Case]:
+    """Makes the case of a prompt, with what is known of its entity and what its texts must keep to."""
     known = subjects(Dataset.load(work / "dataset"), scenario, facts)
     rules = {kind: Rules.of(scenario, kind) for kind in KINDS}
-    if shared is None:
-        return [Case(prompt, known[prompt.entity, prompt.id], rules[prompt.entity]) for prompt in prompts], None
-    cases = [Case(prompt, known[prompt.entity, prompt.id], rules[prompt.entity]) for prompt in shared.own]
-    # Nothing is known of a cluster that a text about it could contradict.
-    cases += [Case(prompt, Subject(prompt.entity, prompt.id), rules[prompt.entity]) for prompt in shared.clusters]
-    return cases, shared
+
+    def case_of(prompt: Prompt) -> Case:
+        # Nothing is known of a cluster that a text about it could contradict.
+        of_cluster = prompt.id.startswith(CLUSTER)
+        subject = Subject(prompt.entity, prompt.id) if of_cluster else known[prompt.entity, prompt.id]
+        return Case(prompt, subject, rules[prompt.entity])
+
+    return case_of
 
 
 def generate(
@@ -163,12 +171,7 @@ def generate(
     }
     result = run_stage("generate", out, build, inputs={"prompts": work / "prompts"}, params=params, version=3)
     result.report.update(
-        calls=tally.calls,
-        requests=tally.requests,
-        input_tokens=tally.input_tokens,
-        output_tokens=tally.output_tokens,
-        cost_usd=tally.cost_usd,
-        stopped=tally.stopped,
+        **_spent(tally),
         uncertain=uncertain,
     )
     return result
@@ -214,13 +217,12 @@ def regenerate(
     folder = work / "knowledge"
     prompts = {(prompt.entity, prompt.id): prompt for prompt in read_prompts(work / "prompts")}
     scenario = read_scenario(work / "prompts")
-    known = subjects(Dataset.load(work / "dataset"), scenario, facts)
-    rules = {kind: Rules.of(scenario, kind) for kind in KINDS}
+    case_of = _judged(work, scenario, facts)
     former = {(kind, record.id): record for kind in KINDS for record in read_knowledge(folder, kind)}
-    cases = [Case(prompts[key], known[key], rules[key[0]]) for key in chosen]
+    cases = [case_of(prompts[key]) for key in chosen]
     asked = set(chosen)
     standing = [
-        _standing(Case(prompts[key], known[key], rules[key[0]]), record)
+        _standing(case_of(prompts[key]), record)
         for key, record in former.items()
         if record.text and key in prompts and key not in asked
     ]
@@ -262,14 +264,21 @@ def regenerate(
         refused=len(refused),
         unanswered=len(cases) - len(made),
         gates=gate_counts(cases),
-        calls=tally.calls,
-        requests=tally.requests,
-        input_tokens=tally.input_tokens,
-        output_tokens=tally.output_tokens,
-        cost_usd=tally.cost_usd,
-        stopped=tally.stopped,
+        **_spent(tally),
     )
     return result
+
+
+def _spent(tally: Tally) -> dict[str, Any]:
+    """What a report tells of a run."""
+    return {
+        "calls": tally.calls,
+        "requests": tally.requests,
+        "input_tokens": tally.input_tokens,
+        "output_tokens": tally.output_tokens,
+        "cost_usd": tally.cost_usd,
+        "stopped": tally.stopped,
+    }
 
 
 def _standing(case: Case, record: records_pb2.KnowledgeRecord) -> Case:

@@ -20,7 +20,7 @@ from kar.records.v1 import records_pb2
 from kar_kernels import FrozenAdaptor, HybridExpertAdaptor, Tower
 from kar_offline.dataset.samples import Dataset
 from kar_offline.generate.records import read_clusters, read_knowledge
-from kar_offline.publish.release import NAMES, expiries
+from kar_offline.publish.release import NAMES, Released, expiries, vector_parts
 from kar_offline.train.arms import ARMS
 from kar_offline.train.given import TEXT as TEXT_SEGMENT
 from kar_offline.train.given import Components
@@ -32,7 +32,7 @@ from kar_sidecar.index.faiss import FaissIndex
 from kar_sidecar.index.snapshot import make_current, open_snapshot, read_current
 from kar_sidecar.release import Release
 from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, space_meta, vector_part
-from kar_sidecar.store.records import FULL, HEADER, NEVER, encode_vectors, in_batches, now_ms, read_header
+from kar_sidecar.store.records import HEADER, in_batches, now_ms, read_header
 
 __all__ = ["check_published", "publish_knowledge"]
 
@@ -45,7 +45,6 @@ READ_BATCH: Final = 1_000
 READ_TIMEOUT_S: Final = 5.0
 INDEX_OPTIONS: Final = ("kind", "storage", "lists", "links", "ef_construction")
 """What a snapshot's record says of how it was built."""
-NEIGHBOUR: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR)
 
 Blobs = Iterator[tuple[EntityKey, bytes]]
 
@@ -54,11 +53,18 @@ Blobs = Iterator[tuple[EntityKey, bytes]]
 class _Fresh:
     """Entities of one kind whose knowledge is not what a release holds; n of them."""
 
-    kind: int
+    released: Released
+    """What the release holds of the kind."""
     ids: list[str]
     encoded: NDArray[np.float32]  # [n, D]
-    levels: list[int]
-    expires_at_ms: list[int]
+    lent: set[str]
+    expires_at_ms: dict[str, int]
+    records: list[records_pb2.KnowledgeRecord]
+    """Those that are not the release's."""
+
+    @property
+    def kind(self) -> int:
+        return self.released.kind
 
 
 def publish_knowledge(
@@ -102,12 +108,12 @@ def publish_knowledge(
             if affinity and kind == ITEM:
                 vectors["affinity"] = (affinity.space, affinity.vectors(fresh.ids[some], fresh.encoded[some]))
             for part, (space, rows) in vectors.items():
-                written[part] += _write_changed(
-                    store, vector_part(space.space_id), _parts(fresh, some, rows, space, at_ms)
-                )
-        written["texts"] += store.write(TEXT, _texts(work, release, kind))
+                blobs = vector_parts(kind, fresh.ids[some], rows, fresh.lent, fresh.expires_at_ms, space, at_ms)
+                written[part] += _write_changed(store, vector_part(space.space_id), blobs)
+        texts = ((EntityKey(kind, one.id), one.SerializeToString(deterministic=True)) for one in fresh.records)
+        written["texts"] += store.write(TEXT, texts)
         if fresh.ids:
-            _index(work / "index" / release.release_id / NAMES[kind], release, fresh, at_ms)
+            _index(work / "index" / release.release_id / NAMES[kind], fresh, at_ms)
     return written
 
 
@@ -168,12 +174,9 @@ def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
     records = {record.id: record for record in read_knowledge(work / "knowledge", name)}
     clusters = {record.id: record for record in read_clusters(work / "knowledge", name)}
     ends = expiries(records, clusters)
-    former = {record.id: record for record in read_knowledge(release.folder / "knowledge", name)}
-    former_clusters = {record.id: record for record in read_clusters(release.folder / "knowledge", name)}
-    former_ends = expiries(former, former_clusters)
-    released = (release.folder / "vectors" / f"{name}_ids.txt").read_text().splitlines()
-    row_of = {id_: row for row, id_ in enumerate(released)}
-    vectors = np.load(release.folder / "vectors" / f"{name}_encoded.npy", mmap_mode="r")
+    released = Released.load(release, kind)
+    former, vectors = released.texts_by_id, released.array("encoded")
+    row_of = {id_: row for row, id_ in enumerate(released.ids)}
     rows = [
         row
         for row, (id_, digest) in enumerate(zip(ids, digests, strict=True))
@@ -181,13 +184,12 @@ def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
         and (
             id_ not in row_of
             or records.get(id_) != former.get(id_)
-            or ends.get(id_) != former_ends.get(id_)
+            or ends.get(id_) != released.expires_at_ms.get(id_)
             or not np.array_equal(encoded[row], vectors[row_of[id_]])
         )
     ]
-    levels = [NEIGHBOUR if ids[row] in lent else FULL for row in rows]
-    found = [ids[row] for row in rows]
-    return _Fresh(kind, found, np.asarray(encoded[rows]), levels, [ends.get(id_, NEVER) for id_ in found])
+    changed = [record for id_, record in records.items() if record != former.get(id_)]
+    return _Fresh(released, [ids[row] for row in rows], np.asarray(encoded[rows]), lent, ends, changed)
 
 
 def _adapted(adaptor: FrozenAdaptor, kind: int, encoded: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -250,43 +252,13 @@ class _Affinity:
         return vectors
 
 
-def _parts(
-    fresh: _Fresh, some: slice, vectors: NDArray[np.float32], space: records_pb2.VectorSpace, written_at_ms: int
-) -> Blobs:
-    columns = (fresh.ids[some], vectors, fresh.levels[some], fresh.expires_at_ms[some])
-    for id_, vector, level, expires_at_ms in zip(*columns, strict=True):
-        blobs = encode_vectors(
-            vector[None],
-            space.space_id,
-            dtype=space.dtype,
-            level=level,
-            written_at_ms=written_at_ms,
-            expires_at_ms=expires_at_ms,
-        )
-        yield EntityKey(fresh.kind, id_), blobs[0]
-
-
-def _texts(work: Path, release: Release, kind: int) -> Blobs:
-    """The records that are not the release's."""
-    former = {record.id: record for record in read_knowledge(release.folder / "knowledge", NAMES[kind])}
-    for record in read_knowledge(work / "knowledge", NAMES[kind]):
-        if record != former.get(record.id):
-            yield EntityKey(kind, record.id), record.SerializeToString(deterministic=True)
-
-
-def _index(root: Path, release: Release, fresh: _Fresh, at_ms: int) -> None:
+def _index(root: Path, fresh: _Fresh, at_ms: int) -> None:
     """Build the index anew with what is fresh, in the way it was built, and have readers use it from now on.
 
     A snapshot is named by its content: the same once more changes nothing.
     """
-    folder = release.folder / "vectors"
-    vectors = dict(
-        zip(
-            (folder / f"{NAMES[fresh.kind]}_ids.txt").read_text().splitlines(),
-            np.load(folder / f"{NAMES[fresh.kind]}_encoded.npy", mmap_mode="r"),
-            strict=True,
-        )
-    )
+    released = fresh.released
+    vectors = dict(zip(released.ids, released.array("encoded"), strict=True))
     vectors |= zip(fresh.ids, fresh.encoded, strict=True)
     current = read_current(root)
     config = IndexConfig()
@@ -296,7 +268,7 @@ def _index(root: Path, release: Release, fresh: _Fresh, at_ms: int) -> None:
         options = {name: held.record[name] for name in INDEX_OPTIONS if name in held.record}
         config = IndexConfig(**options, recall=held.record["recall"]["required"])
     index = FaissIndex.build(list(vectors), np.stack(list(vectors.values())), config)
-    snapshot_id = index.save(root, space_id=release.manifest.encoded_space.space_id)
+    snapshot_id = index.save(root, space_id=released.release.manifest.encoded_space.space_id)
     index.close()
     if current is None or current.snapshot_id != snapshot_id:
         make_current(root, snapshot_id, at_ms)

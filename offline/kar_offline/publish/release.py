@@ -7,7 +7,7 @@ too, `publish:<release id>`, so that running a killed publish again goes on from
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -34,7 +34,7 @@ from kar_sidecar.store.cluster import AerospikeSettings
 from kar_sidecar.store.open import open_store
 from kar_sidecar.store.records import FULL, NEVER, encode_vectors, now_ms
 
-__all__ = ["NAMES", "expiries", "publish", "publish_release"]
+__all__ = ["NAMES", "Released", "expiries", "publish", "publish_release", "vector_parts"]
 
 NAMES: Final = {USER: "user", ITEM: "item"}
 NEIGHBOUR: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR)
@@ -133,7 +133,7 @@ def publish_release(
     if not force and _is_published(release, store, index):
         return {}
     claim = _claim_features(store, schema, force)
-    users, items = (_Knowledge.load(release, kind) for kind in NAMES)
+    users, items = (Released.load(release, kind) for kind in NAMES)
     # First, since an index that does not reach its recall ends the publish.
     _snapshots((users, items), index, indexing or IndexConfig(), clock(), force)
     loads = _loads(release, dataset, users, items, store, force)
@@ -187,7 +187,7 @@ class _Checkpoint:
 
 
 def _loads(
-    release: Release, dataset: Dataset, users: "_Knowledge", items: "_Knowledge", store: Store, force: bool
+    release: Release, dataset: Dataset, users: "Released", items: "Released", store: Store, force: bool
 ) -> Iterator[_Load]:
     """All that a release has for a store, kind by kind."""
     manifest, sources = release.manifest, (users, items)
@@ -214,7 +214,7 @@ def _loads(
         )
 
 
-def _vectors(name: str, space: records_pb2.VectorSpace, of: Iterable["_Knowledge"]) -> Records:
+def _vectors(name: str, space: records_pb2.VectorSpace, of: Iterable["Released"]) -> Records:
     return chain.from_iterable(source.vectors(name, space) for source in of)
 
 
@@ -339,7 +339,7 @@ def _item_features(release: Release, dataset: Dataset) -> Records:
 
 
 @dataclass(frozen=True, slots=True)
-class _Knowledge:
+class Released:
     """What a release knows of one kind of entity."""
 
     release: Release
@@ -353,7 +353,8 @@ class _Knowledge:
     """When vectors are stale, of those that will be."""
 
     @staticmethod
-    def load(release: Release, kind: int) -> "_Knowledge":
+    def load(release: Release, kind: int) -> "Released":
+        """Read it; errors as of `read_knowledge`."""
         name = NAMES[kind]
         records = {record.id: record for record in read_knowledge(release.folder / "knowledge", name)}
         clusters = {record.id: record for record in read_clusters(release.folder / "knowledge", name)}
@@ -363,35 +364,50 @@ class _Knowledge:
         # Raw texts are the entities' own facts, which hold whatever becomes of the language model's.
         raw = any(ARMS[model.recipe].texts == "raw" for model in release.manifest.models if model.recipe)
         ends = {} if raw else expiries(records, clusters)
-        return _Knowledge(release, kind, records, ids, borrowers, ends)
+        return Released(release, kind, records, ids, borrowers, ends)
 
-    def with_affinity(self) -> "_Knowledge":
+    def with_affinity(self) -> "Released":
         """The items that have an affinity vector."""
         ids = (self.release.folder / "vectors" / "affinity_ids.txt").read_text().splitlines()
         return replace(self, ids=ids)
 
     def array(self, name: str) -> NDArray[np.float32]:
+        """The "adapted", "encoded" or "affinity" vectors [n, dim], mapped."""
         file = "affinity.npy" if name == "affinity" else f"{NAMES[self.kind]}_{name}.npy"
         path = self.release.folder / "vectors" / file
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def texts(self) -> Records:
+        """Text parts."""
         for identity, record in self.texts_by_id.items():
             yield EntityKey(self.kind, identity), record.SerializeToString(deterministic=True)
 
     def vectors(self, name: str, space: records_pb2.VectorSpace) -> Records:
         """Vector parts, each true since the release was made and stale when `expiries` says so, if ever."""
         written_at_ms = self.release.manifest.created_at.ToMilliseconds()
-        for identity, vector in zip(self.ids, self.array(name), strict=True):
-            blobs = encode_vectors(
-                vector[None],
-                space.space_id,
-                dtype=space.dtype,
-                level=NEIGHBOUR if identity in self.lent else FULL,
-                written_at_ms=written_at_ms,
-                expires_at_ms=self.expires_at_ms.get(identity, NEVER),
-            )
-            yield EntityKey(self.kind, identity), blobs[0]
+        return vector_parts(self.kind, self.ids, self.array(name), self.lent, self.expires_at_ms, space, written_at_ms)
+
+
+def vector_parts(
+    kind: int,
+    ids: Sequence[str],
+    vectors: NDArray[np.float32],
+    lent: Collection[str],
+    expires_at_ms: Mapping[str, int],
+    space: records_pb2.VectorSpace,
+    written_at_ms: int,
+) -> Records:
+    """Parts of vectors [n, dim] of n entities of one kind, each at its level and with its expiry, if it has one."""
+    for identity, vector in zip(ids, vectors, strict=True):
+        blobs = encode_vectors(
+            vector[None],
+            space.space_id,
+            dtype=space.dtype,
+            level=NEIGHBOUR if identity in lent else FULL,
+            written_at_ms=written_at_ms,
+            expires_at_ms=expires_at_ms.get(identity, NEVER),
+        )
+        yield EntityKey(kind, identity), blobs[0]
 
 
 def expiries(
@@ -411,7 +427,7 @@ def expiries(
     return found
 
 
-def _snapshots(sources: Sequence[_Knowledge], index: Path, config: IndexConfig, at_ms: int, force: bool) -> None:
+def _snapshots(sources: Sequence[Released], index: Path, config: IndexConfig, at_ms: int, force: bool) -> None:
     """Index the encoder's vectors, those that a caller can make of an unknown entity's text: of all kinds or none."""
     roots = {index / NAMES[source.kind]: source for source in sources}
     built = {

@@ -11,7 +11,18 @@ from rich.table import Table
 from kar_offline.check import facts_table
 from kar_offline.encode.command import ENDPOINT, endpoint_encoder, local_encoder
 from kar_offline.encode.encoder import TextEncoder
-from kar_offline.generate.command import Kind, Source, provider_of
+from kar_offline.generate.command import (
+    BaseUrl,
+    Concurrency,
+    Gguf,
+    Kind,
+    ModelName,
+    PackName,
+    PerMillion,
+    Source,
+    TimeoutS,
+    provider_of,
+)
 from kar_offline.options import JsonFile, once, write_json
 from kar_offline.refresh.policy import Policy, Reason
 from kar_offline.refresh.run import Budget, kinds_read
@@ -48,21 +59,15 @@ def refresh(
         float | None, typer.Option(min=0, help="Choose what this buys, and stop before it could be exceeded.")
     ] = None,
     llm: Annotated[Source, typer.Option(help="Who writes; as of `kar generate`.")] = Source.PACK,
-    pack: Annotated[str, typer.Option(help="pack: name of a pack, or its folder.")] = "ml-100k",
-    base_url: Annotated[
-        str | None, typer.Option(envvar="KAR_LLM_BASE_URL", help="openai: address, such as http://127.0.0.1:8000/v1.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint.")
-    ] = None,
-    gguf: Annotated[Path | None, typer.Option(help="local: a model file in GGUF format; default: SmolLM2.")] = None,
+    pack: PackName = "ml-100k",
+    base_url: BaseUrl = None,
+    model: ModelName = None,
+    gguf: Gguf = None,
     batch: Annotated[bool, typer.Option("--batch", help="openai: send batch files.")] = False,
     parameters: Annotated[str | None, typer.Option(help="Request parameters as JSON.")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight at once.")] = None,
-    timeout_s: Annotated[float, typer.Option(min=0.1, help="openai: seconds for one attempt.")] = 120.0,
-    price: Annotated[
-        tuple[float, float] | None, typer.Option(help="openai: US dollars for a million tokens, read and written.")
-    ] = None,
+    concurrency: Concurrency = None,
+    timeout_s: TimeoutS = 120.0,
+    price: PerMillion = None,
     retries: Annotated[
         int | None, typer.Option(min=0, help="Ask again so often where an answer fails a check.")
     ] = None,
