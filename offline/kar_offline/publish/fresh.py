@@ -17,13 +17,13 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from rich.progress import Progress
 
 from kar_offline.generate.records import ENTITY
+from kar_offline.lines import each_line
 from kar_sidecar.errors import InputError, PreconditionError
 from kar_sidecar.features import History
 from kar_sidecar.release import Release
@@ -71,19 +71,7 @@ def read_features(path: Path, release: Release) -> Iterator[tuple[EntityKey, byt
     Raises:
         InputError: a line that is wrong; the text has its number.
     """
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _record(FreshEntity.model_validate_json(line), release)
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                where = ".".join(map(str, first["loc"]))
-                complaint = f"{where}: {first['msg']}" if where else first["msg"]
-                raise InputError(f"{path} line {number}: {complaint}; nothing was written") from error
-            except (InputError, UnicodeEncodeError) as error:
-                raise InputError(f"{path} line {number}: {error}; nothing was written") from error
+    yield from each_line(path, FreshEntity, lambda line: _record(line, release), "nothing was written")
 
 
 def _record(fresh: FreshEntity, release: Release) -> tuple[EntityKey, bytes]:

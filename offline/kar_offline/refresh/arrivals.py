@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from kar_offline.dataset.samples import Dataset, Entity
 from kar_offline.dataset.table import HIGHEST_RATING, LATEST_S, TITLE, UNSTORABLE
 from kar_offline.generate.records import ENTITY
+from kar_offline.lines import each_line
 from kar_sidecar.errors import InputError
 from kar_sidecar.features import FeatureLayout
 from kar_sidecar.store import ITEM, USER, EntityKey
@@ -181,16 +182,5 @@ def _each(path: Path | None, line_type: type[L], take: Callable[[L], None]) -> N
         return
     if not path.is_file():
         raise InputError(f"{path} is not a file: name one with a JSON object a line")
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                take(line_type.model_validate_json(line))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                where = ".".join(map(str, first["loc"]))
-                complaint = f"{where}: {first['msg']}" if where else first["msg"]
-                raise InputError(f"{path} line {number}: {complaint}; nothing was changed") from error
-            except (InputError, UnicodeEncodeError) as error:
-                raise InputError(f"{path} line {number}: {error}; nothing was changed") from error
+    for _ in each_line(path, line_type, take, "nothing was changed"):
+        pass
