@@ -18,8 +18,8 @@ from pydantic_settings import (
 )
 
 from kar_sidecar.errors import InputError
-from kar_sidecar.experiments import ARMS, Experiment
-from kar_sidecar.served import Mode
+from kar_sidecar.experiments.assignment import ARMS, Experiment
+from kar_sidecar.releases.serving_view import Mode
 from kar_sidecar.store.cluster import PASSWORD, AerospikeSettings
 
 __all__ = ["ExperimentSettings", "Settings"]

@@ -6,14 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.service
 
-ROOT = Path(__file__).resolve().parents[2]
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 DOCKERFILES = {name: ROOT / service["build"]["dockerfile"] for name, service in SERVICES.items() if "build" in service}
 PINNED = re.compile(r"[\w./-]+:\d[\w.-]*\d[\w.-]*")

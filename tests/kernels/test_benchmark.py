@@ -5,10 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tests.support.paths import ROOT
 
 from kar_kernels.adaptor import TOWERS, HybridExpertAdaptor
 from kar_kernels.benchmark import gpu, processor
@@ -17,7 +17,7 @@ from kar_kernels.benchmark.report import default_shape, kernel_table, write_bloc
 from kar_kernels.benchmark.roofline import H100, forward_work
 from kar_kernels.reference import hybrid_expert_reference
 
-SCRIPT = Path(__file__).parents[2] / "kernels" / "benchmarks" / "run_on_gpu.sh"
+SCRIPT = ROOT / "kernels" / "benchmarks" / "run_on_gpu.sh"
 
 
 @pytest.mark.service

@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.service
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -64,7 +64,8 @@ class Refuse(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in {blocked!r}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
-import kar_sidecar.server, kar_sidecar.store.open, kar_sidecar.scoring.triton, kar_sidecar.client, kar_sidecar.supervise
+import kar_sidecar.server.process, kar_sidecar.store.open, kar_sidecar.scoring.triton
+import kar_sidecar.client, kar_sidecar.launcher.supervisor
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 

@@ -7,15 +7,15 @@ import venv
 from pathlib import Path
 
 import pytest
+from tests.support.paths import ROOT
 
 from kar_sidecar.client import KarClient
 from kar_sidecar.errors import UnavailableError
+from kar_sidecar.launcher.triton_process import Ports
 from kar_sidecar.store.open import open_store
-from kar_sidecar.triton_server import Ports
 
 pytestmark = pytest.mark.service
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "onnxruntime", "transformers", "scipy", "faiss", "kar_sidecar")
 
 

@@ -2,8 +2,8 @@
 
 from kar_offline.check.duplicates import near_duplicates
 from kar_offline.check.facts import FactsTable, facts_table
+from kar_offline.check.gate_context import Rules, Subject, subjects
 from kar_offline.check.gates import DUPLICATE_GATE, GATES, GATES_VERSION, judge
-from kar_offline.check.subjects import Rules, Subject, subjects
 
 __all__ = [
     "DUPLICATE_GATE",

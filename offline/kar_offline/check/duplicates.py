@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kar_offline.check.subjects import Subject
+from kar_offline.check.gate_context import Subject
 
 __all__ = ["DUPLICATE", "near_duplicates"]
 

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from kar_offline.check.names import title_forms, title_parts, whole_titles
-from kar_sidecar.archives import WheelArchive, download_wheel, fetch
+from kar_offline.check.name_matching import title_forms, title_parts, whole_titles
 from kar_sidecar.errors import InputError, NotFoundError
+from kar_sidecar.wheel_cache import WheelArchive, download_wheel, fetch
 
 __all__ = ["WHEEL", "WIKIDATA", "FactsTable", "Film", "facts_table"]
 

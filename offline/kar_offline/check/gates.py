@@ -3,9 +3,9 @@
 from typing import Final
 
 from kar.records.v1 import records_pb2
-from kar_offline.check import about, claims, form, personal
-from kar_offline.check.names import Words
-from kar_offline.check.subjects import Rules, Subject
+from kar_offline.check import fact_consistency, personal, relevance, text_quality
+from kar_offline.check.gate_context import Rules, Subject
+from kar_offline.check.name_matching import Words
 
 __all__ = ["DUPLICATE_GATE", "GATES", "GATES_VERSION", "judge"]
 
@@ -39,15 +39,15 @@ def judge(text: str, subject: Subject, rules: Rules, finish: str = "stop") -> tu
     words = Words.of(text)
     mentions = tuple(words.mentions(subject.names))
     findings = (
-        form.refusal(words),
-        form.language(words, rules),
-        form.length(words, rules),
-        form.complete(words, finish),
-        form.repetition(words),
-        form.shape(words, rules),
-        about.subject(words, subject, rules, mentions),
-        claims.facts(words, subject, rules, mentions),
-        about.leak(words, subject, rules, mentions),
+        text_quality.refusal(words),
+        text_quality.language(words, rules),
+        text_quality.length(words, rules),
+        text_quality.complete(words, finish),
+        text_quality.repetition(words),
+        text_quality.shape(words, rules),
+        relevance.subject(words, subject, rules, mentions),
+        fact_consistency.facts(words, subject, rules, mentions),
+        relevance.leak(words, subject, rules, mentions),
         personal.personal(words, subject, rules),
     )
     return tuple(

@@ -3,9 +3,9 @@
 import re
 from typing import Final
 
-from kar_offline.check.finding import PASSED, Finding, failed
-from kar_offline.check.names import Words, fold
-from kar_offline.check.subjects import Rules, Subject
+from kar_offline.check.gate_context import Rules, Subject
+from kar_offline.check.gate_result import PASSED, Finding, failed
+from kar_offline.check.name_matching import Words, fold
 
 __all__ = ["personal"]
 

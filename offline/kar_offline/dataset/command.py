@@ -8,11 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.dataset.dataset import FOLDS, SEED
 from kar_offline.dataset.movielens import build_dataset
-from kar_offline.dataset.samples import FOLDS, SEED
 from kar_offline.dataset.stage import Split
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
-from kar_offline.stage import StageResult
+from kar_offline.stage_runner import StageResult
 from kar_sidecar.errors import InputError
 
 __all__ = ["dataset"]
@@ -88,7 +88,7 @@ def _build(
     if any(own) and (limit is not None or folder is not None):
         raise InputError("--limit and --from are for MovieLens: leave them out with --events")
     if events and mapping:
-        from kar_offline.dataset.table import build_tables  # pyarrow takes its time
+        from kar_offline.dataset.tabular_source import build_tables  # pyarrow takes its time
 
         return build_tables(work, mapping, events, users, items, history_length, split=split)
     if any(own):

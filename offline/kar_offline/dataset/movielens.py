@@ -19,11 +19,11 @@ import httpx
 import numpy as np
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.samples import SEED, SPLITS, Dataset, Entity, hash_fraction, split_of
+from kar_offline.dataset.dataset import SEED, SPLITS, Dataset, Entity, hash_fraction, split_of
 from kar_offline.dataset.stage import Split, write_dataset
-from kar_offline.stage import StageResult
-from kar_sidecar.archives import WheelArchive, fetch
+from kar_offline.stage_runner import StageResult
 from kar_sidecar.errors import InputError, IntegrityError, KarError, UnavailableError
+from kar_sidecar.wheel_cache import WheelArchive, fetch
 
 __all__ = [
     "SOURCES",

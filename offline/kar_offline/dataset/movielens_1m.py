@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from kar_offline.dataset.dataset import SEED, Dataset
 from kar_offline.dataset.movielens import Movie, MovieLens, Person, Rating, to_dataset
-from kar_offline.dataset.samples import SEED, Dataset
 from kar_offline.dataset.stage import Split, write_dataset
-from kar_offline.stage import StageResult
+from kar_offline.stage_runner import StageResult
+from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.errors import IntegrityError, NotFoundError
-from kar_sidecar.hashing import file_sha256
 
 __all__ = ["build_movielens_1m", "read_folder"]
 

@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from kar_offline.dataset.samples import FOLDS, SEED, SPLITS, Dataset
-from kar_offline.stage import RECORD, StageResult, run_stage
+from kar_offline.dataset.dataset import FOLDS, SEED, SPLITS, Dataset
+from kar_offline.stage_runner import RECORD, StageResult, run_stage
 from kar_sidecar.errors import InputError
 
 __all__ = ["Split", "extend_dataset", "write_dataset"]

@@ -5,7 +5,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -13,53 +12,28 @@ from typing import Any, Final
 from rich.console import Console
 
 from kar_offline.dataset.movielens import build_dataset
-from kar_offline.dataset.samples import Dataset
-from kar_offline.demo.offline_scores import OfflineScorer
-from kar_offline.demo.replay import ServingAddresses, replay, replay_table
 from kar_offline.demo.report import write_report
-from kar_offline.demo.serving import serving
 from kar_offline.encode import encode
-from kar_offline.encode.huggingface import mini_lm
+from kar_offline.encoders.huggingface import mini_lm
 from kar_offline.evaluate import evaluate, evaluation_table
 from kar_offline.export import export
 from kar_offline.generate import Pack, generate
 from kar_offline.prompts import render_prompts
 from kar_offline.publish import publish
-from kar_offline.stage import StageResult
+from kar_offline.replay.online import SEED, replay_release, replay_table
+from kar_offline.stage_runner import StageResult
 from kar_offline.train import DEFAULT_ARMS, DEFAULT_BACKBONES
 from kar_offline.train.command import train_with_progress
 from kar_offline.train.fit import TrainSettings
-from kar_sidecar.release import Release, read_active
+from kar_sidecar.releases.manifest import read_active
 
-__all__ = ["REPORT", "SEED", "SUMMARY", "rank", "run_demo"]
+__all__ = ["REPORT", "SUMMARY", "run_demo"]
 
 PACK: Final = "ml-100k"
-SEED: Final = 7
-"""Of the sampled candidates and of the bootstrap online."""
 SUMMARY: Final = "summary.json"
 REPORT: Final = "report.html"
 SERVED: Final = "dcnv2"
 """The backbone whose release the demo serves; the other one's lies beside it."""
-
-
-def rank(
-    work: Path, address: ServingAddresses | None, *, requests: int, candidates: int, seed: int, console: Console
-) -> dict[str, Any]:
-    """Measure the active release online (`replay`); without `address`, on a `kar serve` of its own.
-
-    Raises:
-        PreconditionError: an earlier stage is missing.
-        UnavailableError: serving does not answer.
-    """
-    release = Release.load(work / "releases", read_active(work / "releases"), verify=False)
-    dataset = Dataset.load(work / "dataset")
-    served = release.model("knowledge")
-    offline = OfflineScorer(dataset, served.backbone, work, served.recipe)
-    with ExitStack() as stack:
-        if address is None:
-            with console.status("starting Triton and the sidecar"):
-                address = stack.enter_context(serving(work))
-        return replay(dataset, offline, address, requests=requests, candidates=candidates, seed=seed, console=console)
 
 
 class _Walk:
@@ -143,7 +117,7 @@ def run_demo(work: Path, *, users: int | None, requests: int, candidates: int, c
         )
     with console.status("serve and rank ..."):
         ranked_at = time.perf_counter()
-        online = rank(work, None, requests=requests, candidates=candidates, seed=SEED, console=console)
+        online = replay_release(work, None, requests=requests, candidates=candidates, seed=SEED, console=console)
     walk.tell("serve, rank", True, time.perf_counter() - ranked_at, "through Triton and the gRPC sidecar")
     console.print(replay_table(online))
     summary = {

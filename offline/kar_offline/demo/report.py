@@ -11,7 +11,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from kar_offline.demo.replay import STAGES
+from kar_offline.replay.online import STAGES
 
 __all__ = ["plot_auc", "plot_latency", "write_report"]
 

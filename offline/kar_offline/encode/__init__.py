@@ -1,10 +1,9 @@
 """Owns how texts become vectors: encoders behind one Protocol, and the stage that encodes each text once.
 
-`kar_offline.encode.huggingface` and `kar_offline.encode.endpoint` hold the real encoders; they are imported where they
-are used, since they are slow to load.
+The encoders are in `kar_offline.encoders`; the slow ones are imported where they are used.
 """
 
-from kar_offline.encode.encoder import HashingEncoder, TextEncoder
 from kar_offline.encode.stage import SOURCES, encode
+from kar_offline.encoders.text_encoder import HashingEncoder, TextEncoder
 
 __all__ = ["SOURCES", "HashingEncoder", "TextEncoder", "encode"]

@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kar_offline.encode.encoder import TextEncoder
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
 from kar_offline.encode.stage import encode as run
-from kar_offline.generate.records import KINDS
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.encoders.text_encoder import TextEncoder
+from kar_offline.knowledge.records import KINDS
 from kar_sidecar.errors import InputError
 
 __all__ = ["ENDPOINT", "encode", "endpoint_encoder", "local_encoder"]
@@ -99,7 +99,7 @@ def encode(
                 threads = threads or 1
             chosen = local_encoder(encoder, runtime=runtime, pooling=pooling, threads=threads)
     if runner is Runner.RAY:
-        from kar_offline.encode.ray import OnRay  # an extra of its own
+        from kar_offline.encoders.ray import OnRay  # an extra of its own
 
         chosen = OnRay(chosen, workers, ray_address)
     folder = folder or ("encoding_mpnet" if encoder == "mpnet" else "encoding")
@@ -121,7 +121,7 @@ def encode(
 
 def local_encoder(encoder: str, **options: Any) -> TextEncoder:
     """The encoder of a name, a folder or a hub name; options that are None are left to it."""
-    from kar_offline.encode.huggingface import ENCODERS, HuggingFace
+    from kar_offline.encoders.huggingface import ENCODERS, HuggingFace
 
     return ENCODERS[encoder](**_given(options)) if encoder in ENCODERS else HuggingFace(encoder, **_given(options))
 
@@ -132,7 +132,7 @@ def endpoint_encoder(base_url: str | None, model: str | None, **options: Any) ->
     Raises:
         InputError: no address or no model is given.
     """
-    from kar_offline.encode.endpoint import EndpointEncoder
+    from kar_offline.encoders.openai_embeddings import EndpointEncoder
 
     if not base_url or not model:
         raise InputError(f"--encoder {ENDPOINT} needs an endpoint: give --base-url and --model")

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from kar_offline.dataset.samples import Dataset
-from kar_offline.encode.encoder import TextEncoder
-from kar_offline.encode.neighbours import borrow, lend
-from kar_offline.generate.records import KINDS, read_clusters, read_knowledge
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.encoders.text_encoder import TextEncoder
+from kar_offline.knowledge.imputation import borrow, lend
+from kar_offline.knowledge.records import KINDS, read_clusters, read_knowledge
 from kar_offline.prompts import read_prompts
-from kar_offline.stage import StageResult, run_stage
+from kar_offline.stage_runner import StageResult, run_stage
 from kar_sidecar.errors import InputError, PreconditionError
 
 __all__ = ["SOURCES", "encode", "encode_texts", "lent_ids"]

@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from kar_offline.dataset.samples import TEST, TRAIN, Dataset
+from kar_offline.dataset.dataset import TEST, TRAIN, Dataset
 
 __all__ = ["caveats_of"]
 

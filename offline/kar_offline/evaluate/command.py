@@ -5,11 +5,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
 from kar_offline.evaluate.stage import evaluate as evaluate_models
 from kar_offline.evaluate.table import evaluation_table
 from kar_offline.models import BACKBONES
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
-from kar_offline.train.runs import DEFAULT_BACKBONES
+from kar_offline.train.stage import DEFAULT_BACKBONES
 
 __all__ = ["evaluate"]
 

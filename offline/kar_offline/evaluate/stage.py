@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kar_offline.dataset.samples import TEST, Dataset
+from kar_offline.dataset.dataset import TEST, Dataset
 from kar_offline.evaluate.caveats import caveats_of
 from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
-from kar_offline.stage import StageResult, run_stage
+from kar_offline.stage_runner import StageResult, run_stage
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
+from kar_offline.train.batches import BatchFeed
 from kar_offline.train.checkpoint import load_trained, run_folder
 from kar_offline.train.features import FeatureEncodings, encode_dataset
-from kar_offline.train.feed import Feed
 from kar_offline.train.fit import predict_logits
-from kar_offline.train.given import Given
-from kar_offline.train.runs import DEFAULT_BACKBONES
+from kar_offline.train.knowledge_inputs import KnowledgeInputs
+from kar_offline.train.stage import DEFAULT_BACKBONES
 from kar_sidecar.errors import PreconditionError
 
 __all__ = ["EVALUATION", "NEUTRAL", "evaluate"]
@@ -39,10 +39,12 @@ def _scores(work: Path, dataset: Dataset, backbone: str, arm: str) -> dict[str, 
     trained = load_trained(work, backbone, arm)
     data = encode_dataset(dataset, FeatureEncodings(trained.encodings, trained.item_ids))
     samples, model = data.samples(TEST), trained.model
-    given = {arm: Given.served(ARMS[arm], dataset, trained.affinity, work / "encoding", seed=trained.seed)}
+    given = {arm: KnowledgeInputs.served(ARMS[arm], dataset, trained.affinity, work / "encoding", seed=trained.seed)}
     if arm == "knowledge":
         given[NEUTRAL] = given[arm].without(("user", "item"))
-    return {row: torch.sigmoid(predict_logits(model, Feed.of(data, samples, g))).numpy() for row, g in given.items()}
+    return {
+        row: torch.sigmoid(predict_logits(model, BatchFeed.of(data, samples, g))).numpy() for row, g in given.items()
+    }
 
 
 def _evaluate(work: Path, backbones: Sequence[str], *, seed: int, resamples: int) -> dict[str, Any]:

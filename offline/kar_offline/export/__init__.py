@@ -1,5 +1,5 @@
 """Owns the export: a trained pair of models becomes a release that servers can verify and load."""
 
-from kar_offline.export.build import export
+from kar_offline.export.stage import export
 
 __all__ = ["export"]

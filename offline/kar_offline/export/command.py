@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kar_kernels import Precision
-from kar_offline.export.build import export as export_release
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.export.stage import export as export_release
 
 __all__ = ["export"]
 

@@ -1,11 +1,11 @@
 """Owns where knowledge texts come from: providers behind one Protocol, the ledger, the records and the stage around."""
 
 from kar_offline.generate.ledger import Ledger
-from kar_offline.generate.model import Provider, Question, Reply, ScriptedModel
-from kar_offline.generate.openai import OpenAIChat, Price, Retry
+from kar_offline.generate.openai_chat import OpenAIChat, Price, Retry
 from kar_offline.generate.pack import Pack
-from kar_offline.generate.records import read_knowledge, write_knowledge
+from kar_offline.generate.provider import Provider, Question, Reply, ScriptedModel
 from kar_offline.generate.stage import generate
+from kar_offline.knowledge.records import read_knowledge, write_knowledge
 
 __all__ = [
     "Ledger",

@@ -22,9 +22,9 @@ from kar_offline.generate.batch_file import (
     reader,
     result_of,
 )
-from kar_offline.generate.endpoint import RefusedError
-from kar_offline.generate.model import Answer, Failure, Log, Question, Reply
-from kar_offline.generate.openai import CHARS_PER_TOKEN, FIRST, ChatModel
+from kar_offline.generate.openai_chat import CHARS_PER_TOKEN, FIRST, ChatModel
+from kar_offline.generate.provider import Answer, Failure, Log, Question, Reply
+from kar_offline.openai_http.endpoint import RefusedError
 from kar_sidecar.errors import BudgetError, InputError, KarError, UnavailableError
 
 __all__ = ["OpenAIBatch"]

@@ -7,9 +7,9 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from kar_offline.generate.endpoint import Verdict, parse_json, said, verdict_of
-from kar_offline.generate.model import Failure, Reply
-from kar_offline.generate.openai import read_completion
+from kar_offline.generate.openai_chat import read_completion
+from kar_offline.generate.provider import Failure, Reply
+from kar_offline.openai_http.endpoint import Verdict, parse_json, said, verdict_of
 
 __all__ = ["LABEL", "PATH", "Batch", "File", "Limits", "Page", "Result", "question_line", "reader", "result_of"]
 

@@ -25,15 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.samples import Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.knowledge.imputation import LENDERS, nearest_by_cosine, nearest_lenders, normalised
 from kar_sidecar.errors import InputError
+from kar_sidecar.index import unit_rows
 from kar_sidecar.index.faiss import faiss_threads
 
-__all__ = ["HEAD", "LENDERS", "PREFIX", "Clusters", "Plan", "borrow", "cluster", "duplicates", "event_counts", "plan"]
+__all__ = ["HEAD", "PREFIX", "Clusters", "Plan", "cluster", "duplicates", "event_counts", "plan"]
 
 HEAD: Final = 0.8
-LENDERS: Final = 8
-TEMPERATURE: Final = 0.1
 PREFIX: Final = "cluster/"
 """What ids of records about clusters begin with."""
 SAME_COSINE: Final = 0.98
@@ -44,11 +44,6 @@ CANDIDATES: Final = 8
 ITERATIONS: Final = 20
 DIRECT: Final = 1024
 """More clusters than these are found in two steps: clusters, then clusters within each."""
-EXACT: Final = 1 << 14
-"""Among more vectors than these, neighbours are searched in the nearest `PROBES` of 4 x sqrt(vectors) lists."""
-PROBES: Final = 8
-LIST_POINTS: Final = 64
-"""Vectors a list that the lists are learned from."""
 WORD: Final = re.compile(r"\w+")
 
 
@@ -161,9 +156,11 @@ def plan(
             lender_ids.append(f"{PREFIX}{number}")
     itself = itself[first]
 
-    nearest, weights = borrow(vectors[first], np.concatenate([_unit(vectors[often]), found.centres]), lenders, threads)
+    nearest, weights = nearest_lenders(
+        vectors[first], np.concatenate([unit_rows(vectors[often]), found.centres]), lenders, threads
+    )
     own = np.flatnonzero((itself >= 0) & (first == np.arange(count)))
-    weights[own] = _scaled(np.where(nearest[own] == itself[own, None], 0, weights[own]))
+    weights[own] = normalised(np.where(nearest[own] == itself[own, None], 0, weights[own]))
     copies = np.flatnonzero((itself >= 0) & (first != np.arange(count)))
     nearest[copies, 0] = itself[copies]
     weights[copies] = np.eye(1, weights.shape[1])
@@ -180,9 +177,9 @@ def duplicates(vectors: NDArray[np.float32], texts: Sequence[str], *, threads: i
     first = np.arange(len(texts))
     if len(texts) < 2:
         return first
-    rows = _unit(vectors)
+    rows = unit_rows(vectors)
     with faiss_threads(threads) as faiss:
-        cosine, found = _search(faiss, rows, rows, CANDIDATES + 1)
+        cosine, found = nearest_by_cosine(faiss, rows, rows, CANDIDATES + 1)
     near, column = np.nonzero((cosine >= SAME_COSINE) & (found >= 0))
     pairs = np.sort(np.stack([near, found[near, column]], 1), 1)
     for one, other in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist():
@@ -219,66 +216,15 @@ def cluster(vectors: NDArray[np.float32], calls: int, *, seed: int = 0, threads:
         seed: Of the first centres.
         threads: Cores to use.
     """
-    rows = _unit(vectors)
+    rows = unit_rows(vectors)
     if calls >= len(rows):
         return Clusters(rows, list(np.arange(len(rows))[:, None]))
     with faiss_threads(threads) as faiss:
         centres = _centres(faiss, rows, calls, seed)
-        cosine, nearest = (found[:, 0] for found in _search(faiss, centres, rows, 1))
+        cosine, nearest = (found[:, 0] for found in nearest_by_cosine(faiss, centres, rows, 1))
     order = np.lexsort((-cosine, nearest))
     members = np.split(order, np.flatnonzero(np.diff(nearest[order])) + 1)
     return Clusters(centres[[nearest[rows_of[0]] for rows_of in members]], members)
-
-
-def borrow(
-    vectors: NDArray[np.float32],
-    at: NDArray[np.float32],
-    lenders: int,
-    threads: int = 1,
-    temperature: float = TEMPERATURE,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """From whom n entities [n, D] borrow, and how much.
-
-    Args:
-        vectors: The entities' content vectors, of any length.
-        at: Where those stand that lend, [l, D] of unit length.
-        lenders: From how many an entity borrows, at most.
-        threads: Cores to use.
-        temperature: Of the softmax over cosines.
-
-    Returns:
-        Rows of `at` [n, m], the nearest first, and their weights [n, m], which sum to 1.
-    """
-    with faiss_threads(threads) as faiss:
-        cosine, nearest = _search(faiss, at, _unit(vectors), lenders)
-    # An approximate search may find too few: -1, which weighs nothing.
-    return nearest, _scaled(np.where(nearest >= 0, np.exp((cosine - cosine[:, :1]) / temperature), 0))
-
-
-def _scaled(weights: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Weights [n, m] that sum to 1, or are all 0."""
-    total = weights.sum(1, keepdims=True)
-    return (weights / np.where(total > 0, total, 1)).astype(np.float32)
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.ascontiguousarray(vectors / np.maximum(length, 1e-12), dtype=np.float32)
-
-
-def _search(
-    faiss: Any, base: NDArray[np.float32], queries: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Cosines and rows [n, k] of the nearest of `base` [b, D] to unit vectors [n, D], best first; -1 where none."""
-    dim = base.shape[1]
-    index = faiss.IndexFlatIP(dim)
-    if len(base) > EXACT:
-        index = faiss.IndexIVFFlat(index, dim, 4 * isqrt(len(base)), faiss.METRIC_INNER_PRODUCT)
-        index.nprobe, index.cp.max_points_per_centroid = PROBES, LIST_POINTS
-        index.train(base)
-    index.add(base)
-    cosine, found = index.search(queries, min(k, len(base)))
-    return cosine, found
 
 
 def _centres(faiss: Any, rows: NDArray[np.float32], k: int, seed: int) -> NDArray[np.float32]:
@@ -287,7 +233,7 @@ def _centres(faiss: Any, rows: NDArray[np.float32], k: int, seed: int) -> NDArra
         return _k_means(faiss, rows, k, seed)
     # One step takes n x k products, two take n x 2 x sqrt(k): a million vectors would need hours instead of minutes.
     coarse = _k_means(faiss, rows, isqrt(k), seed)
-    part = _search(faiss, coarse, rows, 1)[1][:, 0]
+    part = nearest_by_cosine(faiss, coarse, rows, 1)[1][:, 0]
     sizes = np.bincount(part, minlength=len(coarse))
     quotas = np.diff(np.cumsum(sizes) * k // len(rows), prepend=0)
     order = np.argsort(part, kind="stable")

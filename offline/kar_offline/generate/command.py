@@ -14,19 +14,19 @@ from rich.table import Table
 from rich.text import Text
 
 from kar_offline.check import facts_table
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import build_dataset
-from kar_offline.dataset.samples import Dataset
 from kar_offline.generate.batch import OpenAIBatch
 from kar_offline.generate.estimate import Estimate
-from kar_offline.generate.local import PARAMETERS, LocalChat
-from kar_offline.generate.model import Provider
-from kar_offline.generate.openai import DEFAULT_PARAMETERS, OpenAIChat, Price
+from kar_offline.generate.llama_cpp import PARAMETERS, LocalChat
+from kar_offline.generate.openai_chat import DEFAULT_PARAMETERS, OpenAIChat, Price
 from kar_offline.generate.pack import Pack
-from kar_offline.generate.records import KINDS, read_knowledge
+from kar_offline.generate.provider import Provider
 from kar_offline.generate.sharing import Sharing
 from kar_offline.generate.stage import estimate_run
 from kar_offline.generate.stage import generate as run
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.knowledge.records import KINDS, read_knowledge
 from kar_offline.prompts import read_prompts, read_scenario, render_prompts
 from kar_offline.prompts.scenario import EntityKind
 from kar_sidecar.errors import InputError
@@ -255,7 +255,7 @@ def _on_ray(provider: Provider, workers: int, address: str | None) -> Provider:
 def _sharing(share: float, provider: Provider) -> Sharing:
     if isinstance(provider, Pack):
         raise InputError("--share is for language models: a pack has a text for each entity that it knows")
-    from kar_offline.encode.huggingface import mini_lm  # torch takes its time
+    from kar_offline.encoders.huggingface import mini_lm  # torch takes its time
 
     return Sharing(share, mini_lm())
 

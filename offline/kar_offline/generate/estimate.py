@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from kar_offline.generate.driver import Case
 from kar_offline.generate.ledger import Usage
-from kar_offline.generate.model import Provider, Question
+from kar_offline.generate.provider import Provider, Question
+from kar_offline.generate.runner import GenerationTask
 
 __all__ = ["Estimate", "estimate"]
 
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    questions: Sequence[Question], cases: Sequence[Case], provider: Provider, usage: Mapping[str, Usage]
+    questions: Sequence[Question], cases: Sequence[GenerationTask], provider: Provider, usage: Mapping[str, Usage]
 ) -> Estimate:
     """What `questions` will take.
 

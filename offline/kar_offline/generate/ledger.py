@@ -14,11 +14,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from kar_offline.generate.model import Answer, Failure, Open, Provider, Question, Reply
+from kar_offline.generate.provider import Answer, Failure, PendingBatch, Provider, Question, Reply
 from kar_sidecar.errors import BudgetError, IntegrityError, PreconditionError
 from kar_sidecar.lock import held
 
-__all__ = ["COLUMNS", "LEDGER", "Column", "Kept", "Ledger", "Run", "Spending", "Usage"]
+__all__ = ["COLUMNS", "LEDGER", "CachedAnswer", "Column", "Ledger", "Run", "Spending", "Usage"]
 
 LEDGER: Final = "ledger.sqlite"
 VERSION: Final = 1
@@ -65,7 +65,7 @@ CREATE INDEX requests_by_run ON requests (run);
 """
 
 
-class Kept(NamedTuple):
+class CachedAnswer(NamedTuple):
     """What became of a question."""
 
     outcome: Reply | Failure
@@ -116,7 +116,7 @@ COLUMNS: Final[Mapping[Column, str]] = {
 
 
 class Run:
-    """What one run tells the ledger: a `kar_offline.generate.model.Log`. Made by `Ledger.run`.
+    """What one run tells the ledger: a `kar_offline.generate.provider.Log`. Made by `Ledger.run`.
 
     A run lasts from its first start to its end, however often it is killed on the way; a budget holds for a run.
     """
@@ -185,10 +185,10 @@ class Run:
                 ],
             )
 
-    def answered(self, answer: Answer) -> Kept:
+    def answered(self, answer: Answer) -> CachedAnswer:
         """Keep what became of a question that was sent."""
         question, outcome = answer
-        kept = Kept(outcome, self._ledger.now())
+        kept = CachedAnswer(outcome, self._ledger.now())
         risk = self._provider.worst_usd(question)
         values: dict[str, Any] = {
             "ended_at": kept.at.isoformat(),
@@ -216,7 +216,7 @@ class Run:
             )
         return kept
 
-    def opened(self) -> Sequence[Open]:
+    def opened(self) -> Sequence[PendingBatch]:
         """See `Log`."""
         found: dict[str, list[Question]] = {}
         for handle, *about in self._database.execute(
@@ -226,7 +226,7 @@ class Run:
         ):
             entity, entity_id, prompt_sha256 = about
             found.setdefault(handle, []).append(Question(entity, entity_id, "", prompt_sha256))
-        return [Open(handle, questions) for handle, questions in found.items()]
+        return [PendingBatch(handle, questions) for handle, questions in found.items()]
 
 
 class Ledger:
@@ -285,7 +285,7 @@ class Ledger:
         """Begin a run, or go on with the one that was killed; `templates` are by prompt hash."""
         return Run(self, provider, templates, budget_usd)
 
-    def kept(self, provenance: str) -> dict[str, Kept]:
+    def kept(self, provenance: str) -> dict[str, CachedAnswer]:
         """What became of each prompt that a model answered or could not answer, by prompt hash."""
         rows = self.database.execute(
             "SELECT prompt_sha256, state, text, input_tokens, output_tokens, finish, latency_ms, requests, ended_at"
@@ -297,7 +297,7 @@ class Ledger:
         for prompt_sha256, state, text, read, written, finish, latency_ms, requests, at in rows:
             answered = state == "answered"
             outcome = Reply(text, read, written, finish, latency_ms, requests) if answered else Failure(text, requests)
-            found[prompt_sha256] = Kept(outcome, datetime.fromisoformat(at))
+            found[prompt_sha256] = CachedAnswer(outcome, datetime.fromisoformat(at))
         return found
 
     def uncertain(self) -> int:

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kar_offline.generate.model import Answer, Failure, Log, Origin, Question, Reply
-from kar_offline.generate.records import KINDS
+from kar_offline.generate.provider import Answer, Failure, Log, Origin, Question, Reply
+from kar_offline.knowledge.records import KINDS
 from kar_sidecar.errors import IntegrityError, NotFoundError
 
 __all__ = ["Pack"]

@@ -11,7 +11,7 @@ from itertools import cycle
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
-from kar_offline.generate.model import Answer, Failure, Log, Open, Provider, Question, Reply, each
+from kar_offline.generate.provider import Answer, Failure, Log, PendingBatch, Provider, Question, Reply, each
 from kar_sidecar.errors import KarError, UnavailableError
 
 __all__ = ["OnRay"]
@@ -27,7 +27,7 @@ class _Untold:
     def sending(self, questions: Sequence[Question], handle: str = "") -> None:
         pass
 
-    def opened(self) -> Sequence[Open]:
+    def opened(self) -> Sequence[PendingBatch]:
         return ()
 
 

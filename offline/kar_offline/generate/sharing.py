@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.samples import Dataset
-from kar_offline.encode.encoder import TextEncoder
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.generate.collective import event_counts, plan
-from kar_offline.generate.records import KINDS
+from kar_offline.knowledge.records import KINDS
 from kar_offline.prompts import Prompt, Renderer, read_renderer
-from kar_offline.stage import run_stage
+from kar_offline.stage_runner import run_stage
 
 __all__ = ["Shared", "Sharing", "share_calls"]
 

@@ -13,15 +13,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kar.records.v1 import records_pb2
 from kar_offline.check import GATES_VERSION, FactsTable, Rules, Subject, subjects
-from kar_offline.dataset.samples import Dataset
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.generate.batch import OpenAIBatch
 from kar_offline.generate.collective import PREFIX as CLUSTER
-from kar_offline.generate.driver import Case, Tally, first_questions, gate_counts, take_from_pack, work_through
 from kar_offline.generate.estimate import Estimate, estimate
-from kar_offline.generate.ledger import LEDGER, Kept, Ledger
-from kar_offline.generate.model import Provider, Reply
+from kar_offline.generate.ledger import LEDGER, CachedAnswer, Ledger
 from kar_offline.generate.pack import Pack
-from kar_offline.generate.records import (
+from kar_offline.generate.provider import Provider, Reply
+from kar_offline.generate.runner import (
+    GenerationTask,
+    Tally,
+    first_questions,
+    gate_counts,
+    take_from_pack,
+    work_through,
+)
+from kar_offline.generate.sharing import Shared, Sharing, share_calls
+from kar_offline.knowledge.records import (
     ENTITY,
     KINDS,
     read_clusters,
@@ -31,10 +39,9 @@ from kar_offline.generate.records import (
     write_knowledge,
     write_quarantine,
 )
-from kar_offline.generate.sharing import Shared, Sharing, share_calls
 from kar_offline.prompts import Prompt, read_prompts, read_scenario
 from kar_offline.prompts.scenario import EntityKind, Scenario
-from kar_offline.stage import StageResult, run_stage
+from kar_offline.stage_runner import StageResult, run_stage
 
 __all__ = ["cases_of", "estimate_run", "generate", "regenerate", "utc_now"]
 
@@ -60,7 +67,7 @@ def cases_of(
     facts: FactsTable | None,
     sharing: Sharing | None,
     on: date,
-) -> tuple[list[Case], Shared | None]:
+) -> tuple[list[GenerationTask], Shared | None]:
     """What is to be written about `work`'s dataset, with what its texts are judged by, and how calls are shared.
 
     Raises:
@@ -73,16 +80,16 @@ def cases_of(
     return [case_of(prompt) for prompt in ([*shared.own, *shared.clusters] if shared else prompts)], shared
 
 
-def _judged(work: Path, scenario: Scenario, facts: FactsTable | None) -> Callable[[Prompt], Case]:
+def _judged(work: Path, scenario: Scenario, facts: FactsTable | None) -> Callable[[Prompt], GenerationTask]:
     """Makes the case of a prompt, with what is known of its entity and what its texts must keep to."""
     known = subjects(Dataset.load(work / "dataset"), scenario, facts)
     rules = {kind: Rules.of(scenario, kind) for kind in KINDS}
 
-    def case_of(prompt: Prompt) -> Case:
+    def case_of(prompt: Prompt) -> GenerationTask:
         # Nothing is known of a cluster that a text about it could contradict.
         of_cluster = prompt.id.startswith(CLUSTER)
         subject = Subject(prompt.entity, prompt.id) if of_cluster else known[prompt.entity, prompt.id]
-        return Case(prompt, subject, rules[prompt.entity])
+        return GenerationTask(prompt, subject, rules[prompt.entity])
 
     return case_of
 
@@ -281,9 +288,9 @@ def _spent(tally: Tally) -> dict[str, Any]:
     }
 
 
-def _standing(case: Case, record: records_pb2.KnowledgeRecord) -> Case:
+def _standing(case: GenerationTask, record: records_pb2.KnowledgeRecord) -> GenerationTask:
     """A case that is answered by a record: nobody is asked, and it only takes part in comparisons."""
-    case.last.kept = Kept(Reply(record.text, 0, 0, requests=0), record.created_at.ToDatetime(UTC))
+    case.last.kept = CachedAnswer(Reply(record.text, 0, 0, requests=0), record.created_at.ToDatetime(UTC))
     return case
 
 
@@ -308,7 +315,7 @@ def estimate_run(
 
 
 def _work_through(
-    cases: Sequence[Case],
+    cases: Sequence[GenerationTask],
     provider: Provider,
     ledger: Ledger,
     retries: int,
@@ -316,7 +323,7 @@ def _work_through(
     console: Console | None,
     *,
     budget_calls: int | None = None,
-    standing: Sequence[Case] = (),
+    standing: Sequence[GenerationTask] = (),
 ) -> Tally:
     with Progress(*COLUMNS, console=console, disable=console is None, transient=True) as progress:
         bar = progress.add_task("generating", total=None, spent="")
@@ -351,7 +358,7 @@ def _work_through(
         )
 
 
-def _digest(cases: Sequence[Case]) -> str:
+def _digest(cases: Sequence[GenerationTask]) -> str:
     """Content hash of the answers that count and of what the gates found."""
     digest = hashlib.sha256()
     for case in cases:
@@ -364,7 +371,7 @@ def _digest(cases: Sequence[Case]) -> str:
     return digest.hexdigest()
 
 
-def _record(case: Case, provenance: str) -> records_pb2.KnowledgeRecord | None:
+def _record(case: GenerationTask, provenance: str) -> records_pb2.KnowledgeRecord | None:
     """The record of a case; None where there is no answer yet."""
     prompt, last = case.prompt, case.last
     if last.kept is None:
@@ -396,7 +403,7 @@ def _record(case: Case, provenance: str) -> records_pb2.KnowledgeRecord | None:
     return record
 
 
-def _is_cluster(case: Case) -> bool:
+def _is_cluster(case: GenerationTask) -> bool:
     return case.prompt.id.startswith(CLUSTER)
 
 

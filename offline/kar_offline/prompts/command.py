@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
 from kar_offline.prompts.rendering import read_prompts, render_prompts
 
 __all__ = ["prompts"]

@@ -24,7 +24,7 @@ from jinja2 import (
 )
 from jinja2.sandbox import SandboxedEnvironment
 
-from kar_offline.dataset.samples import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.prompts.scenario import EntityKind, Scenario, Season, load_scenario, own_templates
 from kar_offline.prompts.untrusted import (
     WITHHELD,
@@ -36,7 +36,7 @@ from kar_offline.prompts.untrusted import (
     suspicious,
     title_elsewhere,
 )
-from kar_offline.stage import StageResult, run_stage
+from kar_offline.stage_runner import StageResult, run_stage
 from kar_sidecar.errors import InputError, PreconditionError
 
 __all__ = [

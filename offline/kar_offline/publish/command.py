@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kar_offline.options import JsonFile, write_json
-from kar_offline.publish.fresh import publish_features
-from kar_offline.publish.release import publish as publish_release
+from kar_offline.cli_options import JsonFile, write_json
+from kar_offline.publish.feature_update import publish_features
+from kar_offline.publish.stage import publish as publish_release
 from kar_sidecar.index.config import FLAT_UP_TO, IndexConfig, Kind
-from kar_sidecar.release import read_active
+from kar_sidecar.releases.manifest import read_active
 from kar_sidecar.settings import Settings
 
 __all__ = ["publish"]

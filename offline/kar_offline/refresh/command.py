@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kar_offline.check import facts_table
+from kar_offline.cli_options import JsonFile, once, write_json
 from kar_offline.encode.command import ENDPOINT, endpoint_encoder, local_encoder
-from kar_offline.encode.encoder import TextEncoder
+from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.generate.command import (
     BaseUrl,
     Concurrency,
@@ -23,12 +24,11 @@ from kar_offline.generate.command import (
     TimeoutS,
     provider_of,
 )
-from kar_offline.options import JsonFile, once, write_json
 from kar_offline.refresh.policy import Policy, Reason
-from kar_offline.refresh.run import Budget, kinds_read
-from kar_offline.refresh.run import refresh as run
+from kar_offline.refresh.stage import Budget, kinds_read
+from kar_offline.refresh.stage import refresh as run
 from kar_sidecar.errors import InputError
-from kar_sidecar.release import Release, read_active
+from kar_sidecar.releases.manifest import Release, read_active
 from kar_sidecar.settings import Settings
 from kar_sidecar.store.open import open_store
 

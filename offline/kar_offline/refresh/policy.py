@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from kar_sidecar.errors import InputError
 
-__all__ = ["Due", "Policy", "Reason", "State", "due", "most_valuable"]
+__all__ = ["Policy", "Reason", "RefreshCandidate", "State", "due", "most_valuable"]
 
 OLDER_TEMPLATE: Final = 0.25
 """Staleness of a text that an older prompt brought: true, but not the best to be had."""
@@ -76,7 +76,7 @@ class Policy:
             raise InputError("a policy needs at least 1 event of growth, one reason and one kind: give them")
 
 
-class Due(NamedTuple):
+class RefreshCandidate(NamedTuple):
     """An entity whose knowledge is due, with the strongest reason first."""
 
     kind: str
@@ -91,7 +91,7 @@ class Due(NamedTuple):
         return self.traffic * self.staleness
 
 
-def due(states: Iterable[State], policy: Policy) -> list[Due]:
+def due(states: Iterable[State], policy: Policy) -> list[RefreshCandidate]:
     """What is due, most valuable first; ties by kind and id, so that the order is always the same."""
     found = []
     for state in states:
@@ -100,7 +100,7 @@ def due(states: Iterable[State], policy: Policy) -> list[Due]:
         stale = {reason: share for reason, share in _staleness(state, policy).items() if reason in policy.reasons}
         if stale:
             reasons = sorted(stale, key=lambda reason: -stale[reason])
-            found.append(Due(state.kind, state.id, tuple(reasons), state.traffic, stale[reasons[0]]))
+            found.append(RefreshCandidate(state.kind, state.id, tuple(reasons), state.traffic, stale[reasons[0]]))
     return sorted(found, key=lambda one: (-one.value, one.kind, one.id))
 
 
@@ -119,7 +119,9 @@ def _staleness(state: State, policy: Policy) -> dict[Reason, float]:
     return stale
 
 
-def most_valuable(found: Sequence[Due], calls: int | None) -> tuple[list[Due], list[Due]]:
+def most_valuable(
+    found: Sequence[RefreshCandidate], calls: int | None
+) -> tuple[list[RefreshCandidate], list[RefreshCandidate]]:
     """What a budget of `calls` (None: any number) buys of what `due` found, and what has to wait."""
     count = len(found) if calls is None else max(0, calls)
     return list(found[:count]), list(found[count:])

@@ -3,6 +3,6 @@
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
 from kar_offline.train.checkpoint import TrainedModel, load_trained
 from kar_offline.train.fit import TrainSettings
-from kar_offline.train.runs import DEFAULT_BACKBONES, train
+from kar_offline.train.stage import DEFAULT_BACKBONES, train
 
 __all__ = ["ARMS", "DEFAULT_ARMS", "DEFAULT_BACKBONES", "TrainSettings", "TrainedModel", "load_trained", "train"]

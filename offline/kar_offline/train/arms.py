@@ -3,7 +3,7 @@
 An arm is a recipe. All arms of a backbone share its hyperparameters; they differ in these inputs alone:
 
     adaptor    text encodings of users, items or both, compressed by an adaptor that is trained with the model
-    affinity   fixed columns of `kar_sidecar.affinity`: rating statistics, text and collaborative similarities
+    affinity   fixed columns of `kar_sidecar.ranking.affinity`: rating statistics, text and collaborative similarities
     learned    `kar_offline.models.backbone.LearnedAffinity` over the affinity vectors
 """
 

@@ -18,7 +18,7 @@ from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
 from kar_offline.models import Adaptor, Backbone, CTRModel, Identity, InputSpec, build_backbone
 from kar_offline.train.features import FeatureEncodings
-from kar_offline.train.given import AffinityInput
+from kar_offline.train.knowledge_inputs import AffinityInput
 from kar_sidecar.errors import IntegrityError, PreconditionError
 
 __all__ = ["TrainedModel", "build_model", "load_trained", "run_folder", "save_trained"]

@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, once, write_json
 from kar_offline.models import BACKBONES, RERANKERS
-from kar_offline.options import DEFAULT_WORK, JsonFile, Work, once, write_json
-from kar_offline.stage import StageResult
+from kar_offline.stage_runner import StageResult
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
+from kar_offline.train.distributed import Ranks
 from kar_offline.train.fit import Epoch, TrainSettings
-from kar_offline.train.ranks import Ranks
-from kar_offline.train.runs import DEFAULT_BACKBONES, Run
-from kar_offline.train.runs import train as train_models
+from kar_offline.train.stage import DEFAULT_BACKBONES, Run
+from kar_offline.train.stage import train as train_models
 
 __all__ = ["train", "train_with_progress"]
 

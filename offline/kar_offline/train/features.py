@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.lists import rerank_lists
-from kar_offline.dataset.samples import TRAIN, Dataset
+from kar_offline.dataset.dataset import TRAIN, Dataset
+from kar_offline.dataset.rerank_lists import rerank_lists
 from kar_offline.models.inputs import REQUEST_OF_ROW, Field, InputSpec
 from kar_sidecar.features import NUMERIC, PADDING, RESERVED, FeatureEncoder, FeatureLayout, rating_bucket
 from kar_sidecar.store import ITEM, USER
@@ -73,7 +73,7 @@ class EncodedDataset:
         return self.at(events, self.dataset.event_item[events], self.dataset.labels[events])
 
     def lists(self, split: int, *, seed: int) -> Samples:
-        """The lists of one split that rerankers order (`kar_offline.dataset.lists`)."""
+        """The lists of one split that rerankers order (`kar_offline.dataset.rerank_lists`)."""
         lists = rerank_lists(self.dataset, split, seed=seed)
         flat = (lists.event.ravel(), lists.item.ravel(), lists.label.ravel())
         return self.at(*flat, list_length=lists.label.shape[1])

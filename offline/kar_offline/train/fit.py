@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kar_offline.models import CTRModel
-from kar_offline.train.feed import Feed
-from kar_offline.train.given import Given
-from kar_offline.train.ranks import Ranks
+from kar_offline.train.batches import BatchFeed
+from kar_offline.train.distributed import Ranks
+from kar_offline.train.knowledge_inputs import KnowledgeInputs
 
 __all__ = ["STATE", "Epoch", "Fitted", "TrainSettings", "fit", "knowledge_vectors", "predict_logits"]
 
@@ -97,7 +97,7 @@ class Fitted:
 
 
 @torch.no_grad()
-def knowledge_vectors(model: CTRModel, given: Given) -> dict[str, Tensor]:
+def knowledge_vectors(model: CTRModel, given: KnowledgeInputs) -> dict[str, Tensor]:
     """What is prestored: the adaptor's output [entities, out] of every user and item, by tower."""
     if model.adaptor is None:
         return {}
@@ -111,7 +111,7 @@ def knowledge_vectors(model: CTRModel, given: Given) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def predict_logits(model: CTRModel, feed: Feed, tables: Mapping[str, Tensor] | None = None) -> Tensor:
+def predict_logits(model: CTRModel, feed: BatchFeed, tables: Mapping[str, Tensor] | None = None) -> Tensor:
     """Log-odds [S] of all rows, in evaluation mode; `tables` are the `knowledge_vectors`, by default made here."""
     model.eval()
     device = next(model.parameters()).device
@@ -195,8 +195,8 @@ class _Course:
 
 def fit(
     make: Callable[[], CTRModel],
-    train: Feed,
-    validation: Feed,
+    train: BatchFeed,
+    validation: BatchFeed,
     settings: TrainSettings,
     *,
     folder: Path,
@@ -234,7 +234,7 @@ def fit(
     return Fitted(model.eval().cpu(), tuple(course.epochs))
 
 
-def _epoch(course: _Course, feed: Feed, settings: TrainSettings, ranks: Ranks, state: Path) -> None:
+def _epoch(course: _Course, feed: BatchFeed, settings: TrainSettings, ranks: Ranks, state: Path) -> None:
     """The rest of one pass over the rows, in an order that depends on seed and epoch only."""
     model, optimiser = course.model.train(), course.optimiser
     number = len(course.epochs)

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
+from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.errors import IntegrityError, PreconditionError, UnavailableError
-from kar_sidecar.hashing import file_sha256
 
 __all__ = [
     "KEPT",

@@ -12,7 +12,7 @@ vector components):
     item_numeric      [C, In]  float32
     user_knowledge    [K]      float32  prestored mode, models with a user tower only
     item_knowledge    [C, K]   float32  prestored mode, models with an item tower only
-    affinity          [C, F]   float32  standardised, models with knowledge affinity only (`kar_sidecar.affinity`)
+    affinity          [C, F]   float32  standardised, models with knowledge affinity only (`ranking.affinity`)
     item_vector       [C, V]   float32  models that learn their affinity only: the candidates' affinity vectors,
     history_vector    [H, V]   float32  those of the rated items, right-padded with 0,
     history_weight    [H]      float32  and their ratings less the user's mean, right-padded with 0

@@ -1,0 +1,1 @@
+"""Owns performance benchmarks, one file each."""

@@ -1,0 +1,1 @@
+"""Owns quality studies, one file each."""

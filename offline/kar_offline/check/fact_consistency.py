@@ -1,0 +1,294 @@
+"""Owns the gate that holds a text about an item against known facts: who directed it, who is in it, when, which genre.
+
+A claim is read only where a text makes it in so many words, in English, and fails only where what is known contradicts
+it.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
+from itertools import chain, pairwise, takewhile
+from typing import Final, NamedTuple
+
+from kar_offline.check.gate_context import Rules, Subject
+from kar_offline.check.gate_result import PASSED, Finding, failed, unknown
+from kar_offline.check.name_matching import Mention, Words, person_forms
+
+__all__ = ["facts"]
+
+CAPITAL: Final = r"[^\W\d_a-zß-öø-ÿ]"
+NAME: Final = rf"(?:(?:{CAPITAL}\.)+|(?:St|Dr|Mrs?)\.|{CAPITAL}[\w'’-]*)"
+"""A word that begins with a capital letter, or initials."""
+PERSON: Final = rf"{NAME}(?: (?:(?:de|del|della|di|da|la|le|van|von|der|den|ten|el|al|bin|and|y) )*{NAME}){{1,3}}"
+DIRECTED: Final = re.compile(rf"\b[Dd]irected (?:(?!by )[\w,-]+ ){{0,6}}by (?:[a-z-]+ ){{0,3}}(?P<who>{PERSON})")
+DIRECTOR: Final = re.compile(
+    rf"(?<!Best )\b[Dd]irectors?(?:\b[^.:\n]{{0,30}}:|,| is| was| named)? (?P<who>{PERSON})"
+    rf"|\b(?:debut of|(?:film|movie|drama|comedy|thriller|documentary|western|musical) by) (?:[a-z-]+ ){{0,3}}{PERSON}"
+)
+STARRING: Final = re.compile(
+    rf"\b(?:[Ss]tarring|[Ss]tars|[Aa]ctors?(?::| (?:is|are|was|were|include))|[Pp]layed by|[Vv]oiced by)"
+    rf" (?:(?!as |in |opposite )[a-z-]+ ){{0,3}}(?P<who>{PERSON})"
+)
+WITH: Final = re.compile(
+    rf"\b(?:[Cc]ast includes|[Ff]eaturing|[Ff]eatures|[Ww]ith) {PERSON}(?: as |, {PERSON}| and {PERSON})"
+)
+ACTS: Final = frozenset(("stars", "star", "plays", "play"))
+DIRECTS: Final = frozenset(("directs",))
+WINDOW: Final = 16
+"""Words from the beginning of a list of people that are searched for a known one."""
+OTHERS: Final = frozenset(("starring", "stars", "from", "with", "based", "featuring", "written", "produced"))
+"""Words that end such a list: people of another kind follow."""
+RICH_CAST: Final = 10
+"""People of a cast list from which a text whose actors are all missing in it is wrong."""
+ALIKE: Final = 0.78
+"""Similarity from which two spellings are one name: "Djordjadze", "Jorjadze"."""
+SHORT: Final = 3
+"""Letters of names that have no other spelling."""
+PSEUDONYM: Final = "smithee"
+"""The name that directors took who disowned their film."""
+
+MADE: Final = range(-1, 2)
+"""Years after the known one that a text may say an item is of: catalogues differ by one."""
+OUT: Final = range(-1, 4)
+"""Years after the known one in which it may have come out: some wait."""
+AWARDED: Final = range(-1, 5)
+"""Years after the known one in which it may have had its awards."""
+YEAR: Final = r"(?P<year>1[89]\d\d|20\d\d)"
+ANY_YEAR: Final = re.compile(r"1[89]\d\d|20\d\d")
+AFTER_TITLE: Final = re.compile(rf"['\"’”*]*,? \({YEAR}\)")
+BEFORE_TITLE: Final = re.compile(rf"{YEAR}['’]s? ['\"‘“*]*$")
+RELEASED: Final = re.compile(
+    r"(?<![\w-])(?:released|premiered|came out|debuted) (?:(?!DVD|video|home|again)[\w-]+ ){0,4}?in (?:[A-Z][a-z]+ )?"
+    rf"{YEAR}\b"
+)
+AWARD: Final = (
+    r"(?:Oscars?(?! [A-Z])|Academy Awards?|Golden Globes?|Golden Lions?|BAFTAs?|Emmys?|Grammys?|Palme d['’]Or)"
+)
+AWARD_YEAR: Final = re.compile(
+    rf"{AWARD}[^.,;]{{0,60}}? (?:in|of) {YEAR}\b|\b{YEAR} (?:[\w-]+ ){{0,2}}?{AWARD}"
+    rf"|(?:^|[.\n] )In {YEAR}, [^.]{{0,90}}?\b(?:won|awarded|nominated)\b".replace("?P<year>", "")
+)
+OTHER_WORK: Final = re.compile(
+    r"\b(?:re-?ma[dk]\w+|original\w*|versions?|based|sequels?|prequels?|follow\w*|predecess\w+|than|inspir\w+|updat\w+|"
+    r"adapt\w+|re-?work\w*|re-?released?|restor\w+|anniversary|like|after|his|her|their|who|whose|had|earlier|previous\w*|"
+    r"honorary|lifetime|record)\b|['’]s? $",
+    re.IGNORECASE,
+)
+"""Before a year: it belongs to another work or to another year of its maker's."""
+BEFORE: Final = 60
+"""Characters before a year that are searched for `OTHER_WORK`."""
+
+GENRE_WORDS: Final = {
+    "documentary": "documentary",
+    "horror": "horror",
+    "western": "western",
+    "musical": "musical",
+    "animated": "animation",
+    "science fiction": "sci-fi",
+    "science-fiction": "sci-fi",
+    "sci-fi": "sci-fi",
+    "war": "war",
+    "romantic comedy": "romance",
+    "romance": "romance",
+    "thriller": "thriller",
+    "comedy": "comedy",
+    "family": "family",
+    "children's": "family",
+    "action": "action",
+    "fantasy": "fantasy",
+}
+_LIGHT: Final = frozenset(("comedy", "family", "children's", "animation", "musical", "music", "romance", "fantasy"))
+_DARK: Final = frozenset(("thriller", "crime", "mystery", "film-noir", "horror"))
+_LOUD: Final = frozenset(("action", "adventure", "sci-fi", "war", "western", "thriller", "crime"))
+NEAR: Final = {
+    "documentary": frozenset(("documentary", "biography", "music")),
+    "horror": frozenset(("fantasy", "sci-fi")) | _DARK,
+    "western": frozenset(("western", "action", "adventure")),
+    "musical": frozenset(("musical", "music", "animation", "family", "children's")),
+    "animation": frozenset(("animation", "family", "children's")),
+    "sci-fi": frozenset(("sci-fi", "fantasy", "horror", "action", "adventure")),
+    "war": frozenset(("war", "history", "drama", "action", "adventure", "biography")),
+    "romance": frozenset(("romance", "comedy", "drama", "musical")),
+    "thriller": frozenset(("drama", "history")) | _DARK | _LOUD,
+    "comedy": frozenset(("drama", "action", "adventure")) | _LIGHT,
+    "family": frozenset(("drama", "adventure", "sport")) | _LIGHT,
+    "action": frozenset(("horror", "fantasy", "sport", "mystery", "history")) | _LOUD,
+    "fantasy": frozenset(("drama", "adventure", "sci-fi", "horror", "action")) | _LIGHT,
+}
+"""The genres, one of which an item must have to be called so. Catalogues leave genres out: only far ones contradict."""
+GENRES: Final = frozenset().union(*NEAR.values())
+"""What is understood: other catalogues' genres, such as "Fiction", contradict nothing."""
+ENOUGH_GENRES: Final = 2
+"""Known genres from which a list of them can contradict: a single one is what a catalogue made do with."""
+NO_KIND: Final = "mock|fake|spoof|parody|an?|the|of|about|in|on|by|with|for|from|to|than|that|which|who"
+"""Words that end the description of what something is, or turn it around."""
+
+
+class Claim(NamedTuple):
+    """Something that a text says, and whether it agrees with what is known; None: nothing is known of it."""
+
+    said: str
+    agrees: bool | None
+    known: str = ""
+
+
+def facts(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention]) -> Finding:
+    """Whether a text about an item contradicts what is known of it."""
+    if about.entity != "item":
+        return PASSED
+    claims = [
+        *_directors(words, about),
+        *_cast(words, about, mentions),
+        *_years(words, about, rules, mentions),
+        *_genres(words, about, rules),
+    ]
+    if wrong := dict.fromkeys(f"{claim.said} ({claim.known})" for claim in claims if claim.agrees is False):
+        return failed(f"contradicts what is known: {'; '.join(wrong)}")
+    if any(claim.agrees for claim in claims) or any(mention.name not in about.titles for mention in mentions):
+        return PASSED
+    return unknown("nothing that it says can be held against known facts")
+
+
+def _directors(words: Words, about: Subject) -> Iterator[Claim]:
+    told = list(DIRECTED.finditer(words.text))
+    # These may be about another director than the item's, which is then named elsewhere.
+    loose = [match.group() for match in (DIRECTOR.search(words.text),) if match] + _who(words, DIRECTS)
+    if told or loose:
+        window = _after(words, told)
+        known = about.directors and PSEUDONYM not in window
+        agrees = _names_one(window, about.directors) or _spells_one(window, about.directors) if known else None
+        yield Claim(told[0].group() if told else loose[0], agrees, f"directed by {', '.join(about.directors[:3])}")
+
+
+def _cast(words: Words, about: Subject, mentions: Sequence[Mention]) -> Iterator[Claim]:
+    told = list(STARRING.finditer(words.text))
+    loose = [match.group() for match in (WITH.search(words.text),) if match] + _who(words, ACTS)
+    if told or loose:
+        named = {mention.name for mention in mentions}
+        agrees = any(not named.isdisjoint(person_forms(name)) for name in about.cast)
+        agrees = agrees or (bool(told) and _names_one(_after(words, told), about.cast))
+        known = f"nobody named is among the {len(about.cast)} known to be in it"
+        said = told[0].group() if told else loose[0]
+        yield Claim(said, agrees or (False if len(about.cast) >= RICH_CAST else None), known)
+
+
+def _after(words: Words, found: Sequence[re.Match[str]]) -> list[str]:
+    """The folded words with capitals that follow where each match begins to name people; without matches, all."""
+    starts = [bisect_left(words.spans, (match.start("who"), 0)) for match in found]
+    numbers: Iterable[int] = range(len(words.folded))
+    if found:
+        numbers = chain.from_iterable(
+            takewhile(lambda number: words.folded[number] not in OTHERS, range(at, min(at + WINDOW, len(words.folded))))
+            for at in starts
+        )
+    return [words.folded[number] for number in numbers if words.capital(number)]
+
+
+def _who(words: Words, verbs: frozenset[str]) -> list[str]:
+    """What stands where two words with capitals come before one of the verbs: "Lee Tamahori directs"."""
+    if not any(f" {verb} " in words.line for verb in verbs):
+        return []
+    return [
+        words.text[words.spans[at - 2][0] : words.spans[at][1]]
+        for at, word in enumerate(words.folded)
+        if word in verbs and at > 1 and words.capital(at - 1) and words.capital(at - 2)
+    ]
+
+
+def _names_one(told: Sequence[str], people: Sequence[str]) -> bool:
+    """Whether folded words have the last name of one of the people, or two parts of a name."""
+    has = set(told)
+    names = [person_forms(name)[-1].split() for name in people if person_forms(name)]
+    return any(name[-1] in has or len(has.intersection(name)) > 1 for name in names)
+
+
+def _spells_one(told: Sequence[str], people: Sequence[str]) -> bool:
+    """Whether folded words, alone or two in a row, have the last name of one of the people in another spelling."""
+    spelt = {word for word in (*told, *map("".join, pairwise(told))) if len(word) > SHORT}
+    last = {forms[-1].split()[-1] for person in people if (forms := person_forms(person))}
+    return any(
+        SequenceMatcher(None, word, name).ratio() >= ALIKE for name in last if len(name) > SHORT for word in spelt
+    )
+
+
+def _years(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention]) -> Iterator[Claim]:
+    text = words.text
+    if not about.years or not ANY_YEAR.search(text):
+        return
+    known = f"it is of {' or '.join(map(str, about.years))}"
+
+    def claim(said: str, year: int, within: range) -> Claim:
+        return Claim(said, min(about.years) + within[0] <= year <= max(about.years) + within[-1], known)
+
+    named = []
+    for mention in mentions:
+        if mention.name in about.titles and not _inside(words, mention):
+            start, end = words.spans[mention.first][0], words.spans[mention.after - 1][1]
+            if (after := AFTER_TITLE.match(text, end)) and not _other_work(text, start):
+                named.append(claim(text[start : after.end()], int(after["year"]), MADE))
+            if before := BEFORE_TITLE.search(text[:start]):
+                named.append(claim(text[before.start() : end], int(before["year"]), MADE))
+    # A title with another year beside the right one is that of another version.
+    yield from [one for one in named if one.agrees] or named
+    for pattern, within in ((_made(rules.nouns), MADE), (RELEASED, OUT), (AWARD_YEAR, AWARDED)):
+        for match in pattern.finditer(text):
+            year = int(next(filter(None, match.groups())))
+            if not _other_work(text, match.start()):
+                yield claim(match.group().strip(" .\n"), year, within)
+    for match in _decade(rules.nouns).finditer(text):
+        yield claim(match.group(), int(match["year"]), range(-9 + MADE[0], MADE[-1] + 1))
+
+
+def _other_work(text: str, at: int) -> bool:
+    """Whether what the sentence says before a place tells that another work is meant."""
+    return bool(OTHER_WORK.search(re.split(r"[.!?]\s", text[max(at - BEFORE, 0) : at])[-1]))
+
+
+def _inside(words: Words, mention: Mention) -> bool:
+    """Whether a mention is but the end of a longer name: "Frankenstein Meets the Wolf Man"."""
+    if words.ends_quote(mention):
+        return True
+    before = mention.first - 1
+    if before > 0 and words.folded[before] in ("the", "a", "an"):
+        before -= 1
+    if before < 0 or words.quoted(mention):
+        return False
+    between = words.text[words.spans[before][1] : words.spans[mention.first][0]]
+    return words.capital(before) and not any(c in between for c in ".!?:;,\"“'‘(")
+
+
+def _kinds(nouns: Sequence[str]) -> str:
+    return "|".join((*map(re.escape, nouns), "comedy", "drama", "thriller", "western", "musical", "documentary"))
+
+
+@lru_cache(maxsize=32)
+def _made(nouns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:an?|[Tt]his) {YEAR} (?:[\w-]+ ){{0,5}}?(?:{_kinds(nouns)})\b")
+
+
+@lru_cache(maxsize=32)
+def _decade(nouns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(
+        rf"\b(?:is|was) an? (?:[\w-]+ ){{0,2}}?(?P<year>1[89]\d0|20\d0)s (?:[\w-]+ ){{0,4}}?(?:{_kinds(nouns)})\b"
+    )
+
+
+@lru_cache(maxsize=32)
+def _genre(nouns: Sequence[str]) -> re.Pattern[str]:
+    kinds, things = "|".join(sorted(GENRE_WORDS, key=len, reverse=True)), "|".join(map(re.escape, nouns))
+    return re.compile(
+        rf"\b(?:(?:is|was) an?|[Tt]his) (?P<kind>(?:(?!(?:{NO_KIND}|{things}) )[\w'-]+ ){{0,5}}?(?:{kinds}))"
+        rf"(?: (?:{things})\b|(?=[,.;:)]| (?:directed|about|by|starring|set|that|which|from|with|based|is|was)\b))"
+    )
+
+
+def _genres(words: Words, about: Subject, rules: Rules) -> Iterator[Claim]:
+    known = {genre.lower() for genre in about.genres}
+    if len(known) < ENOUGH_GENRES or not known <= GENRES:
+        return
+    for match in _genre(rules.nouns).finditer(words.text):
+        told = [genre for word, genre in GENRE_WORDS.items() if re.search(rf"\b{word}\b", match["kind"], re.IGNORECASE)]
+        agrees = any(not NEAR[genre].isdisjoint(known) for genre in told)
+        yield Claim(match.group(), agrees, f"its genres are {', '.join(sorted(known))}")

@@ -1,0 +1,1 @@
+"""Owns text encoders: one Protocol, its implementations, pooling and chunking."""

@@ -1,0 +1,178 @@
+"""Owns chat with a model behind an OpenAI-compatible endpoint: vLLM, llama.cpp, Ollama, hosted services."""
+
+import json
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from kar_offline.generate.provider import Answer, Failure, Log, Question, Reply, each
+from kar_offline.openai_http.endpoint import Endpoint, RefusedError, Retry, Verdict, parse_json, storable, verdict_of
+from kar_sidecar.errors import InputError
+
+__all__ = ["DEFAULT_PARAMETERS", "ChatModel", "OpenAIChat", "Price", "Retry", "read_completion"]
+
+DEFAULT_PARAMETERS: Final[Mapping[str, Any]] = MappingProxyType({"temperature": 0.0, "max_tokens": 400})
+LENGTHS: Final = ("max_tokens", "max_completion_tokens")
+"""Parameters that bound the tokens of an answer."""
+FIRST: Final = 5
+"""So many refused questions before the first answer mean that the request itself is wrong."""
+CHARS_PER_TOKEN: Final = 4
+TEMPLATE_TOKENS: Final = 64
+"""At most what a chat template adds to a prompt."""
+
+
+class Price(NamedTuple):
+    """US dollars for a million tokens."""
+
+    input: float
+    output: float
+
+
+class ChatModel(Endpoint):
+    """A chat model at an endpoint, however it is asked; each prompt is one user message.
+
+    Args:
+        base_url: As of `Endpoint`.
+        model: The name that the endpoint knows the model by.
+        key: As of `Endpoint`.
+        parameters: Further members of the request body, such as temperature; they enter the provenance. Without
+            `max_tokens` or `max_completion_tokens` an answer may have 400 tokens.
+        price: What tokens cost, where known.
+        concurrency: Questions under way at once.
+        **options: As of `Endpoint`.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        key: str | None = None,
+        *,
+        parameters: Mapping[str, Any] = DEFAULT_PARAMETERS,
+        price: Price | None = None,
+        concurrency: int = 8,
+        **options: Any,
+    ) -> None:
+        """Check the request; nothing is opened yet.
+
+        Raises:
+            InputError: a parameter is wrong, or as of `Endpoint`.
+        """
+        super().__init__(base_url, key, connections=concurrency, **options)
+        self.model, self.parameters, self.concurrency, self._price = model, _checked(parameters), concurrency, price
+
+    @property
+    def provenance(self) -> str:
+        """The model's name and its parameters."""
+        return f"{self.model} {json.dumps(self.parameters, sort_keys=True)}"
+
+    def cost_usd(self, input_tokens: int, output_tokens: int) -> float | None:
+        """What so many tokens cost; None where prices are unknown."""
+        if self._price is None:
+            return None
+        return (input_tokens * self._price.input + output_tokens * self._price.output) / 1e6
+
+    def worst_usd(self, question: Question) -> float | None:
+        """The most that one attempt at a question can cost: no token is shorter than a byte of UTF-8."""
+        longest = max(self.parameters[name] for name in LENGTHS if name in self.parameters)
+        return self.cost_usd(len(question.prompt.encode("utf-8", "replace")) + TEMPLATE_TOKENS, longest)
+
+    def body(self, prompt: str) -> dict[str, Any]:
+        """The request for one completion."""
+        return {"model": self.model, "messages": [{"role": "user", "content": prompt}], **self.parameters}
+
+
+class OpenAIChat(ChatModel):
+    """Answers through `<base_url>/chat/completions`, a request for each question; arguments as of `ChatModel`."""
+
+    provider = "openai"
+    _refused, _answered = 0, False
+
+    @property
+    def attempts(self) -> int:
+        """See `Provider`."""
+        return self._retry.attempts
+
+    def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
+        """See `Provider`. A question that the endpoint refuses for its own fault becomes a `Failure`."""
+        return each(self._outcome, questions, log, self.concurrency)
+
+    async def _outcome(self, question: Question) -> Reply | Failure:
+        try:
+            outcome = await self.complete(question)
+        except RefusedError as error:
+            if verdict_of(error.http_status) is not Verdict.OWN_FAULT:
+                raise
+            self._refused += 1
+            if self._refused >= FIRST and not self._answered:
+                raise InputError(
+                    f"{self.base_url} refused each of the first {FIRST} questions (last: {error.reason}): "
+                    "correct the model or the parameters, then run this again"
+                ) from error
+            return Failure(f"refused with {error.reason}", error.requests, error.unsure)
+        self._answered = True
+        return outcome
+
+    async def complete(self, question: Question) -> Reply | Failure:
+        """Answer one question, with retries; errors as of `Endpoint.call`."""
+        began = time.perf_counter()
+        outcome, requests, unsure = await self.call(
+            "POST",
+            "/chat/completions",
+            lambda content: read_completion(parse_json(content), question.prompt),
+            content=json.dumps(self.body(question.prompt)).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        outcome = outcome._replace(requests=requests, unsure=outcome.unsure + unsure)
+        if isinstance(outcome, Reply):
+            return outcome._replace(latency_ms=(time.perf_counter() - began) * 1e3)
+        return outcome
+
+
+def _checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Request parameters, which bound an answer's length.
+
+    Raises:
+        InputError: one of them belongs to the request itself, or has a value that it cannot have.
+    """
+    if reserved := {"model", "messages", "stream", "n"} & parameters.keys():
+        raise InputError(f"parameter {min(reserved)!r} belongs to the request itself: leave it out")
+    bounded = any(name in parameters for name in LENGTHS)
+    checked = dict(parameters) if bounded else {**parameters, LENGTHS[0]: DEFAULT_PARAMETERS[LENGTHS[0]]}
+    for name in LENGTHS:
+        if name in checked and not (type(checked[name]) is int and checked[name] > 0):
+            raise InputError(f"parameter {name!r} is {checked[name]!r}: give a whole number above 0")
+    try:
+        json.dumps(checked, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the parameters cannot be sent as JSON ({error}): give numbers and texts") from error
+    return checked
+
+
+def read_completion(answer: Any, prompt: str) -> Reply | Failure:
+    """The outcome that a chat completion gives to a prompt.
+
+    Where the endpoint gives no sensible number of tokens it is estimated: one for each four characters.
+
+    Raises:
+        ValueError: it is not a chat completion.
+    """
+    try:
+        choice, usage = answer["choices"][0], answer.get("usage")
+        text, finish = choice["message"].get("content"), choice.get("finish_reason")
+        if not (text is None or isinstance(text, str)):
+            raise TypeError("its content is no text")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the answer is not a chat completion: {str(answer)[:80]!r}") from error
+    if finish == "content_filter":
+        return Failure("blocked by a content filter", unsure=1)  # what came before the filter may be charged for
+    text = storable(text or "")
+    tokens = (_tokens(usage, "prompt_tokens", prompt), _tokens(usage, "completion_tokens", text))
+    return Reply(text, *tokens, finish=storable(finish)[:40] if isinstance(finish, str) else "stop")
+
+
+def _tokens(usage: Any, name: str, text: str) -> int:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 <= count < 1e9 else math.ceil(len(text) / CHARS_PER_TOKEN)

@@ -1,0 +1,247 @@
+"""Owns the seam to whoever answers prompts: what is asked, what comes back, and a provider in memory for tests."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, Literal, NamedTuple, Protocol, Self
+
+from kar_sidecar.errors import BudgetError, KarError
+
+__all__ = [
+    "Answer",
+    "Failure",
+    "Log",
+    "Origin",
+    "PendingBatch",
+    "Provider",
+    "Question",
+    "Reply",
+    "ScriptedModel",
+    "each",
+]
+
+
+class Question(NamedTuple):
+    """One prompt to be answered."""
+
+    entity: Literal["item", "user"]
+    id: str
+    prompt: str
+    prompt_sha256: str
+    history_cutoff: int = 0
+    """The number of first events of a user that the prompt shows; 0 for items."""
+
+
+class Origin(NamedTuple):
+    """Where a text comes from that was not written for this prompt."""
+
+    llm: str
+    template: str
+    created_at: datetime | None
+    confidence: str
+
+
+class Reply(NamedTuple):
+    """What a model wrote."""
+
+    text: str
+    """Empty: the model declined."""
+    input_tokens: int
+    output_tokens: int
+    finish: str = "stop"
+    """Why it ended; "length": it was cut off at the most tokens it may write."""
+    latency_ms: float = 0.0
+    """From the first attempt to the answer."""
+    requests: int = 1
+    """Requests that it took, refused and failed ones included; 0: nothing was sent, so nothing is accounted for."""
+    unsure: int = 0
+    """Attempts before it that ended without an answer, such as by a timeout, and may have been charged for."""
+    origin: Origin | None = None
+    """Set where the text was written elsewhere."""
+
+
+class Failure(NamedTuple):
+    """Why there is no answer to one question while others may have one: too long, or blocked by a content filter."""
+
+    reason: str
+    requests: int = 1
+    unsure: int = 0
+    """As of `Reply`."""
+
+
+class Answer(NamedTuple):
+    """A question with what became of it."""
+
+    question: Question
+    outcome: Reply | Failure
+
+
+class PendingBatch(NamedTuple):
+    """Questions that a provider accepted in an earlier run and still works on, such as a batch job."""
+
+    handle: str
+    """The provider's name for them."""
+    questions: Sequence[Question]
+
+
+class Log(Protocol):
+    """What a provider tells before and after it sends. Everything told is on disk when the call returns."""
+
+    def sending(self, questions: Sequence[Question], handle: str = "") -> None:
+        """These questions are about to leave; must be called before they do.
+
+        Args:
+            questions: What leaves.
+            handle: A name under which the provider finds them again after a crash; empty: it cannot.
+
+        Raises:
+            BudgetError: they could cost more than is left; nothing was noted, and nothing may be sent.
+        """
+
+    def opened(self) -> Sequence[PendingBatch]:
+        """What earlier runs sent under a handle and got no answer to."""
+
+
+class Provider(Protocol):
+    """Answers questions. Use as an async context manager, which opens and closes its connections or processes."""
+
+    @property
+    def provider(self) -> str:
+        """What kind of provider: "openai", "openai-batch", "local", "pack"."""
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """Request parameters, JSON-able."""
+
+    @property
+    def provenance(self) -> str:
+        """The model and its parameters, as knowledge records name them; equal only where answers are comparable."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many questions may be under way at once."""
+
+    @property
+    def attempts(self) -> int:
+        """The most attempts at one question, each of which may be charged for."""
+
+    async def __aenter__(self) -> Self:
+        """Connect."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Disconnect."""
+
+    def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
+        """Answer questions, each once, in any order, as answers come.
+
+        Questions of `log.opened()` that are among `questions` are waited for and not sent again.
+
+        Raises:
+            UnavailableError: no answer after all attempts.
+            InputError: the endpoint refuses such requests altogether (wrong key, model or parameters).
+            BudgetError: the log refused to let a question leave; those under way are answered first.
+        """
+
+    def cost_usd(self, input_tokens: int, output_tokens: int) -> float | None:
+        """What so many tokens cost; None where prices are unknown."""
+
+    def worst_usd(self, question: Question) -> float | None:
+        """The most that one attempt at a question can cost; None where prices are unknown."""
+
+
+async def each(
+    complete: Callable[[Question], Awaitable[Reply | Failure]],
+    questions: Sequence[Question],
+    log: Log,
+    concurrency: int,
+) -> AsyncGenerator[Answer, None]:
+    """Ask for each question by itself, `concurrency` at once: how a provider without batches implements `ask`.
+
+    Where the log refuses for want of money, answers under way are awaited first: they may free some of what is held
+    for them. When `complete` raises, nothing more is sent, what is under way is answered, then the error goes on.
+    """
+
+    async def answer(question: Question) -> Answer:
+        return Answer(question, await complete(question))
+
+    waiting = iter(questions)
+    following = next(waiting, None)
+    running: set[asyncio.Task[Answer]] = set()
+    stopped: KarError | None = None
+    try:
+        while True:
+            while stopped is None and following is not None and len(running) < concurrency:
+                try:
+                    log.sending([following])
+                except BudgetError as error:
+                    stopped = None if running else error
+                    break
+                running.add(asyncio.create_task(answer(following)))
+                following = next(waiting, None)
+            if not running:
+                break
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                try:
+                    found = task.result()
+                except KarError as error:
+                    stopped = stopped or error
+                    continue
+                yield found
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    if stopped is not None:
+        raise stopped
+
+
+class ScriptedModel:
+    """Answers with what `script` returns or raises; tokens are words. `asked` holds the prompts so far."""
+
+    provider: Final = "scripted"
+    attempts: Final = 1
+    parameters: Final[Mapping[str, Any]] = MappingProxyType({})
+
+    def __init__(
+        self,
+        script: Callable[[str], str],
+        *,
+        model: str = "scripted",
+        concurrency: int = 1,
+        price: Callable[[int, int], float | None] = lambda read, written: None,
+    ) -> None:
+        """Make a model that calls `script` with each prompt; `price` gives the cost of tokens read and written."""
+        self.script, self.model, self.concurrency, self.cost_usd = script, model, concurrency, price
+        self.provenance = model
+        self.asked: list[str] = []
+
+    async def __aenter__(self) -> Self:
+        """Do nothing."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Do nothing."""
+
+    def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
+        """See `Provider`."""
+        return each(self.complete, questions, log, self.concurrency)
+
+    def worst_usd(self, question: Question) -> float | None:
+        """Of a prompt as long as it is, and an answer of 100 tokens."""
+        return self.cost_usd(len(question.prompt.split()), 100)
+
+    async def complete(self, question: Question) -> Reply:
+        """Answer one question."""
+        self.asked.append(question.prompt)
+        text = self.script(question.prompt)
+        return Reply(text, len(question.prompt.split()), len(text.split()))

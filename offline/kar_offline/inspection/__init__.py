@@ -1,0 +1,1 @@
+"""Owns what `kar knowledge` shows: single texts, their freshness, their cost."""

@@ -1,0 +1,249 @@
+"""Owns `kar knowledge`: what is known about an entity and why it may be used, how fresh it all is, and what it cost."""
+
+import json
+from contextlib import closing
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import typer
+from google.protobuf import json_format
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from kar.records.v1 import records_pb2
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.generate.ledger import COLUMNS, Ledger, Spending
+from kar_offline.inspection.freshness import served_status, text_status
+from kar_offline.knowledge.records import ENTITY, KINDS, read_knowledge, read_quarantine
+from kar_offline.prompts import Prompt, read_prompts
+from kar_offline.refresh.policy import Policy
+from kar_sidecar.errors import NotFoundError
+from kar_sidecar.releases.manifest import Release, read_active
+from kar_sidecar.settings import Settings
+from kar_sidecar.store.open import open_store
+
+__all__ = ["knowledge"]
+
+knowledge = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Look at knowledge: a text with its verdicts, how fresh texts and vectors are, and what was spent.",
+)
+OUTCOME: Final = {
+    records_pb2.OUTCOME_PASSED: Text("passed", "green"),
+    records_pb2.OUTCOME_FAILED: Text("failed", "bold red"),
+    records_pb2.OUTCOME_UNKNOWN: Text("cannot tell", "yellow"),
+}
+
+
+class Kind(StrEnum):
+    """What knowledge is about."""
+
+    ITEM = "item"
+    USER = "user"
+
+
+@knowledge.command()
+def show(
+    kind: Annotated[Kind, typer.Argument(help="item or user.")],
+    entity_id: Annotated[str, typer.Argument(metavar="ID", help="Id in the dataset.")],
+    work: Work = DEFAULT_WORK,
+    folder: Annotated[str, typer.Option("--knowledge", help="Folder in WORK that holds the records.")] = "knowledge",
+    encoding: Annotated[str, typer.Option(help="Folder in WORK that holds the vectors.")] = "encoding",
+    neighbours: Annotated[int, typer.Option(min=0, help="So many texts that are nearest to this one.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Print an entity's prompt, its text, where that comes from, what the gates found, and the texts next to it."""
+    console = Console()
+    records = {record.id: record for record in read_knowledge(work / folder, kind)}
+    refused = {record.id: record for record in read_quarantine(work / folder) if record.entity == ENTITY[kind]}
+    record = records.get(entity_id) or refused.get(entity_id)
+    prompt = next((p for p in read_prompts(work / "prompts") if (p.entity, p.id) == (kind.value, entity_id)), None)
+    if record is None and prompt is None:
+        raise NotFoundError(f"{work} knows no {kind.value} {entity_id!r}: name one of its dataset")
+    if prompt is not None:
+        console.print(Panel(Text(prompt.prompt), title=f"prompt · {prompt.template}"))
+    if record is None:
+        console.print(f"[yellow]There is no text about {kind.value} {entity_id}: others lend theirs, if it has facts.")
+        return
+    quarantined = entity_id in refused
+    style, state = ("bold red", "quarantined, not used") if quarantined else ("green", "in use")
+    if record.text:
+        console.print(Panel(Text(record.text), title=f"text · {state}", border_style=style))
+    console.print(_provenance(record, prompt))
+    if record.verdicts:
+        console.print(_verdicts(record))
+    near = [] if quarantined else _neighbours(work, encoding, kind, entity_id, neighbours)
+    if near:
+        table = Table("nearest", "cosine", "text", title=f"{kind.value}s with the nearest texts")
+        for other, cosine in near:
+            words = records[other].text if other in records else ""
+            table.add_row(other, f"{cosine:.3f}", Text(words[:90] + ("…" if len(words) > 90 else "")))
+        console.print(table)
+    write_json(
+        json_file,
+        {
+            "prompt": prompt and prompt.prompt,
+            "quarantined": quarantined,
+            "record": json.loads(json_format.MessageToJson(record, preserving_proto_field_name=True)),
+            "neighbours": [{"id": other, "cosine": cosine} for other, cosine in near],
+        },
+    )
+
+
+def _provenance(record: records_pb2.KnowledgeRecord, prompt: Prompt | None) -> Table:
+    table = Table(show_header=False, box=None)
+    table.add_row("written by", record.llm)
+    table.add_row("template", record.template)
+    asked = record.prompt_sha256[:12]
+    if record.retries:
+        asked += f", which names what was wrong with {record.retries} earlier answer{'s' * (record.retries > 1)}"
+    elif prompt and record.prompt_sha256 not in ("unknown", prompt.prompt_sha256):
+        asked += ", another than the one above: it has changed since"
+    table.add_row("prompt", asked)
+    if record.entity == records_pb2.ENTITY_KIND_USER:
+        table.add_row("written from", f"the first {record.history_cutoff} interactions")
+    for name, value in sorted(record.context.items()):
+        table.add_row(name, value)
+    for name in ("created_at", "expires_at"):
+        if record.HasField(name):
+            table.add_row(name.replace("_at", ""), f"{getattr(record, name).ToDatetime():%Y-%m-%d %H:%M} UTC")
+    if record.confidence:
+        table.add_row("its writer's confidence", record.confidence)
+    for loan in record.loans:
+        table.add_row("lent by", f"{loan.id}, {loan.weight:.0%}")
+    return table
+
+
+def _verdicts(record: records_pb2.KnowledgeRecord) -> Table:
+    table = Table("gate", "verdict", "why")
+    for verdict in record.verdicts:
+        table.add_row(verdict.gate, OUTCOME.get(verdict.outcome, Text("not set")), Text(verdict.reason))
+    return table
+
+
+def _neighbours(work: Path, encoding: str, kind: Kind, entity_id: str, number: int) -> list[tuple[str, float]]:
+    """The entities whose texts' vectors have the largest cosine with this one's; none where nothing is encoded."""
+    path = work / encoding / f"knowledge_{kind.value}.npy"
+    if not (path.is_file() and number):
+        return []
+    about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    ids = about["ids"]
+    vectors = np.load(path, mmap_mode="r")
+    if entity_id not in ids or not about["text_sha256"][ids.index(entity_id)]:
+        return []
+    row = ids.index(entity_id)
+    cosine = vectors @ vectors[row]
+    lent = set(about.get("lent", ()))
+    texts = zip(ids, about["text_sha256"], strict=True)
+    cosine[[at for at, (id_, digest) in enumerate(texts) if not digest or id_ in lent]] = -np.inf
+    cosine[row] = -np.inf
+    nearest = np.argsort(-cosine)[:number]
+    return [(ids[at], float(cosine[at])) for at in nearest if np.isfinite(cosine[at])]
+
+
+@knowledge.command()
+def costs(
+    work: Work = DEFAULT_WORK,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help=f"What to group by, repeatable: {', '.join(COLUMNS)}; default: model and template."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Print what was asked of language models for this work folder, and what it cost."""
+    columns = once(by) or ["model", "template"]
+    refuse_unknown("--by", columns, COLUMNS)
+    with Ledger.read(work) as ledger:
+        rows, total = ledger.costs(columns), ledger.costs([])  # type: ignore[arg-type]  # checked just above
+    console = Console()
+    table = Table(title=f"language model calls of {work}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column(", ".join(columns), min_width=12, overflow="fold")
+    for name in ("calls", "failed", "unsure", "read", "written", "USD", "at most", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(", ".join(row.group), *_cells(row))
+    table.add_section()
+    for row in total:
+        table.add_row("all", *_cells(row))
+    console.print(table)
+    if any(row.uncertain or row.risk_usd for row in total):
+        console.print(
+            "unsure: under way when a run was killed; the provider may have charged for it, and for attempts that "
+            "ended without an answer, at most what `at most` adds to the cost"
+        )
+    groups = [{**dict(zip(columns, row.group, strict=True)), **_numbers(row)} for row in rows]
+    write_json(json_file, {"groups": groups, "all": next(map(_numbers, total), {})})
+
+
+def _cells(row: Spending) -> list[str]:
+    cost = "unknown" if row.cost_usd is None else f"{row.cost_usd:.4f}"
+    most = "unknown" if row.cost_usd is None else f"{row.cost_usd + row.risk_usd:.4f}"
+    counts = (row.calls, row.failed, row.uncertain, row.input_tokens, row.output_tokens)
+    latency = "" if row.latency_ms is None else f"{row.latency_ms:,.0f}"
+    return [*(f"{count:,}" for count in counts), cost, most, latency]
+
+
+def _numbers(row: Spending) -> dict[str, Any]:
+    return {name: value for name, value in row._asdict().items() if name != "group"}
+
+
+@knowledge.command()
+def status(
+    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="The store whose vectors are counted, too; default: lmdb:WORK/store, where there is one."),
+    ] = None,
+    release: Annotated[str | None, typer.Option(help="The release that is served; default: the active one.")] = None,
+    grown_by: Annotated[
+        int, typer.Option(min=1, help="Events since a user's text that make it due.")
+    ] = Policy().grown_by,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, as `kar sidecar` reads it.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Print how many entities have texts, how old those are, what is due, and the same of the vectors served."""
+    console = Console()
+    now = datetime.now(UTC)
+    settings = Settings.read(config, work=work, store=store)
+    work, url = settings.work, settings.store
+    texts = text_status(work, Policy(grown_by), now)
+    table = Table("", "items", "users", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    _section(table, "texts", *(_flat(texts[kind]) for kind in KINDS))
+    _section(table, "days since they were written", *(texts[kind]["age_days"] for kind in KINDS))
+    _section(table, "events since they were written", {}, texts["user"]["events_since"])
+    served = None
+    if url != f"lmdb:{work / 'store'}" or (work / "store").is_dir():
+        chosen = Release.load(work / "releases", release or read_active(work / "releases"), verify=False)
+        with closing(open_store(url, aerospike=settings.aerospike, readonly=True)) as opened:
+            served = served_status(Dataset.load(work / "dataset"), chosen, opened, round(now.timestamp() * 1000))
+        kinds = [served[kind] for kind in KINDS]
+        _section(table, f"vectors of release {chosen.release_id}", *(about["levels"] for about in kinds))
+        _section(table, "days since they were written", *(about["age_days"] for about in kinds))
+        console.print(f"vectors are those in {url}: {kinds[0]['vectors']} of items, {kinds[1]['vectors']} of users")
+    console.print(table)
+    write_json(json_file, {"texts": texts, "served": served})
+
+
+def _flat(about: dict[str, Any]) -> dict[str, int]:
+    """The counts of one kind, and what is due by reason."""
+    counts = {name.replace("_", " "): about[name] for name in ("entities", "own_text", "lent", "none", "expired")}
+    return counts | {f"due: {reason}": count for reason, count in about["due"].items()}
+
+
+def _section(table: Table, title: str, items: dict[str, int], users: dict[str, int]) -> None:
+    """Counts of both kinds by name; a kind that lacks one has none to tell."""
+    table.add_section()
+    table.add_row(Text(title, "bold"))
+    for name in users:
+        table.add_row(f"  {name}", *(f"{about[name]:,}" if name in about else "" for about in (items, users)))

@@ -1,0 +1,1 @@
+"""Owns HTTP requests to OpenAI-compatible endpoints."""

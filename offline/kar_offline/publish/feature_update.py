@@ -1,0 +1,131 @@
+"""Owns fresh features between releases: a file of JSON lines, checked whole, then written where newer.
+
+One line an entity, which replaces the features and history that the store has of it:
+{"entity": "user", "id": "42", "features": {"age": 24}, "history": [["item id", 4.0]], "as_of": "2026-11-01T12:00:00Z"}
+"""
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    field_validator,
+    model_validator,
+)
+from rich.progress import Progress
+
+from kar_offline.jsonl import each_line
+from kar_offline.knowledge.records import ENTITY
+from kar_sidecar.errors import InputError, PreconditionError
+from kar_sidecar.features import History
+from kar_sidecar.releases.manifest import Release
+from kar_sidecar.store import FEATURES, ITEM, EntityKey, schema_meta
+from kar_sidecar.store.cluster import AerospikeSettings
+from kar_sidecar.store.open import open_store
+
+__all__ = ["FreshEntity", "publish_features", "read_features"]
+
+AHEAD: Final = timedelta(days=1)
+"""What clocks may differ by."""
+Id = Annotated[str, Field(min_length=1)]
+
+
+class FreshEntity(BaseModel):
+    """One line of a features file; a feature that is left out is missing from then on."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    entity: Literal["user", "item"]
+    id: Id
+    features: dict[str, Any] = Field(default_factory=dict)
+    history: list[tuple[Id, FiniteFloat]] = Field(default_factory=list)
+    """Users only: item id and rating of each event, oldest first."""
+    as_of: AwareDatetime
+    """When this was true; an older record never replaces a newer one."""
+
+    @field_validator("as_of")
+    @classmethod
+    def _not_in_the_future(cls, as_of: datetime) -> datetime:
+        if as_of > datetime.now(UTC) + AHEAD:
+            raise ValueError("lies in the future, and would keep out every update until then")
+        return as_of
+
+    @model_validator(mode="after")
+    def _items_have_no_history(self) -> "FreshEntity":
+        if self.entity == "item" and self.history:
+            raise ValueError("items have no history")
+        return self
+
+
+def read_features(path: Path, release: Release) -> Iterator[tuple[EntityKey, bytes]]:
+    """The store parts that a features file holds, packed for the schema of `release`.
+
+    Raises:
+        InputError: a line that is wrong; the text has its number.
+    """
+    yield from each_line(path, FreshEntity, lambda line: _record(line, release), "nothing was written")
+
+
+def _record(fresh: FreshEntity, release: Release) -> tuple[EntityKey, bytes]:
+    written_at_ms = round(fresh.as_of.timestamp() * 1000)
+    key = EntityKey(ENTITY[fresh.entity], fresh.id)
+    if key.kind == ITEM:
+        layout = release.item_layout
+        return key, layout.encode(layout.row(fresh.features), written_at_ms=written_at_ms)
+    ratings = np.array([rating for _, rating in fresh.history], dtype=np.float32)
+    history = History(tuple(item for item, _ in fresh.history), ratings)
+    layout = release.user_layout
+    return key, layout.encode(layout.row(fresh.features), written_at_ms=written_at_ms, history=history)
+
+
+def publish_features(
+    work: Path,
+    release_id: str,
+    store_url: str,
+    file: Path,
+    *,
+    aerospike: AerospikeSettings | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a features file into the store of a published release, leaving vectors and texts alone.
+
+    The file is read twice, so that a wrong line is found before anything is written. Returns a report: `release_id`,
+    `store`, `file`, `records`, those `written`, those `kept` since the store has newer ones, and `seconds`.
+
+    Raises:
+        InputError: the file cannot be read, or a line is wrong; the text has its number.
+        NotFoundError: no such release.
+        PreconditionError: the release's features are not published there.
+        UnavailableError: the store does not answer.
+    """
+    began = time.perf_counter()
+    if not file.is_file():
+        raise InputError(f"{file} is not a file: name one with a JSON object a line")
+    release = Release.load(work / "releases", release_id)
+    shown = progress or Progress(disable=True)
+    records = sum(1 for _ in shown.track(read_features(file, release), description="checking"))
+    store = open_store(store_url, aerospike=aerospike)
+    try:
+        if store.read_meta(schema_meta(release.manifest.feature_schema_hash)) is None:
+            raise PreconditionError(f"release {release_id} is not in {store_url}: run `kar publish` without --features")
+        stream = shown.track(read_features(file, release), records, description="features")
+        written = store.write(FEATURES, stream, newer_only=True)
+    finally:
+        store.close()
+    return {
+        "release_id": release_id,
+        "store": store_url,
+        "file": str(file),
+        "records": records,
+        "written": written,
+        "kept": records - written,
+        "seconds": time.perf_counter() - began,
+    }

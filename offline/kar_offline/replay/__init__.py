@@ -1,0 +1,1 @@
+"""Owns the replay of test users through a running sidecar."""

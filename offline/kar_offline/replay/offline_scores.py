@@ -1,0 +1,48 @@
+"""Owns the offline side of the parity proof: the trained torch model and the adaptor itself, straight from the dataset.
+
+Nothing of the release, the store or the sidecar takes part but the feature encoder and the affinity formula, which both
+sides share.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.replay.slates import Slate
+from kar_offline.train import ARMS as RECIPES
+from kar_offline.train import load_trained
+from kar_offline.train.batches import BatchFeed
+from kar_offline.train.features import FeatureEncodings, encode_dataset
+from kar_offline.train.fit import predict_logits
+from kar_offline.train.knowledge_inputs import KnowledgeInputs
+from kar_sidecar.experiments.assignment import ARMS, CONTROL, KNOWLEDGE
+
+__all__ = ["OfflineScorer"]
+
+
+class OfflineScorer:
+    """Scores slates as training would: the history is what the user did up to the prompt cut-off."""
+
+    def __init__(self, dataset: Dataset, backbone: str, work: Path, recipe: str = KNOWLEDGE) -> None:
+        """Load the trained models of `backbone`: training arm `recipe` for the arm "knowledge", and the control."""
+        self._dataset = dataset
+        trained = {KNOWLEDGE: load_trained(work, backbone, recipe), CONTROL: load_trained(work, backbone, CONTROL)}
+        self._models = {arm: trained[arm].model for arm in ARMS}
+        features = FeatureEncodings(trained[CONTROL].encodings, trained[CONTROL].item_ids)
+        self._encoded = encode_dataset(dataset, features)
+        encodings = work / "encoding"
+        self._given = {
+            arm: KnowledgeInputs.served(RECIPES[one.arm], dataset, one.affinity, encodings, seed=one.seed)
+            for arm, one in trained.items()
+        }
+
+    def score(self, slate: Slate, arm: str) -> NDArray[np.float32]:
+        """Probabilities [C] of one slate's candidates."""
+        dataset, count = self._dataset, len(slate.items)
+        event = dataset.offsets[slate.user] + dataset.cutoff[slate.user]
+        rows = self._encoded.at(np.full(count, event), slate.items, np.zeros(count, np.float32), list_length=count)
+        logits = predict_logits(self._models[arm], BatchFeed.of(self._encoded, rows, self._given[arm]))
+        return torch.sigmoid(logits).numpy()

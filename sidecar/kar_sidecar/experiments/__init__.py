@@ -1,0 +1,1 @@
+"""Owns experiments: which arm a user gets."""

@@ -1,0 +1,1 @@
+"""Owns `kar serve`: Triton and the sidecar, started together and kept alive."""

@@ -1,0 +1,264 @@
+"""Owns `kar serve`: Triton and the gRPC sidecar over one work folder, as one supervised process tree.
+
+WORK/serving/
+  models/                      the repository that Triton reads: links to the models of every release
+  triton.log, sidecar.log      what the two say; *.previous.log: what they said under the `kar serve` before
+  serve.log, ready.json        of a `kar serve` that `kar rank` or `kar demo` started
+  lock                         held while `kar serve` runs
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+
+from kar_sidecar.errors import InputError, IntegrityError
+from kar_sidecar.launcher.supervisor import ChildProcess, RestartPolicy, Service, Supervisor, spawn, termination
+from kar_sidecar.launcher.triton_process import LOOPBACK, Ports, TritonProcess, TritonRuntime, link_models
+from kar_sidecar.lock import held
+from kar_sidecar.releases.manifest import Release, list_releases, read_active, write_active
+from kar_sidecar.releases.registry import Releases
+from kar_sidecar.releases.serving_view import ServedRelease
+from kar_sidecar.scoring.memory import MemoryScorer
+from kar_sidecar.settings import Settings
+from kar_sidecar.store.open import open_store
+
+__all__ = ["check", "is_serving", "listen_port", "serve", "serve_until_stopped"]
+
+PROBE_TIMEOUT_S = 1.0
+MARGIN_S = 5.0
+"""What a child gets beyond the grace that it gives its own requests, before it is killed."""
+
+
+def listen_port(host: str, port: int, option: str) -> int:
+    """`port` if nothing listens on it, or a free one for 0.
+
+    Raises:
+        InputError: it is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} on {host} cannot be used ({error.strerror}): stop what listens there, or name another "
+                f"with {option}"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def check(settings: Settings) -> None:
+    """Refuse to start what could not serve: verifies the active release and asks the store for what it needs.
+
+    Raises:
+        PreconditionError: nothing exported, or nothing published for it.
+        IntegrityError: a missing or corrupt file, which the text names.
+        UnavailableError: the store does not answer.
+    """
+    store = open_store(settings.store, aerospike=settings.aerospike, readonly=True)
+    try:
+        asyncio.run(Releases(settings.releases, store, MemoryScorer({}), settings.mode, warm_timeout_s=0.0).open())
+    finally:
+        store.close()
+
+
+def is_serving(address: str) -> bool:
+    """Whether the gRPC server at `address` says SERVING."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
+        except grpc.RpcError:
+            return False
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+class _Serving:
+    """One run: what it starts, what it tells."""
+
+    def __init__(
+        self, settings: Settings, config: Path | None, ready_file: Path | None, say: Callable[[str], None]
+    ) -> None:
+        self._settings = settings
+        self._config = config
+        self._ready_file = ready_file
+        self._say = say
+        self._runtime = TritonRuntime.install()
+        self._folder = settings.work / "serving"
+        self._ports = Ports.free()
+        self._triton: TritonProcess | None = None
+        self._linked: set[str] = set()
+        self._was_ready = False
+        self._changed_at = time.monotonic()
+        self.address = f"{settings.host}:{settings.grpc_port}"
+        self.supervisor = Supervisor(
+            [
+                Service("triton", self._start_triton, lambda: self._triton is not None and self._triton.ready()),
+                Service("sidecar", self._start_sidecar, lambda: is_serving(self.address)),
+            ],
+            policy=RestartPolicy(),
+            say=say,
+            stop_grace_s=settings.grace_s + MARGIN_S,
+        )
+        shutil.rmtree(self._folder / "models", ignore_errors=True)
+        for name in ("triton", "sidecar"):
+            log = self._folder / f"{name}.log"
+            if log.exists():
+                log.replace(log.with_suffix(".previous.log"))
+
+    def _start_triton(self) -> TritonProcess:
+        # Ready means then that the active release can be scored; the sidecar loads what else it serves.
+        settings = self._settings
+        release = Release.load(settings.releases, read_active(settings.releases), verify=False)
+        self._triton = self._runtime.start(
+            self._folder / "models",
+            models=ServedRelease(release, settings.mode).models(),
+            log_file=self._folder / "triton.log",
+            ports=self._ports,
+        )
+        return self._triton
+
+    def _start_sidecar(self) -> ChildProcess:
+        settings = self._settings
+        given = {
+            "KAR_HOST": settings.host,
+            "KAR_GRPC_PORT": str(settings.grpc_port),
+            "KAR_METRICS_PORT": str(settings.metrics_port),
+            "KAR_RELEASES": str(settings.releases),
+            "KAR_STORE": settings.store,
+            "KAR_MODE": settings.mode,
+            "KAR_TRITON_ADDRESS": f"{LOOPBACK}:{self._ports.grpc}",
+        }
+        config = ("--config", self._config) if self._config else ()
+        command = (sys.executable, "-m", "kar_sidecar", "sidecar", *config)
+        return spawn(command, self._folder / "sidecar.log", os.environ | given)
+
+    def link_releases(self) -> None:
+        """Show Triton the models of releases that were exported since the last call."""
+        for release_id in list_releases(self._settings.releases):
+            models = self._settings.releases / release_id / "triton" / "cpu"
+            if release_id not in self._linked and models.is_dir():
+                link_models(models, self._folder / "models")
+                self._linked.add(release_id)
+
+    def look(self) -> None:
+        """Tell what changed since the last look."""
+        self.link_releases()
+        if self.supervisor.ready == self._was_ready:
+            return
+        now = time.monotonic()
+        self._was_ready = not self._was_ready
+        if self._was_ready:
+            addresses = self._addresses()
+            self._say(
+                f"ready on {addresses['grpc']} in {now - self._changed_at:.1f} s (metrics on {addresses['metrics']}, "
+                f"Triton on {addresses['triton_grpc']}); Ctrl-C stops"
+            )
+            self._write_ready_file(addresses)
+        else:
+            self._say(f"not ready ({self._folder / 'sidecar.log'} says why)")
+        self._changed_at = now
+
+    def _addresses(self) -> dict[str, str]:
+        return {
+            "grpc": self.address,
+            "metrics": f"{self._settings.host}:{self._settings.metrics_port}",
+            **{f"triton_{name}": f"{LOOPBACK}:{port}" for name, port in self._ports._asdict().items()},
+        }
+
+    def _write_ready_file(self, addresses: Mapping[str, str]) -> None:
+        if self._ready_file is None:
+            return
+        pids = {"supervisor": os.getpid(), **self.supervisor.pids}
+        ready = {"release": read_active(self._settings.releases), **addresses, "pids": pids}
+        draft = self._ready_file.with_name(f".{self._ready_file.name}")
+        draft.write_text(json.dumps(ready, indent=2) + "\n")
+        draft.replace(self._ready_file)
+
+
+def serve_until_stopped(
+    settings: Settings,
+    *,
+    config: Path | None = None,
+    ready_file: Path | None = None,
+    say: Callable[[str], None],
+) -> None:
+    """Run Triton and the sidecar until SIGTERM or SIGINT; `settings` name free ports. Main thread only.
+
+    Raises:
+        InputError: another one runs on this work folder.
+        KarError: see `check`, `TritonRuntime.install` and `Supervisor.run`.
+    """
+    active = read_active(settings.releases)
+    if ready_file is not None and not ready_file.parent.is_dir():
+        raise InputError(f"{ready_file.parent} is not a folder: create it or name another --ready-file")
+    folder = settings.work / "serving"
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = InputError(f"another `kar serve` runs on {settings.work}: stop it, or name another --work")
+    with held(folder / "lock", taken), termination() as stopping:
+        if ready_file is not None:
+            ready_file.unlink(missing_ok=True)  # of one that was killed
+        check(settings)
+        if not (models := settings.releases / active / "triton" / "cpu").is_dir():
+            raise IntegrityError(f"{models} is missing: export the release again")
+        serving = _Serving(settings, config, ready_file, say)
+        serving.link_releases()
+        say(f"starting Triton and the sidecar on release {active} (logs: {folder}/*.log)")
+        try:
+            serving.supervisor.run(stopping, serving.look)
+        finally:
+            if ready_file is not None:
+                ready_file.unlink(missing_ok=True)
+            say("stopped")
+
+
+def serve(
+    work: Annotated[
+        Path | None, typer.Option(help="Work folder with releases and store.", show_default="var/demo")
+    ] = None,
+    release: Annotated[
+        str | None, typer.Option(help="Activate this release first.", show_default="the active one")
+    ] = None,
+    store: Annotated[str | None, typer.Option(help="Store URL.", show_default="lmdb:WORK/store")] = None,
+    mode: Annotated[str | None, typer.Option(help="prestored or encoded.", show_default="prestored")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the gRPC services; 0: any free one.", show_default="8500")
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the Prometheus metrics; 0: any free one.", show_default="8502, or 0 with --port 0"),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="Written (JSON: addresses, process ids) when ready, removed at the end.")
+    ] = None,
+) -> None:
+    """Serve a release: supervise Triton and the gRPC sidecar until Ctrl-C; every other knob: KAR_* or --config."""
+    if port == 0 and metrics_port is None:
+        metrics_port = 0
+    settings = Settings.read(config, work=work, store=store, mode=mode, grpc_port=port, metrics_port=metrics_port)
+    if release is not None:
+        Release.load(settings.releases, release)
+        write_active(settings.releases, release)
+    ports = {
+        "grpc_port": listen_port(settings.host, settings.grpc_port, "--port"),
+        "metrics_port": listen_port(settings.host, settings.metrics_port, "--metrics-port"),
+    }
+    console = Console()
+    serve_until_stopped(
+        settings.model_copy(update=ports),
+        config=config,
+        ready_file=ready_file,
+        say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+    )

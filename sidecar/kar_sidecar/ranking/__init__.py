@@ -1,0 +1,1 @@
+"""Owns the way of one ranking request: request, fetch, assembly, scores, response."""

@@ -1,0 +1,213 @@
+"""Owns a release on disk: its layout, its content hashes, its verification.
+
+<releases>/<release id>/
+  manifest.json                      kar.records.v1.Manifest as JSON
+  item_ids.txt                       item vocabulary, one id a line
+  backbones/{knowledge,control}.onnx
+  adaptor.safetensors                expert, gate and neutral weights
+  vectors/neutral.npy                [2, K] float32: user row, item row
+  vectors/{user,item}_ids.txt        one id a line, row order of the arrays
+  vectors/{user,item}_lent.txt       those of them whose vector is lent by others
+  vectors/{user,item}_adapted.npy    [n, K], of the adaptor's towers alone
+  vectors/{user,item}_encoded.npy    [n, D]
+  vectors/affinity_ids.txt           items with an affinity vector, where the model reads affinities
+  vectors/affinity.npy               [n, V]
+  knowledge/{user,item}.jsonl        KnowledgeRecord as JSON, one a line
+  knowledge/{user,item}_clusters.jsonl  the same about clusters, where entities borrow their texts
+  triton/{cpu,gpu}/<model>/          Triton repository; names end in the release id
+  triton/files.json                  Manifest with only the id and the files of triton/, which carry the id themselves
+<releases>/active                    the id that serving starts with
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from google.protobuf import json_format
+from numpy.typing import NDArray
+
+from kar.records.v1 import records_pb2
+from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.errors import IntegrityError, NotFoundError, PreconditionError
+from kar_sidecar.features import FeatureEncoder, FeatureLayout, schema_hash
+from kar_sidecar.store import ITEM, USER
+
+__all__ = [
+    "ACTIVE",
+    "MANIFEST",
+    "RENDERED",
+    "Release",
+    "list_files",
+    "list_releases",
+    "manifest_id",
+    "read_active",
+    "write_active",
+]
+
+MANIFEST = "manifest.json"
+RENDERED = "triton/files.json"
+ACTIVE = "active"
+
+
+def list_files(folder: Path, paths: Iterable[Path]) -> list[records_pb2.FileEntry]:
+    """Manifest entries of files below a release folder, sorted by path."""
+    return [
+        records_pb2.FileEntry(
+            path=path.relative_to(folder).as_posix(), sha256=file_sha256(path), bytes=path.stat().st_size
+        )
+        for path in sorted(paths)
+    ]
+
+
+def manifest_id(manifest: records_pb2.Manifest) -> str:
+    """Content hash of a manifest without its id and creation time: 12 hexadecimal digits."""
+    content = records_pb2.Manifest()
+    content.CopyFrom(manifest)
+    content.ClearField("release_id")
+    content.ClearField("created_at")
+    return hashlib.sha256(content.SerializeToString(deterministic=True)).hexdigest()[:12]
+
+
+def list_releases(releases: Path) -> list[str]:
+    """Ids of the releases below a folder, oldest first."""
+    manifests = sorted(releases.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    return [path.parent.name for path in manifests]
+
+
+def read_active(releases: Path) -> str:
+    """The id of the release that serving starts with.
+
+    Raises:
+        PreconditionError: nothing was exported or activated yet.
+        IntegrityError: the file that says it is corrupt.
+    """
+    path = releases / ACTIVE
+    if not path.is_file():
+        raise PreconditionError(f"no active release below {releases}: run `kar export` first")
+    try:
+        return path.read_text().strip()
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{path} is corrupt: activate a release again") from error
+
+
+def write_active(releases: Path, release_id: str) -> None:
+    """Name the release that serving starts with; atomic."""
+    draft = releases / f".{ACTIVE}"
+    draft.write_text(release_id + "\n")
+    draft.replace(releases / ACTIVE)
+
+
+def _read_manifest(path: Path) -> records_pb2.Manifest:
+    try:
+        return json_format.Parse(path.read_text(), records_pb2.Manifest())
+    except (OSError, json_format.ParseError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{path} is not a readable manifest: {error}; export the release again") from error
+
+
+def _rendered(folder: Path, release_id: str) -> Sequence[records_pb2.FileEntry]:
+    """The list of files below `triton/`; none where the release has no Triton repository."""
+    if not (folder / "triton").is_dir():
+        return ()
+    listed = _read_manifest(folder / RENDERED)
+    if listed.release_id != release_id or not listed.files:
+        raise IntegrityError(f"{folder / RENDERED} does not list this release's files: export the release again")
+    return listed.files
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release on disk. Construct with `Release.load`."""
+
+    folder: Path
+    manifest: records_pb2.Manifest
+
+    @staticmethod
+    def load(releases: Path, release_id: str, *, verify: bool = True) -> "Release":
+        """Read a release and, with `verify`, check the hash of every file.
+
+        Raises:
+            NotFoundError: no such release.
+            IntegrityError: a missing, corrupt or mismatched file, which the text names.
+        """
+        folder = releases / release_id
+        path = folder / MANIFEST
+        if not path.is_file():
+            known = ", ".join(list_releases(releases)) or "none"
+            raise NotFoundError(f"release {release_id!r} is not below {releases} (known: {known})")
+        manifest = _read_manifest(path)
+        if manifest.release_id != release_id or manifest_id(manifest) != release_id:
+            raise IntegrityError(f"{path} was changed after export: export the release again")
+        if schema_hash(manifest.feature_schema) != manifest.feature_schema_hash:
+            raise IntegrityError(f"{path} names another feature schema than it holds: export the release again")
+        if verify:
+            rendered = _rendered(folder, release_id)
+            for entry in (*manifest.files, *rendered):
+                file = folder / entry.path
+                if not file.is_file():
+                    raise IntegrityError(f"{file} is missing: export the release again")
+                if file.stat().st_size != entry.bytes or file_sha256(file) != entry.sha256:
+                    raise IntegrityError(f"{file} is corrupt (its hash differs): export the release again")
+        return Release(folder, manifest)
+
+    @property
+    def release_id(self) -> str:
+        """The release's id."""
+        return self.manifest.release_id
+
+    def triton_name(self, template: str) -> str:
+        """The Triton model name of a manifest entry, with this release's id."""
+        return template.format(release=self.release_id)
+
+    def model(self, arm: str) -> records_pb2.ModelEntry:
+        """The scoring model of an arm.
+
+        Raises:
+            PreconditionError: the release has none.
+        """
+        for entry in self.manifest.models:
+            if entry.arm == arm:
+                return entry
+        raise PreconditionError(f"release {self.release_id} has no {arm!r} model: activate one that has")
+
+    def triton_models(self) -> Iterator[str]:
+        """Names of all Triton models, those that others depend on first."""
+        for entry in self.manifest.models:
+            yield self.triton_name(entry.triton_model)
+        yield self.triton_name(self.manifest.triton_adaptor)
+        for entry in self.manifest.models:
+            if entry.triton_ensemble:
+                yield self.triton_name(entry.triton_ensemble)
+
+    @cached_property
+    def towers(self) -> tuple[int, ...]:
+        """Kinds of entities whose adapted vectors the knowledge model reads."""
+        return tuple(self.manifest.towers) or (USER, ITEM)
+
+    @cached_property
+    def affinity(self) -> records_pb2.Affinity | None:
+        """The knowledge affinity that the knowledge model reads; None where it reads none."""
+        return self.manifest.affinity if self.manifest.HasField("affinity") else None
+
+    @cached_property
+    def encoder(self) -> FeatureEncoder:
+        """The feature encoder of this release."""
+        ids = (self.folder / "item_ids.txt").read_text().splitlines()
+        return FeatureEncoder(self.manifest.feature_schema, self.manifest.feature_encodings, ids)
+
+    @cached_property
+    def user_layout(self) -> FeatureLayout:
+        """How user features are packed."""
+        return FeatureLayout(self.manifest.feature_schema, USER)
+
+    @cached_property
+    def item_layout(self) -> FeatureLayout:
+        """How item features are packed."""
+        return FeatureLayout(self.manifest.feature_schema, ITEM)
+
+    @cached_property
+    def neutral(self) -> NDArray[np.float32]:
+        """Neutral vectors [2, K] float32: user row, item row."""
+        return np.load(self.folder / "vectors" / "neutral.npy", allow_pickle=False)

@@ -1,0 +1,1 @@
+"""Owns the gRPC server process, its services and its interceptor."""

@@ -1,0 +1,60 @@
+import re
+
+import numpy as np
+import pytest
+
+from kar_bench.studies.llm_reranking import Lists, measure_direct, read_order
+from kar_bench.studies.quality_report import direct_table
+from kar_offline.dataset.dataset import TEST, Dataset
+from kar_offline.dataset.rerank_lists import rerank_lists
+from kar_offline.generate import ScriptedModel
+from kar_offline.train.fit import TrainSettings
+
+pytestmark = pytest.mark.unit
+
+SETTINGS = TrainSettings(epochs=1, batch=64, dedicated_experts=1, shared_experts=1, expert_hidden=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "order", "complete"),
+    [
+        ("3, 1, 2", [2, 0, 1], True),
+        ("I rank them: 2 then 2, then 3", [1, 2, 0], False),
+        ("none of these", [0, 1, 2], False),
+        ("1997 is a year, 4 is too many, 3.", [2, 0, 1], False),
+    ],
+)
+def test_an_order_is_read_from_what_a_model_says(text, order, complete):
+    assert read_order(text, 3) == (order, complete)
+
+
+def test_lists_are_of_distinct_users_and_prompts_show_the_past_alone(titled):
+    dataset = Dataset.load(titled / "dataset").split_by_user(fold=0, folds=5)
+    every = rerank_lists(dataset, TEST, seed=0)
+    lists = Lists.of(dataset, 3)
+    events = every.event[lists.numbers, 0]
+    assert len(set(dataset.event_user[events].tolist())) == len(lists.numbers) == 3
+    assert lists.labels.any(1).all()
+    for number, event, prompt in zip(lists.numbers, events.tolist(), lists.prompts, strict=True):
+        user = dataset.event_user[event]
+        past = dataset.event_item[dataset.offsets[user] : event]
+        told, shown = prompt.split("Candidates:")
+        assert re.findall(r'"Film (\d+)"', told) == [str(item) for item in past[-10:]]
+        assert re.findall(r'"Film (\d+)"', shown) == [str(item) for item in every.item[number]]
+
+
+def test_a_model_that_knows_the_labels_is_perfect_and_ours_stand_beside_it(titled):
+    dataset = Dataset.load(titled / "dataset").split_by_user(fold=0, folds=5)
+    lists = Lists.of(dataset, 4)
+    best = {
+        prompt: ", ".join(str(at + 1) for at in np.argsort(-labels, kind="stable"))
+        for prompt, labels in zip(lists.prompts, lists.labels, strict=True)
+    }
+    llm = ScriptedModel(best.__getitem__, model="oracle")
+    report = measure_direct(titled, titled / "encoding", llm, model="dlcm", users=4, settings=SETTINGS)
+    assert llm.asked == lists.prompts
+    rows = {row["ranker"]: row for row in report["rows"]}
+    assert list(rows) == ["oracle", "random order", "dlcm control", "dlcm knowledge"]
+    assert rows["oracle"]["ndcg"] == rows["oracle"]["map"] == rows["oracle"]["complete"] == 1
+    assert all(0 < row["ndcg"] <= 1 for row in rows.values())
+    assert direct_table(report).renderables

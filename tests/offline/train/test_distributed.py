@@ -1,0 +1,95 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kar_offline.train.distributed import Ranks
+
+pytestmark = pytest.mark.service
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from kar_offline.train.distributed import Ranks
+
+joining = Ranks.joined()
+ranks = joining.__enter__()
+torch.manual_seed(0)
+model, rows, labels = nn.Linear(3, 1), torch.randn(10, 3), torch.rand(10)
+def loss(at):
+    return nn.functional.binary_cross_entropy_with_logits(model(rows[at]).squeeze(1), labels[at])
+whole = torch.autograd.grad(loss(torch.arange(10)), list(model.parameters()))
+at = ranks.share(torch.arange(10), 2)
+assert len(at) in (4, 6), at
+own = loss(at)
+own.backward()
+total = ranks.average(list(model.parameters()), own.item() * len(at), len(at) / 10)
+for parameter, expected in zip(model.parameters(), whole):
+    torch.testing.assert_close(parameter.grad, expected)
+assert abs(total / 10 - loss(torch.arange(10)).item()) < 1e-6
+# A batch of one list leaves the second process without rows.
+model.zero_grad()
+at = ranks.share(torch.arange(2), 2)
+if len(at):
+    loss(at).backward()
+ranks.average(list(model.parameters()), 0.0, len(at) / 2)
+few = torch.autograd.grad(loss(torch.arange(2)), list(model.parameters()))
+for parameter, expected in zip(model.parameters(), few):
+    torch.testing.assert_close(parameter.grad, expected)
+assert ranks.agree(ranks.first)
+model.register_buffer("mean", torch.full((2,), float(ranks.rank)))
+model.register_buffer("fixed", torch.full((2,), float(ranks.rank)))
+ranks.level(model)
+assert model.mean.tolist() == [0.5, 0.5] and model.fixed.tolist() == [float(ranks.rank)] * 2
+open(f"{sys.argv[1]}/rank{ranks.rank}", "w").close()
+joining.__exit__(None, None, None)
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_two_processes_average_to_the_gradients_of_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in Path(tmp_path).glob("rank*")} == {"rank0", "rank1"}
+
+
+def test_two_processes_train_what_one_trains(work):
+    kar = Path(sys.executable).with_name("kar")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
+    options = ("train", "--backbone", "dcn", "--arm", "knowledge", "--epochs", "3", "--workers", "0", "--work")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    losses = {}
+    for name, command in (("one", (kar,)), ("two", (*torchrun, kar))):
+        shutil.copytree(work / "dataset", work / name / "dataset")
+        shutil.copytree(work / "encoding", work / name / "encoding")
+        done = subprocess.run(
+            (*command, *options, work / name), env=environment, capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((work / name / "training" / "dcn_knowledge" / "metrics.json").read_text())
+        losses[name] = [epoch["validation_loss"] for epoch in metrics["epochs"]]
+    # Dropout differs, the data, the batches and the initial weights do not.
+    assert len(losses["one"]) == len(losses["two"]) == 3
+    for one, two in zip(losses["one"], losses["two"], strict=True):
+        assert abs(one - two) < 5e-5
+
+
+def test_one_process_alone_changes_nothing():
+    ranks = Ranks.current()
+    weight = torch.ones(3, requires_grad=True)
+    weight.sum().backward()
+    assert ranks.average([weight], 2.5, 1.0) == 2.5
+    assert weight.grad.tolist() == [1, 1, 1]
+    assert ranks.share(torch.arange(4), 2).tolist() == [0, 1, 2, 3]
+    assert ranks.agree(True)
+    assert not ranks.agree(False)

@@ -1,0 +1,126 @@
+"""A batch that is read in part costs a request the entities that were not read, and nothing else."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+from tests.sidecar.ranking.test_knowledge_age import Patient, serve
+from tests.sidecar.ranking.test_ranker import rank, request
+
+from kar.knowledge.v1 import knowledge_pb2
+from kar.ranking.v1 import ranking_pb2
+from kar.records.v1 import records_pb2
+from kar_sidecar.errors import DeadlineError, IncompleteError, UnavailableError
+from kar_sidecar.index.live import LiveIndexes
+from kar_sidecar.server.services import KnowledgeService
+from kar_sidecar.store import ITEM, USER, EntityKey, Record, Store
+from kar_sidecar.store.memory import MemoryStore
+from kar_sidecar.telemetry import Telemetry
+
+pytestmark = pytest.mark.unit
+
+NEUTRAL = records_pb2.KNOWLEDGE_LEVEL_NEUTRAL
+
+
+class FaultyStore:
+    """A `Store` that cannot read some entities: they are on a server that is lost."""
+
+    blocking = False
+
+    def __init__(self, store: Store, lost: Iterable[EntityKey]) -> None:
+        self.store, self.lost = store, set(lost)
+        self.write, self.remove_part = store.write, store.remove_part
+        self.read_meta, self.write_meta, self.close = store.read_meta, store.write_meta, store.close
+
+    def read(self, keys: Sequence[EntityKey], parts: Sequence[str], timeout_s: float | None = None) -> list[Record]:
+        records = self.store.read(keys, parts, timeout_s)
+        unread = [at for at, key in enumerate(keys) if key in self.lost]
+        if not unread:
+            return records
+        if len(unread) == len(keys):
+            raise DeadlineError("the server did not answer: add capacity")
+        absent: Record = (None,) * len(parts)
+        found = [absent if at in unread else record for at, record in enumerate(records)]
+        raise IncompleteError(f"{len(unread)} of {len(keys)} records were not read: wait", found, unread)
+
+
+def answers(world, lost, *requests):
+    telemetry = Telemetry()
+    faulty = replace(world, store=FaultyStore(world.store, lost))
+    answer = rank(faulty, *requests, telemetry=telemetry)
+    return answer, telemetry.registry.get_sample_value("kar_backend_failures_total", {"backend": "store"})
+
+
+def test_items_that_were_not_read_are_neutral_and_the_others_are_as_ever(world):
+    whole = rank(world, request())
+    answer, failures = answers(world, [EntityKey(ITEM, "i1")], request())
+    assert answer.rung == ranking_pb2.RUNG_KNOWLEDGE
+    assert answer.reason == "store: 1 of 4 records were not read: wait"
+    assert failures == 1
+    at = list(request().candidates.ids).index("i1")
+    assert [
+        row for row, (ours, theirs) in enumerate(zip(answer.scores, whole.scores, strict=True)) if ours != theirs
+    ] == [at]
+    expected = list(whole.item_levels)
+    expected[at] = NEUTRAL
+    assert list(answer.item_levels) == expected
+    assert answer.user_level == whole.user_level == records_pb2.KNOWLEDGE_LEVEL_FULL
+
+
+def test_a_user_that_was_not_read_is_unknown_and_its_candidates_keep_their_knowledge(world):
+    whole = rank(world, request())
+    answer, failures = answers(world, [EntityKey(USER, "u1")], request())
+    stranger = rank(world, request(user="nobody"))
+    assert list(answer.scores) == list(stranger.scores)
+    assert list(answer.item_levels) == list(whole.item_levels)
+    assert (answer.user_level, failures) == (NEUTRAL, 1)
+
+
+def test_rated_items_that_were_not_read_cost_their_affinity_alone(affine):
+    whole = rank(affine, request())
+    assert whole.user_level == records_pb2.KNOWLEDGE_LEVEL_FULL
+    answer, failures = answers(affine, [EntityKey(ITEM, "i3")], request())  # the last one that u1 rated
+    assert answer.reason == "store: 1 of 2 records were not read: wait"
+    assert failures == 1
+    assert list(answer.item_levels) == list(whole.item_levels)
+    assert answer.user_level == NEUTRAL
+
+
+def test_nothing_read_at_all_is_a_failed_read(world):
+    answer, failures = answers(
+        world, [EntityKey(USER, "u1"), *(EntityKey(ITEM, f"i{n}") for n in range(1, 5))], request()
+    )
+    assert answer.reason == "store: the server did not answer: add capacity"
+    assert set(answer.item_levels) == {NEUTRAL}
+    assert failures == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (IncompleteError("1 of 1 records were not read: wait", [(None,)], [0]), nullcontext()),
+        (UnavailableError("the server is gone: start it"), pytest.raises(UnavailableError, match="is gone")),
+        (DeadlineError("the server did not answer: wait"), pytest.raises(DeadlineError, match="did not answer")),
+        (TimeoutError(), pytest.raises(DeadlineError, match="no answer within 30000")),
+    ],
+)
+def test_a_read_that_hands_out_knowledge_and_fails_is_counted_once(world, fault, told):
+    async def call(releases, telemetry):
+        indexes = LiveIndexes(world.folder.parent / "index")
+        limits = {"max_ids": 10, "max_similar": 10, "timeout_s": 30}
+        service = KnowledgeService(releases, world.store, indexes, telemetry, wall_ms=lambda: 0, **limits)
+        world.store.fault = fault
+        with told:
+            await service.BatchGetKnowledge(knowledge_pb2.BatchGetKnowledgeRequest(entity=ITEM, ids=["i1"]), Patient())
+
+    _, telemetry = serve(world, call)
+    assert telemetry.registry.get_sample_value("kar_backend_failures_total", {"backend": "store"}) == 1
+
+
+def test_whoever_does_not_care_sees_an_unavailable_store():
+    store = FaultyStore(MemoryStore(), [EntityKey(ITEM, "i1")])
+    with pytest.raises(UnavailableError) as caught:
+        store.read([EntityKey(ITEM, "i1"), EntityKey(ITEM, "i2")], ["a", "b"])
+    assert isinstance(caught.value, IncompleteError)
+    assert (caught.value.records, caught.value.unread) == ([(None, None), (None, None)], [0])

@@ -1,0 +1,6 @@
+"""Where the repository and its documents lie."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"

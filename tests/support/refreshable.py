@@ -1,0 +1,173 @@
+"""Owns a work folder that can be refreshed: eight films, four viewers, made-up texts, a release, a full store."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tests.support.prose import prose
+
+from kar.records.v1 import records_pb2
+from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.stage import Split, write_dataset
+from kar_offline.encode import encode
+from kar_offline.encoders.text_encoder import HashingEncoder
+from kar_offline.export import export
+from kar_offline.generate import ScriptedModel, generate
+from kar_offline.prompts import render_prompts
+from kar_offline.publish.stage import publish_release
+from kar_offline.refresh.policy import Policy
+from kar_offline.refresh.stage import Budget, refresh
+from kar_offline.train.checkpoint import build_model, run_folder, save_trained
+from kar_offline.train.features import encode_dataset
+from kar_offline.train.knowledge_inputs import AffinityInput, principal
+from kar_offline.train.vectors import load_text_vectors
+from kar_sidecar.ranking.affinity import affinity_columns
+from kar_sidecar.releases.manifest import Release
+from kar_sidecar.store import ITEM, USER, Store
+from kar_sidecar.store.memory import MemoryStore
+
+__all__ = [
+    "DAY_S",
+    "LATER",
+    "NOON",
+    "NOON_S",
+    "TITLES",
+    "at",
+    "build_dataset",
+    "make_work",
+    "model",
+    "published",
+    "refreshed",
+    "write_lines",
+]
+
+NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
+NOON_S = int(NOON.timestamp())
+LATER = NOON + timedelta(hours=1)
+"""When refreshes run: after the release was made."""
+DAY_S = 86_400
+TITLES = (
+    *("Amber Road", "Blue Harbour", "Crooked Mile", "Distant Bells"),
+    *("Empty Quarter", "Falling Leaves", "Glass Orchard", "Hollow Moon"),
+)
+BACKBONE, WIDTH, KNOWLEDGE = "dcnv2", 2, 3
+COLUMNS = affinity_columns(1)
+SCENARIO = """
+name = "films"
+[words]
+item = "film"
+items = "films"
+user = "viewer"
+ratings = "stars from 1 to 5"
+[item]
+template = "factual/2"
+allowed = ["title", "genres"]
+factors = ["plot"]
+words = [15, 90]
+[user]
+template = "reasoning/2"
+allowed = ["age"]
+factors = ["mood"]
+words = [15, 90]
+expires_after_days = 30
+[[seasons]]
+name = "christmas"
+begins = "12-01"
+ends = "12-26"
+about = "the weeks before Christmas"
+"""
+
+
+def at(time: datetime) -> Callable[[], datetime]:
+    return lambda: time
+
+
+def model(**options: Any) -> ScriptedModel:
+    """Writes about the first title that a prompt shows, another text for every prompt."""
+    return ScriptedModel(lambda prompt: prose(prompt.split('"')[1], prompt), **options)
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _dataset() -> Dataset:
+    """Each viewer rated six of eight films on the six days before noon; three may be shown."""
+    features = [
+        records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC),
+        records_pb2.Feature(name="genres", entity=ITEM, type=records_pb2.FEATURE_TYPE_CATEGORICAL, width=2),
+    ]
+    events = [(user, (user + step) % 8) for user in range(4) for step in range(6)]
+    return Dataset.from_events(
+        "films",
+        records_pb2.FeatureSchema(features=features, history_length=3),
+        [Entity(f"u{row}", {"age": 20 + row}, {"age": 20 + row}) for row in range(4)],
+        [
+            Entity(f"i{row}", {"genres": ["Drama"]}, {"title": title, "genres": ["Drama"]})
+            for row, title in enumerate(TITLES)
+        ],
+        user=np.array([user for user, _ in events]),
+        item=np.array([item for _, item in events]),
+        rating=np.array([1 + (user + item) % 5 for user, item in events], np.float32),
+        time=np.array([NOON_S - DAY_S * (6 - step) for _ in range(4) for step in range(6)]),
+        positive_above=3,
+    )
+
+
+def build_dataset(work: Path) -> None:
+    """Write the data set as it comes from its source, whatever was there."""
+    write_dataset(work, lambda: (_dataset(), {"source": "made"}), split=Split(), history_length=3, params={})
+
+
+def _train(work: Path) -> None:
+    """Two models with weights of chance; the knowledge model has the item tower and affinity of texts."""
+    torch.manual_seed(1)
+    dataset = Dataset.load(work / "dataset")
+    data = encode_dataset(dataset)
+    texts = load_text_vectors(work / "encoding", "knowledge", dataset)
+    components = principal(texts.item, texts.item_present, WIDTH)
+    affinity = AffinityInput((("text", WIDTH),), components, torch.zeros(COLUMNS), torch.ones(COLUMNS))
+    adaptor = {"dim": texts.dim, "hidden": 5, "out": KNOWLEDGE, "shared": 1, "dedicated": 2, "towers": ("item",)}
+    for arm, made in (("control", None), ("knowledge", adaptor)):
+        sizes = {"item_knowledge": KNOWLEDGE, "affinity": COLUMNS} if made else {}
+        spec = type(data.spec).from_json(data.spec.to_json() | sizes)
+        built = build_model(BACKBONE, spec, data.categories, made)
+        folder = run_folder(work, BACKBONE, arm)
+        folder.mkdir(parents=True)
+        identity = {"backbone": BACKBONE, "arm": arm, "spec": spec.to_json(), "adaptor": made}
+        identity |= {"encoder_id": texts.encoder_id if made else "", "settings": {"seed": 0}}
+        known = affinity if made else None
+        save_trained(
+            folder, built.state_dict(), data.features, known, identity=identity, metrics={"validation_loss": 1}
+        )
+
+
+def make_work(work: Path) -> str:
+    """Everything up to a release; returns its id."""
+    work.mkdir()
+    (work.parent / "films.toml").write_text(SCENARIO)
+    build_dataset(work)
+    render_prompts(work, work.parent / "films.toml", NOON.date())
+    generate(work, model(), now=at(NOON))
+    encode(work, HashingEncoder())
+    _train(work)
+    return str(export(work, BACKBONE, now_s=NOON.timestamp).report["release_id"])
+
+
+def published(work: Path, release_id: str, store: Store | None = None) -> Store:
+    """A store with the release; default: in memory."""
+    store = store or MemoryStore()
+    release = Release.load(work / "releases", release_id)
+    publish_release(release, Dataset.load(work / "dataset"), store, work / "index" / release_id)
+    return store
+
+
+def refreshed(work: Path, provider: Any, store: Store, release_id: str, **options: Any) -> dict[str, Any]:
+    """One refresh; texts of users are due after two events unless told otherwise."""
+    chosen = {"policy": Policy(2), "budget": Budget(), "now": at(LATER), **options}
+    return refresh(work, provider, HashingEncoder, release_id=release_id, store=lambda: store, **chosen)

@@ -1,0 +1,58 @@
+"""Fixtures: small work folders."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kar.records.v1 import records_pb2
+from kar_offline.dataset.dataset import Dataset, Entity
+from kar_sidecar.store import USER
+
+DIM = 5
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Forty users, ten ratings each of thirty items, all items with a text."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(40), 10)
+    dataset = Dataset.from_events(
+        "tiny",
+        records_pb2.FeatureSchema(
+            history_length=4,
+            features=[records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC)],
+        ),
+        [Entity(f"u{i}", {"age": i}, {}) for i in range(40)],
+        [Entity(f"i{i:02}", {}, {}) for i in range(30)],
+        user=user,
+        item=np.concatenate([rng.permutation(30)[:10] for _ in range(40)]),
+        rating=rng.integers(1, 6, len(user)).astype(np.float32),
+        time=np.tile(np.arange(10), 40),
+        positive_above=3,
+    )
+    (tmp_path / "dataset").mkdir()
+    dataset.save(tmp_path / "dataset")
+    (tmp_path / "encoding").mkdir()
+    for source in ("knowledge", "raw"):
+        for kind, entities in (("user", dataset.users), ("item", dataset.items)):
+            vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
+            np.save(tmp_path / "encoding" / f"{source}_{kind}.npy", vectors)
+            header = {
+                "encoder_id": "e",
+                "dim": DIM,
+                "ids": [e.id for e in entities],
+                "text_sha256": ["0"] * len(vectors),
+            }
+            (tmp_path / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
+    return tmp_path
+
+
+@pytest.fixture
+def titled(work):
+    """The same with titles: item 3 is Film 3."""
+    dataset = Dataset.load(work / "dataset")
+    named = [Entity(item.id, item.features, {"title": f"Film {at}"}) for at, item in enumerate(dataset.items)]
+    replace(dataset, items=named).save(work / "dataset")
+    return work
