@@ -47,6 +47,7 @@ from kar_offline.generate.stage import cases_of, utc_now
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import InputError
 from kar_sidecar.index.config import KINDS, STORAGES
 from kar_sidecar.settings import Settings
@@ -332,7 +333,7 @@ def throughput(
         with console.status("loading the models"):
             contenders = encoding_contenders(lambda runtime, threads: mini_lm(runtime=runtime, threads=threads), chosen)
             if prompts:
-                cases, _ = cases_of(work, "item", prompts, None, None, utc_now().date())
+                cases, _ = cases_of(work, ITEM, prompts, None, None, utc_now().date())
                 contenders += stack.enter_context(generation_contenders(cases))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         progress = stack.enter_context(Progress(*columns, console=console))

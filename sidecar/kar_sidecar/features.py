@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError, IntegrityError
 from kar_sidecar.store.records import HEADER, NEVER, Header, decode_parts, fingerprint, read_header
 
@@ -91,9 +92,9 @@ class UserFeatures:
 class FeatureLayout:
     """The packed row of one entity kind under one schema, and the bytes of its store part."""
 
-    def __init__(self, schema: records_pb2.FeatureSchema, kind: int) -> None:
+    def __init__(self, schema: records_pb2.FeatureSchema, kind: EntityKind) -> None:
         """Lay out the features of `kind` in schema order."""
-        self.features: tuple[records_pb2.Feature, ...] = tuple(f for f in schema.features if f.entity == kind)
+        self.features: tuple[records_pb2.Feature, ...] = tuple(f for f in schema.features if f.entity == kind.number)
         self.by_name = {feature.name: feature for feature in self.features}
         self.schema_hash = schema_hash(schema)
         self.row_dtype = np.dtype(

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import ITEM, USER, EntityKind
 
 __all__ = ["Telemetry"]
 
@@ -20,7 +21,7 @@ BUCKETS_MS: Final = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50
 LEVELS: Final = records_pb2.KnowledgeLevel.keys()
 STALE: Final = int(records_pb2.KNOWLEDGE_LEVEL_STALE)
 NEUTRAL: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEUTRAL)
-ENTITIES: Final = ("user", "item", "history")
+ENTITIES: Final = (*EntityKind, "history")
 """Whose vectors models read: "history" are the items that the user rated."""
 AGES_HOURS: Final = (1, 6, 24, 72, 168, 336, 720, 2160, 4320, 8760)
 """An hour to a year."""
@@ -79,9 +80,7 @@ class Telemetry:
             ("entity", "level"),
             registry=self.registry,
         )
-        self._levels = {
-            entity: [levels.labels(entity, _short(level)) for level in LEVELS] for entity in ("user", "item")
-        }
+        self._levels = {entity: [levels.labels(entity, _short(level)) for level in LEVELS] for entity in EntityKind}
         expired = Counter(
             "kar_knowledge_expired", "Knowledge vectors served past their expiry.", ("entity",), registry=self.registry
         )
@@ -109,8 +108,8 @@ class Telemetry:
         """Observe the stages, knowledge levels and missing values of one ranking."""
         for stage, histogram in self._stages.items():
             histogram.observe(getattr(response.timings, f"{stage}_ms"))
-        self._levels["user"][response.user_level].inc()
-        self._count("item", response.item_levels)
+        self._levels[USER][response.user_level].inc()
+        self._count(ITEM, response.item_levels)
         self._missing.inc(missing_values)
 
     def served(self, entity: str, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int) -> None:
@@ -121,12 +120,14 @@ class Telemetry:
         self._expired[entity].inc(int(np.count_nonzero(levels == STALE)))
         self._ages.observe(entity, (at_ms - written_at_ms[levels != NEUTRAL]) / HOUR_MS)
 
-    def handed_out(self, entity: str, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int) -> None:
+    def handed_out(
+        self, entity: EntityKind, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int
+    ) -> None:
         """The same of vectors that a caller reads, one an entity: their levels count, too."""
         self._count(entity, levels)
         self.served(entity, levels, written_at_ms, at_ms)
 
-    def _count(self, entity: str, levels: Sequence[int] | NDArray[np.uint8]) -> None:
+    def _count(self, entity: EntityKind, levels: Sequence[int] | NDArray[np.uint8]) -> None:
         for level, count in enumerate(np.bincount(levels)):
             if count:
                 self._levels[entity][level].inc(int(count))

@@ -22,11 +22,12 @@ from kar.admin.v1 import admin_pb2, admin_pb2_grpc
 from kar.records.v1 import records_pb2
 from kar_model_repository.render import Backbone, Sizes, render
 from kar_sidecar.client import KarClient
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.features import FeatureLayout, History, schema_hash
 from kar_sidecar.launcher.launcher import is_serving
 from kar_sidecar.releases.manifest import RENDERED, list_files, manifest_id, write_active
 from kar_sidecar.scoring import BASE_INPUTS, KNOWLEDGE_INPUTS
-from kar_sidecar.store import FEATURES, ITEM, USER, EntityKey, schema_meta, space_meta, vector_part
+from kar_sidecar.store import FEATURES, EntityKey, schema_meta, space_meta, vector_part
 from kar_sidecar.store.lmdb import LmdbStore
 from kar_sidecar.store.records import encode_vectors
 

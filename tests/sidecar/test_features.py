@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError
 from kar_sidecar.features import (
     PADDING,
@@ -22,7 +23,6 @@ from kar_sidecar.features import (
     rating_bucket,
     schema_hash,
 )
-from kar_sidecar.store import ITEM, USER
 
 pytestmark = pytest.mark.unit
 

@@ -25,9 +25,10 @@ from kar_offline.train.checkpoint import build_model, run_folder, save_trained
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.knowledge_inputs import AffinityInput, principal
 from kar_offline.train.vectors import load_text_vectors
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.ranking.affinity import affinity_columns
 from kar_sidecar.releases.manifest import Release
-from kar_sidecar.store import ITEM, USER, Store
+from kar_sidecar.store import Store
 from kar_sidecar.store.memory import MemoryStore
 
 __all__ = [

@@ -10,13 +10,14 @@ from google.protobuf import json_format
 
 from kar.records.v1 import records_pb2
 from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.features import FeatureLayout, History, schema_hash
 from kar_sidecar.ranking.affinity import affinity_columns
 from kar_sidecar.releases.manifest import Release, manifest_id, write_active
 from kar_sidecar.releases.serving_view import Mode, ServedRelease
 from kar_sidecar.scoring.memory import MemoryScorer
 from kar_sidecar.settings import Settings
-from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, schema_meta, space_meta, vector_part
+from kar_sidecar.store import FEATURES, TEXT, EntityKey, schema_meta, space_meta, vector_part
 from kar_sidecar.store.memory import MemoryStore
 from kar_sidecar.store.records import encode_vectors
 

@@ -8,7 +8,7 @@ import pytest
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset, Entity
-from kar_sidecar.store import USER
+from kar_sidecar.entities import USER
 
 DIM = 5
 

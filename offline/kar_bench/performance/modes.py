@@ -24,7 +24,6 @@ from kar_kernels import HybridExpertAdaptor
 from kar_kernels.benchmark.machine import machine, others_busy
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.export import export
-from kar_offline.knowledge.records import ENTITY
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.publish.stage import publish_release
 from kar_offline.replay.online import TIMEOUT_S
@@ -260,9 +259,8 @@ def _keys(release: Release) -> list[EntityKey]:
     """Entities whose adapted vectors the release has; in both modes these are the ones that it reads vectors of."""
     return [
         EntityKey(kind, identity)
-        for tower, kind in ENTITY.items()
-        if kind in release.towers
-        for identity in (release.folder / "vectors" / f"{tower}_ids.txt").read_text().splitlines()
+        for kind in release.towers
+        for identity in (release.folder / "vectors" / f"{kind}_ids.txt").read_text().splitlines()
     ]
 
 

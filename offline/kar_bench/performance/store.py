@@ -31,9 +31,10 @@ from rich.text import Text
 from kar.records.v1 import records_pb2
 from kar_bench.studies.quality_report import IDLE_CORES
 from kar_kernels.benchmark.machine import machine, others_busy
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import InputError, UnavailableError
 from kar_sidecar.features import FeatureLayout
-from kar_sidecar.store import FEATURES, ITEM, TEXT, EntityKey, Store, vector_part
+from kar_sidecar.store import FEATURES, TEXT, EntityKey, Store, vector_part
 from kar_sidecar.store.cluster import AerospikeSettings
 from kar_sidecar.store.lmdb import BATCH, DATA, MAP_SIZE_BYTES
 from kar_sidecar.store.open import open_store

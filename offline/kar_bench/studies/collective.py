@@ -25,12 +25,12 @@ from kar_offline.dataset.dataset import TEST, Dataset
 from kar_offline.evaluate.metrics import auc, bootstrap_weights, gauc, interval, logloss, resampled_auc
 from kar_offline.generate.collective import HEAD, Plan, event_counts, plan
 from kar_offline.knowledge.imputation import LENDERS, lend
-from kar_offline.knowledge.records import KINDS
 from kar_offline.prompts import read_prompts
 from kar_offline.stage_runner import run_stage
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.processes import in_processes
 from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.entities import EntityKind
 
 __all__ = ["OWN", "WAYS", "Line", "Options", "lend_texts", "lines", "measure_collective"]
 
@@ -89,8 +89,8 @@ def lend_texts(work: Path, base: str, line: Line, seed: int) -> Mapping[str, int
 
     def build(draft: Path) -> dict[str, Any]:
         counts = event_counts(Dataset.load(work / "dataset"))
-        calls = {}
-        for kind in KINDS:
+        calls: dict[str, int] = {}
+        for kind in EntityKind:
             prompts = {prompt.id: prompt.raw_text for prompt in read_prompts(work / "prompts") if prompt.entity == kind}
             header = json.loads((work / base / f"knowledge_{kind}.json").read_text())
             raw, own = (np.load(work / base / f"{source}_{kind}.npy") for source in ("raw", "knowledge"))

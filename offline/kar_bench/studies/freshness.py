@@ -38,7 +38,7 @@ from kar_offline.encode.stage import SOURCES, lent_ids
 from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.evaluate.metrics import auc, bootstrap_weights, gauc, interval, logloss, resampled_auc
 from kar_offline.generate.estimate import TOKENS_PER_CHAR
-from kar_offline.knowledge.records import KINDS, read_knowledge
+from kar_offline.knowledge.records import read_knowledge
 from kar_offline.prompts import read_prompts, read_renderer
 from kar_offline.stage_runner import StageResult, folder_hash, run_stage
 from kar_offline.train.arms import ARMS
@@ -49,6 +49,7 @@ from kar_offline.train.processes import in_processes
 from kar_offline.train.stage import Run, new_model
 from kar_offline.train.vectors import load_text_vectors
 from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.entities import ITEM, EntityKind
 from kar_sidecar.errors import PreconditionError
 
 __all__ = ["CONTROL", "LOANS", "READERS", "Job", "Line", "Options", "measure_freshness"]
@@ -133,7 +134,7 @@ def _lines(options: Options) -> list[Line]:
 def _kinds(arm: str) -> list[str]:
     """The kinds of entities whose texts an arm reads."""
     recipe = ARMS[arm]
-    return [kind for kind in KINDS if kind in recipe.towers or (kind == "item" and recipe.text_affinity)]
+    return [kind for kind in EntityKind if kind in recipe.towers or (kind == "item" and recipe.text_affinity)]
 
 
 class _Study(NamedTuple):
@@ -415,14 +416,14 @@ class _Spending:
     def of(study: _Study) -> "_Spending":
         answers = {
             kind: {record.id: len(record.text) for record in read_knowledge(study.work / "knowledge", kind)}
-            for kind in KINDS
+            for kind in EntityKind
         }
         prompts = {one.id: len(one.prompt) for one in read_prompts(study.work / "prompts") if one.entity == "item"}
         users = (study.folder / USER_TEXTS).is_dir()
         return _Spending(
             prompts,
             study.user_texts()["prompt_chars"] if users else {},
-            answers["item"],
+            answers[ITEM],
             {kind: float(np.mean([*found.values()] or [0])) for kind, found in answers.items()},
             study.options.usd_per_million,
         )

@@ -36,8 +36,9 @@ from kar_offline.check.fact_consistency import GENRE_WORDS
 from kar_offline.check.name_matching import title_forms, year_of
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.generate.pack import Pack
-from kar_offline.knowledge.records import ENTITY, KINDS, read_knowledge, read_quarantine
-from kar_offline.prompts.scenario import EntityKind, Scenario, load_scenario
+from kar_offline.knowledge.records import read_knowledge, read_quarantine
+from kar_offline.prompts.scenario import Scenario, load_scenario
+from kar_sidecar.entities import ITEM, USER, EntityKind
 
 __all__ = ["CORRUPTIONS", "Corruption", "Material", "gates_table", "measure_gates"]
 
@@ -288,7 +289,7 @@ def _describes(fact: str) -> Spoil:
     return spoil
 
 
-BOTH: Final[tuple[EntityKind, ...]] = ("item", "user")
+BOTH: Final = tuple(EntityKind)
 CORRUPTIONS: Final = (
     Corruption("a refusal added", BOTH, ("refusal",), _said(REFUSALS)),
     Corruption("the second half in another language", BOTH, ("language",), _half_foreign),
@@ -303,18 +304,18 @@ CORRUPTIONS: Final = (
     Corruption("as JSON", BOTH, ("shape",), _json),
     Corruption("opened as in a chat", BOTH, ("shape",), _chat),
     Corruption("the prompt's factors repeated", BOTH, ("shape",), _echo),
-    Corruption("another film's text", ("item",), ("subject", "facts"), _another_text),
-    Corruption("nothing but praise and the title", ("item",), ("subject",), _vague),
-    Corruption("another director", ("item",), ("facts",), _another_director),
-    Corruption("another cast", ("item",), ("facts", "subject"), _another_cast),
-    Corruption("another year", ("item",), ("facts",), _another_year),
-    Corruption("another genre", ("item",), ("facts",), _another_genre),
-    Corruption("another user's text", ("user",), ("subject", "leak"), _another_text),
-    Corruption("a later film, in quotes", ("user",), ("leak",), _tells(STATED)),
-    Corruption("a later film, in a list", ("user",), ("leak",), _tells(LISTED)),
-    Corruption("a later film, as a guess", ("user",), ("leak",), _tells(GUESSED)),
+    Corruption("another film's text", (ITEM,), ("subject", "facts"), _another_text),
+    Corruption("nothing but praise and the title", (ITEM,), ("subject",), _vague),
+    Corruption("another director", (ITEM,), ("facts",), _another_director),
+    Corruption("another cast", (ITEM,), ("facts", "subject"), _another_cast),
+    Corruption("another year", (ITEM,), ("facts",), _another_year),
+    Corruption("another genre", (ITEM,), ("facts",), _another_genre),
+    Corruption("another user's text", (USER,), ("subject", "leak"), _another_text),
+    Corruption("a later film, in quotes", (USER,), ("leak",), _tells(STATED)),
+    Corruption("a later film, in a list", (USER,), ("leak",), _tells(LISTED)),
+    Corruption("a later film, as a guess", (USER,), ("leak",), _tells(GUESSED)),
     Corruption("contact details", BOTH, ("personal",), _said(CONTACTS)),
-    *(Corruption(f"{fact}, where withheld", ("user",), ("personal",), _describes(fact), fact) for fact in ABOUT),
+    *(Corruption(f"{fact}, where withheld", (USER,), ("personal",), _describes(fact), fact) for fact in ABOUT),
 )
 
 
@@ -368,11 +369,11 @@ def measure_gates(
     known = subjects(dataset, scenario, facts)
     released = Pack.load(pack)
     texts = {
-        key: line.text for kind in KINDS for key, line in released.lines.items() if key[0] == kind and key in known
+        key: line.text for kind in EntityKind for key, line in released.lines.items() if key[0] == kind and key in known
     }
     rules = {kind: _rules(scenario, kind, released.header.templates.get(kind, "")) for kind in BOTH}
     generated = _generated(records, dataset) if records else {}
-    judge("Load what is loaded once, such as the model of languages.", Subject("item", ""), rules["item"])
+    judge("Load what is loaded once, such as the model of languages.", Subject(ITEM, ""), rules[ITEM])
     began = time.thread_time()
     verdicts = {key: list(judge(text, known[key], rules[key[0]])) for key, text in texts.items()}
     cpu_ms_per_text = (time.thread_time() - began) * 1e3 / max(len(texts), 1)
@@ -393,7 +394,7 @@ def measure_gates(
             verdict = records_pb2.Verdict(gate=DUPLICATE_GATE, outcome=records_pb2.OUTCOME_FAILED, reason=reason)
             found[key].append(verdict)
     rows = []
-    for kind in KINDS:
+    for kind in EntityKind:
         keys = [key for key in texts if key[0] == kind]
         for half, some in ((DEVELOPED, keys[::2]), (HELD_OUT, keys[1::2])):
             rows.append(_row(f"released, {kind}s", half, [verdicts[key] for key in some]))
@@ -402,7 +403,7 @@ def measure_gates(
         for half, some in ((DEVELOPED, order[:DEVELOPED_GENERATED]), (HELD_OUT, order[DEVELOPED_GENERATED:])):
             rows.append(_row("generated, items", half, [written[key] for key in some]))
     material = Material.of(dataset, texts, known, scenario)
-    held_out = [key for kind in KINDS for key in [key for key in texts if key[0] == kind][1::2]]
+    held_out = [key for kind in EntityKind for key in [key for key in texts if key[0] == kind][1::2]]
     corruptions = []
     for corruption in CORRUPTIONS:
         by: dict[EntityKind, Rules] = {kind: _without(rules[kind], corruption.withholds) for kind in BOTH}
@@ -429,10 +430,10 @@ def measure_gates(
 
 def _generated(folder: Path, dataset: Dataset) -> dict[Key, records_pb2.KnowledgeRecord]:
     """Texts about items, those that are quarantined included, in the order of the dataset."""
-    entity = ENTITY["item"]
-    every = (*read_knowledge(folder, "item"), *read_quarantine(folder))
+    entity = ITEM.number
+    every = (*read_knowledge(folder, ITEM), *read_quarantine(folder))
     by_id = {record.id: record for record in every if record.entity == entity and record.text}
-    return {("item", item.id): by_id[item.id] for item in dataset.items if item.id in by_id}
+    return {(ITEM, item.id): by_id[item.id] for item in dataset.items if item.id in by_id}
 
 
 def _rules(scenario: Scenario, entity: EntityKind, template: str) -> Rules:
@@ -477,7 +478,7 @@ def _corrupted(
 def _copied(keys: Sequence[Key], material: Material, most: int) -> dict[str, Any]:
     """Give items the text of another one with the titles exchanged."""
     chance = random.Random(f"{SEED} copied")
-    items = [key for key in keys if key[0] == "item"]
+    items = [key for key in keys if key[0] == ITEM]
     sources = chance.sample(items, min(most, len(items) // 2))
     targets = chance.sample([key for key in items if key not in set(sources)], len(sources))
     texts = dict(material.texts)

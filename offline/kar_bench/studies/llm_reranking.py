@@ -31,6 +31,7 @@ from kar_offline.train.batches import BatchFeed
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.fit import Epoch, TrainSettings, knowledge_vectors, predict_logits
 from kar_offline.train.stage import Run, train_run
+from kar_sidecar.entities import USER
 
 __all__ = ["ARMS_BESIDE", "Lists", "measure_direct", "read_order"]
 
@@ -119,7 +120,7 @@ async def _ask(llm: Provider, prompts: Sequence[str], on_answer: Callable[[], No
     async with llm:
         for number, prompt in enumerate(prompts):
             began = time.perf_counter()
-            async for _, outcome in llm.ask([Question("user", str(number), prompt, "")], _Unnoted()):
+            async for _, outcome in llm.ask([Question(USER, str(number), prompt, "")], _Unnoted()):
                 text = "" if isinstance(outcome, Failure) else outcome.text
                 answers.append((text, time.perf_counter() - began))
             on_answer()

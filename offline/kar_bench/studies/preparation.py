@@ -12,6 +12,7 @@ from kar_offline.encode import encode
 from kar_offline.encoders.huggingface import ENCODERS
 from kar_offline.generate import Pack, generate
 from kar_offline.prompts import render_prompts
+from kar_sidecar.entities import ITEM, EntityKind
 from kar_sidecar.errors import InputError
 
 __all__ = ["DATASETS", "prepare"]
@@ -56,6 +57,6 @@ def prepare(
         ["encoding", *([] if encoder == "minilm" else [encoder]), *([f"{words}_words"] if words else [])]
     )
     # mpnet is slow, and only the paper's arms read texts about users.
-    kinds = ("item", "user") if dataset == "ml-100k" and plain else ("item",)
+    kinds = tuple(EntityKind) if dataset == "ml-100k" and plain else (ITEM,)
     encode(work, ENCODERS[encoder](), folder=vectors, kinds=kinds, words=words, console=console)
     return vectors

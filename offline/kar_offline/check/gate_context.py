@@ -9,7 +9,8 @@ from typing import Any, Final
 from kar_offline.check.facts import FactsTable, Film
 from kar_offline.check.name_matching import Names, fold, person_forms, runs, title_forms, title_parts, year_of
 from kar_offline.dataset.dataset import Dataset, Entity
-from kar_offline.prompts.scenario import EntityKind, Scenario
+from kar_offline.prompts.scenario import Scenario
+from kar_sidecar.entities import ITEM, USER, EntityKind
 
 __all__ = ["Rules", "Subject", "subjects"]
 
@@ -111,7 +112,7 @@ def subjects(
     every = Names.of(frozenset().union(*forms))
     found: dict[tuple[EntityKind, str], Subject] = {}
     for item, title in zip(dataset.items, titles, strict=True):
-        found["item", item.id] = _item(item, title, facts)
+        found[ITEM, item.id] = _item(item, title, facts)
     for row, user in enumerate(dataset.users):
         events, end = dataset.prompt_events(row), int(dataset.offsets[row + 1])
         shown, later = (
@@ -123,7 +124,7 @@ def subjects(
             for name, value in user.facts.items()
             if name not in scenario.user.allowed and value not in (None, "")
         }
-        found["user", user.id] = Subject("user", user.id, every, shown, later - shown, withheld=withheld)
+        found[USER, user.id] = Subject(USER, user.id, every, shown, later - shown, withheld=withheld)
     return found
 
 
@@ -136,7 +137,7 @@ def _item(item: Entity, title: str, facts: FactsTable | None) -> Subject:
     titles = frozenset((*title_forms(title), *title_parts(title)))
     people = [form for name in (*directors, *cast, *makers) for form in person_forms(name)]
     return Subject(
-        "item",
+        ITEM,
         item.id,
         Names.of((*titles, *people)),
         titles,

@@ -11,7 +11,7 @@ from rich.table import Table
 from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
 from kar_offline.encode.stage import encode as run
 from kar_offline.encoders.text_encoder import TextEncoder
-from kar_offline.knowledge.records import KINDS
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError
 
 __all__ = ["ENDPOINT", "encode", "endpoint_encoder", "local_encoder"]
@@ -42,13 +42,6 @@ class Runner(StrEnum):
     RAY = "ray"
 
 
-class Kind(StrEnum):
-    """What texts are about."""
-
-    ITEM = "item"
-    USER = "user"
-
-
 def encode(
     work: Work = DEFAULT_WORK,
     encoder: Annotated[
@@ -61,7 +54,7 @@ def encode(
     folder: Annotated[
         str | None, typer.Option(help="Folder in WORK for the vectors; default: encoding, for mpnet encoding_mpnet.")
     ] = None,
-    kind: Annotated[Kind | None, typer.Option(help="Only texts of items, or of users.")] = None,
+    kind: Annotated[EntityKind | None, typer.Option(help="Only texts of items, or of users.")] = None,
     runtime: Annotated[
         Runtime,
         typer.Option(help="Not openai: what runs the model; vectors are the same. torch takes some more models."),
@@ -103,7 +96,7 @@ def encode(
 
         chosen = OnRay(chosen, workers, ray_address)
     folder = folder or ("encoding_mpnet" if encoder == "mpnet" else "encoding")
-    result = run(work, chosen, folder=folder, kinds=(kind.value,) if kind else KINDS, console=console)
+    result = run(work, chosen, folder=folder, kinds=(kind,) if kind else tuple(EntityKind), console=console)
     report = result.report
     table = Table("texts", "count", "borrowed")
     for name, count in report["texts"].items():

@@ -26,9 +26,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.knowledge.imputation import borrow, lend
-from kar_offline.knowledge.records import KINDS, read_clusters, read_knowledge
+from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.prompts import read_prompts
 from kar_offline.stage_runner import StageResult, run_stage
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 
 __all__ = ["SOURCES", "encode", "encode_texts", "lent_ids"]
@@ -64,7 +65,7 @@ def encode(
     encoder: TextEncoder,
     folder: str = "encoding",
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[EntityKind] = tuple(EntityKind),
     words: int | None = None,
     console: Console | None = None,
 ) -> StageResult:
@@ -112,9 +113,9 @@ def encode(
         seconds = time.perf_counter() - began
         for name, table in tables.items():
             _write(draft / name, table, vectors, encoder)
-        for kind in KINDS:
+        for kind in EntityKind:
             _lend_by_content(draft, kind)
-        lent = {f"knowledge_{kind}": len(lent_ids(draft, "knowledge", kind)) for kind in KINDS}
+        lent = {f"knowledge_{kind}": len(lent_ids(draft, "knowledge", kind)) for kind in EntityKind}
         journal.unlink(missing_ok=True)
         return {
             "encoder_id": encoder.encoder_id,

@@ -22,7 +22,7 @@ from kar_kernels import PRECISIONS, FrozenAdaptor, HybridExpertAdaptor, Precisio
 from kar_model_repository.render import TARGETS, Backbone, Sizes, is_current, render
 from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.encode.stage import lent_ids
-from kar_offline.knowledge.records import ENTITY, read_clusters, read_knowledge
+from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.models.onnx import export_onnx
 from kar_offline.stage_runner import StageResult
@@ -30,6 +30,7 @@ from kar_offline.train.arms import ARMS
 from kar_offline.train.checkpoint import TrainedModel, load_trained
 from kar_offline.train.vectors import TextVectors, load_text_vectors
 from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError
 from kar_sidecar.features import schema_hash
 from kar_sidecar.ranking.affinity import AFFINITY_EVENTS
@@ -47,7 +48,7 @@ from kar_sidecar.releases.manifest import (
 __all__ = ["export"]
 
 DTYPE: Final = "float32"
-KINDS: Final[tuple[Tower, ...]] = ("user", "item")
+TOWERS: Final[tuple[Tower, ...]] = ("user", "item")
 SERVED_TEXTS: Final = ("knowledge", "raw")
 ADAPTOR: Final = "adaptor_{release}"
 
@@ -105,7 +106,7 @@ def export(
     releases = work / "releases"
     draft = releases / f".{backbone}_{arm}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    lent = {kind: lent_ids(work / "encoding", texts, kind) for kind in KINDS}
+    lent = {kind: lent_ids(work / "encoding", texts, kind) for kind in TOWERS}
     vector_error = _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors, lent)
     manifest = _manifest(draft, knowledge, control, dataset, vectors, texts)
     manifest.release_id = manifest_id(manifest)
@@ -164,7 +165,7 @@ def _write_files(
     vector_error = 0.0
     _write_ids(draft / "item_ids.txt", knowledge.item_ids)
     entities: dict[str, Sequence[Entity]] = {"user": dataset.users, "item": dataset.items}
-    for kind in KINDS:
+    for kind in TOWERS:
         present = vectors.user_present if kind == "user" else vectors.item_present
         encoded = (vectors.user if kind == "user" else vectors.item)[present]
         ids = [entity.id for entity in compress(entities[kind], present)]
@@ -184,7 +185,7 @@ def _write_files(
             if file.is_file():
                 shutil.copyfile(file, draft / "knowledge" / file.name)
     nothing = torch.zeros(adaptor.out)
-    neutral = torch.stack([adaptor.neutral(kind) if kind in adaptor.towers else nothing for kind in KINDS])
+    neutral = torch.stack([adaptor.neutral(kind) if kind in adaptor.towers else nothing for kind in TOWERS])
     np.save(draft / "vectors" / "neutral.npy", neutral.detach().numpy())
     if knowledge.affinity is not None and knowledge.affinity.segments:
         table = knowledge.affinity.vectors
@@ -238,7 +239,7 @@ def _manifest(
             _entry(control, "control"),
         ],
         triton_adaptor=ADAPTOR,
-        towers=[ENTITY[tower] for tower in _adaptor(knowledge).towers],
+        towers=[EntityKind(tower).number for tower in _adaptor(knowledge).towers],
         affinity=_affinity(draft, knowledge, vectors.encoder_id),
         files=list_files(draft, (path for path in draft.rglob("*") if path.is_file())),
     )
@@ -278,7 +279,7 @@ def _entry(trained: TrainedModel, arm: str, ensemble: str = "") -> records_pb2.M
 def _prompt_versions(texts: Path) -> dict[str, str]:
     """Versions of each template in the knowledge records, "1" or "1,2"; "unknown" ones as they are."""
     found: dict[str, set[str]] = {}
-    for kind in KINDS:
+    for kind in TOWERS:
         for record in (*read_knowledge(texts, kind), *read_clusters(texts, kind)):
             if record.text:
                 name, _, version = record.template.partition("/")

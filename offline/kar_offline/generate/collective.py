@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.knowledge.imputation import LENDERS, nearest_by_cosine, nearest_lenders, normalised
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError
 from kar_sidecar.index import unit_rows
 from kar_sidecar.index.faiss import faiss_threads
@@ -90,7 +91,7 @@ def event_counts(dataset: Dataset) -> dict[str, NDArray[np.int64]]:
     """How many events there are of each item and user, by dataset row: those that prompts may show, no sample."""
     place = np.arange(len(dataset.event_item)) - dataset.offsets[dataset.event_user]
     shown = dataset.event_item[place < dataset.cutoff[dataset.event_user]]
-    return {"item": np.bincount(shown, minlength=len(dataset.items)), "user": dataset.cutoff.astype(np.int64)}
+    return {ITEM: np.bincount(shown, minlength=len(dataset.items)), USER: dataset.cutoff.astype(np.int64)}
 
 
 def plan(

@@ -26,16 +26,15 @@ from kar_offline.generate.provider import Provider
 from kar_offline.generate.sharing import Sharing
 from kar_offline.generate.stage import estimate_run
 from kar_offline.generate.stage import generate as run
-from kar_offline.knowledge.records import KINDS, read_knowledge
+from kar_offline.knowledge.records import read_knowledge
 from kar_offline.prompts import read_prompts, read_scenario, render_prompts
-from kar_offline.prompts.scenario import EntityKind
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError
 
 __all__ = [
     "BaseUrl",
     "Concurrency",
     "Gguf",
-    "Kind",
     "ModelName",
     "PackName",
     "PerMillion",
@@ -70,13 +69,6 @@ class Runner(StrEnum):
 
     HERE = "here"
     RAY = "ray"
-
-
-class Kind(StrEnum):
-    """What prompts are about."""
-
-    ITEM = "item"
-    USER = "user"
 
 
 PackName = Annotated[str, typer.Option(help="pack: name of a pack, or its folder.")]
@@ -135,7 +127,7 @@ def generate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print calls, tokens and money that a run would take; send nothing.")
     ] = False,
-    kind: Annotated[Kind | None, typer.Option(help="Only prompts about items, or about users.")] = None,
+    kind: Annotated[EntityKind | None, typer.Option(help="Only prompts about items, or about users.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts, from the first.")] = None,
     share: Annotated[
         float | None,
@@ -172,7 +164,7 @@ def generate(
         provider = _on_ray(provider, workers, ray_address)
     known = facts_table(facts) if facts else None
     sharing = _sharing(share, provider) if share is not None else None
-    chosen: EntityKind | None = kind.value if kind else None
+    chosen: EntityKind | None = kind if kind else None
     if dry_run:
         expected = estimate_run(work, provider, kind=chosen, limit=limit, sharing=sharing)
         _tell(console, expected, budget_usd)
@@ -305,7 +297,7 @@ def _report(console: Console, report: dict[str, Any]) -> None:
 def _show(console: Console, work: Path, out: Path, number: int) -> None:
     asked = read_prompts(work / "prompts") if number else []
     prompts: dict[tuple[str, str], str] = {(prompt.entity, prompt.id): prompt.prompt for prompt in asked}
-    records = ((kind, record) for kind in KINDS for record in read_knowledge(out, kind) if record.text)
+    records = ((kind, record) for kind in EntityKind for record in read_knowledge(out, kind) if record.text)
     for kind, record in islice(records, number):
         console.print(Panel(Text(prompts[kind, record.id]), title=f"prompt · {record.template} · {kind} {record.id}"))
         console.print(Panel(Text(record.text), title=f"answer · {record.llm}", border_style="green"))

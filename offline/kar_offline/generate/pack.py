@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from kar_offline.generate.provider import Answer, Failure, Log, Origin, Question, Reply
-from kar_offline.knowledge.records import KINDS
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import IntegrityError, NotFoundError
 
 __all__ = ["Pack"]
@@ -83,7 +83,7 @@ class Pack:
             header = _Header.model_validate(tomllib.loads(described))
         except ValueError as error:
             raise IntegrityError(f"{folder / 'pack.toml'} does not describe a pack: {error}") from error
-        paths = {kind: path for kind in KINDS if (path := _file(folder, kind, header))}
+        paths = {kind: path for kind in EntityKind if (path := _file(folder, kind, header))}
         if not paths:
             raise NotFoundError(f"{folder} holds no pack: name a folder with item.jsonl, user.jsonl or both")
         texts = {kind: _text(path) for kind, path in paths.items()}
@@ -100,7 +100,7 @@ class Pack:
                 if (kind, line.id) in lines:
                     raise IntegrityError(f"{place} is about {kind} {line.id!r} for the second time: keep one")
                 lines[kind, line.id] = line
-        digest = hashlib.sha256("\0".join((described, *(texts.get(kind, "") for kind in KINDS))).encode())
+        digest = hashlib.sha256("\0".join((described, *(texts.get(kind, "") for kind in EntityKind))).encode())
         return Pack(folder.name, header, lines, digest.hexdigest())
 
     @property

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType, TracebackType
-from typing import Any, Final, Literal, NamedTuple, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import BudgetError, KarError
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
 class Question(NamedTuple):
     """One prompt to be answered."""
 
-    entity: Literal["item", "user"]
+    entity: EntityKind
     id: str
     prompt: str
     prompt_sha256: str

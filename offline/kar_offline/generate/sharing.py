@@ -14,9 +14,9 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.generate.collective import event_counts, plan
-from kar_offline.knowledge.records import KINDS
 from kar_offline.prompts import Prompt, Renderer, read_renderer
 from kar_offline.stage_runner import run_stage
+from kar_sidecar.entities import ITEM, USER, EntityKind
 
 __all__ = ["Shared", "Sharing", "share_calls"]
 
@@ -38,7 +38,7 @@ class Shared:
     own: Sequence[Prompt]
     """About entities by themselves."""
     clusters: Sequence[Prompt]
-    loans: Mapping[tuple[str, str], Sequence[records_pb2.Loan]]
+    loans: Mapping[tuple[EntityKind, str], Sequence[records_pb2.Loan]]
     """By kind and id, what stands for an entity that has no text of its own, or whose text is refused."""
 
 
@@ -57,13 +57,13 @@ def share_calls(work: Path, prompts: Sequence[Prompt], sharing: Sharing, on: dat
     vectors = _content(work, prompts, sharing.encoder)
     renderer, dataset = read_renderer(work / "prompts", on), Dataset.load(work / "dataset")
     rows = {
-        kind: {e.id: row for row, e in enumerate(of)} for kind, of in (("item", dataset.items), ("user", dataset.users))
+        kind: {e.id: row for row, e in enumerate(of)} for kind, of in ((ITEM, dataset.items), (USER, dataset.users))
     }
     events = event_counts(dataset)
     own: list[Prompt] = []
     clusters: list[Prompt] = []
-    loans: dict[tuple[str, str], Sequence[records_pb2.Loan]] = {}
-    for kind in KINDS:
+    loans: dict[tuple[EntityKind, str], Sequence[records_pb2.Loan]] = {}
+    for kind in EntityKind:
         asked = [prompt for prompt in prompts if prompt.entity == kind]
         if not asked:
             continue
@@ -85,20 +85,22 @@ def share_calls(work: Path, prompts: Sequence[Prompt], sharing: Sharing, on: dat
     return Shared(own, clusters, loans)
 
 
-def _about_cluster(renderer: Renderer, dataset: Dataset, kind: str, cluster_id: str, members: Sequence[int]) -> Prompt:
-    if kind == "item":
-        return renderer.cluster("item", cluster_id, [dataset.items[row] for row in members])
+def _about_cluster(
+    renderer: Renderer, dataset: Dataset, kind: EntityKind, cluster_id: str, members: Sequence[int]
+) -> Prompt:
+    if kind == ITEM:
+        return renderer.cluster(ITEM, cluster_id, [dataset.items[row] for row in members])
     histories = []
     for row in members:
         events = dataset.prompt_events(row)
         items = [dataset.items[item] for item in dataset.event_item[events]]
         histories.append(list(zip(items, dataset.event_rating[events].tolist(), strict=True)))
-    return renderer.cluster("user", cluster_id, [dataset.users[row] for row in members], histories)
+    return renderer.cluster(USER, cluster_id, [dataset.users[row] for row in members], histories)
 
 
 def _content(work: Path, prompts: Sequence[Prompt], encoder: TextEncoder) -> dict[str, NDArray[np.float32]]:
     """Content vectors by kind, row by row as in `prompts`."""
-    texts = {kind: [prompt.raw_text for prompt in prompts if prompt.entity == kind] for kind in KINDS}
+    texts = {kind: [prompt.raw_text for prompt in prompts if prompt.entity == kind] for kind in EntityKind}
 
     def build(folder: Path) -> dict[str, Any]:
         for kind, of in texts.items():
@@ -107,4 +109,4 @@ def _content(work: Path, prompts: Sequence[Prompt], encoder: TextEncoder) -> dic
 
     params = {"encoder_id": encoder.encoder_id, "prompts": [prompt.prompt_sha256 for prompt in prompts]}
     folder = run_stage("content", work / "content", build, inputs={}, params=params, version=1).folder
-    return {kind: np.load(folder / f"{kind}.npy") for kind in KINDS}
+    return {kind: np.load(folder / f"{kind}.npy") for kind in EntityKind}

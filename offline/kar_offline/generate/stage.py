@@ -30,8 +30,6 @@ from kar_offline.generate.runner import (
 )
 from kar_offline.generate.sharing import Shared, Sharing, share_calls
 from kar_offline.knowledge.records import (
-    ENTITY,
-    KINDS,
     read_clusters,
     read_knowledge,
     read_quarantine,
@@ -40,8 +38,9 @@ from kar_offline.knowledge.records import (
     write_quarantine,
 )
 from kar_offline.prompts import Prompt, read_prompts, read_scenario
-from kar_offline.prompts.scenario import EntityKind, Scenario
+from kar_offline.prompts.scenario import Scenario
 from kar_offline.stage_runner import StageResult, run_stage
+from kar_sidecar.entities import EntityKind
 
 __all__ = ["cases_of", "estimate_run", "generate", "regenerate", "utc_now"]
 
@@ -83,7 +82,7 @@ def cases_of(
 def _judged(work: Path, scenario: Scenario, facts: FactsTable | None) -> Callable[[Prompt], GenerationTask]:
     """Makes the case of a prompt, with what is known of its entity and what its texts must keep to."""
     known = subjects(Dataset.load(work / "dataset"), scenario, facts)
-    rules = {kind: Rules.of(scenario, kind) for kind in KINDS}
+    rules = {kind: Rules.of(scenario, kind) for kind in EntityKind}
 
     def case_of(prompt: Prompt) -> GenerationTask:
         # Nothing is known of a cluster that a text about it could contradict.
@@ -160,7 +159,7 @@ def generate(
         return {
             "source": f"pack {provider.model}" if isinstance(provider, Pack) else provider.provenance,
             "records": len(made),
-            "kinds": {kind: sum(record.entity == ENTITY[kind] for _, record in made) for kind in KINDS},
+            "kinds": {kind: sum(record.entity == kind.number for _, record in made) for kind in EntityKind},
             "clusters": len(clusters),
             "lent": len(borrowers),
             "quarantined": len(made) - len(kept),
@@ -225,7 +224,7 @@ def regenerate(
     prompts = {(prompt.entity, prompt.id): prompt for prompt in read_prompts(work / "prompts")}
     scenario = read_scenario(work / "prompts")
     case_of = _judged(work, scenario, facts)
-    former = {(kind, record.id): record for kind in KINDS for record in read_knowledge(folder, kind)}
+    former = {(kind, record.id): record for kind in EntityKind for record in read_knowledge(folder, kind)}
     cases = [case_of(prompts[key]) for key in chosen]
     asked = set(chosen)
     standing = [
@@ -256,7 +255,7 @@ def regenerate(
     records += [record for key, record in former.items() if key not in prompts]
     again = {(record.entity, record.id) for _, record in made}
     quarantined = [r for r in read_quarantine(folder) if (r.entity, r.id) not in again] + refused
-    clusters = [cluster for kind in KINDS for cluster in read_clusters(folder, kind)]
+    clusters = [cluster for kind in EntityKind for cluster in read_clusters(folder, kind)]
     digest = hashlib.sha256("".join(map(record_line, (*records, *quarantined))).encode()).hexdigest()
 
     def build(draft: Path) -> Mapping[str, Any]:
@@ -379,7 +378,7 @@ def _record(case: GenerationTask, provenance: str) -> records_pb2.KnowledgeRecor
     outcome, at = last.kept
     record = records_pb2.KnowledgeRecord(
         id=prompt.id,
-        entity=ENTITY[prompt.entity],
+        entity=prompt.entity.number,
         text=last.text,
         template=prompt.template,
         prompt_sha256=last.question.prompt_sha256,
@@ -418,7 +417,7 @@ def _borrowers(
     lenders = {(record.entity, record.id) for record in (*records, *clusters)}
     found = []
     for (kind, id_), loans in shared.loans.items():
-        entity = ENTITY[kind]
+        entity = kind.number
         usable = [loan for loan in loans if (entity, loan.id) in lenders]
         if (entity, id_) not in own and usable:
             total = sum(loan.weight for loan in usable)

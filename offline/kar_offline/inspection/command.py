@@ -3,7 +3,6 @@
 import json
 from contextlib import closing
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -21,9 +20,10 @@ from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, once, refuse_u
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.generate.ledger import COLUMNS, Ledger, Spending
 from kar_offline.inspection.freshness import served_status, text_status
-from kar_offline.knowledge.records import ENTITY, KINDS, read_knowledge, read_quarantine
+from kar_offline.knowledge.records import read_knowledge, read_quarantine
 from kar_offline.prompts import Prompt, read_prompts
 from kar_offline.refresh.policy import Policy
+from kar_sidecar.entities import USER, EntityKind
 from kar_sidecar.errors import NotFoundError
 from kar_sidecar.releases.manifest import Release, read_active
 from kar_sidecar.settings import Settings
@@ -44,16 +44,9 @@ OUTCOME: Final = {
 }
 
 
-class Kind(StrEnum):
-    """What knowledge is about."""
-
-    ITEM = "item"
-    USER = "user"
-
-
 @knowledge.command()
 def show(
-    kind: Annotated[Kind, typer.Argument(help="item or user.")],
+    kind: Annotated[EntityKind, typer.Argument(help="item or user.")],
     entity_id: Annotated[str, typer.Argument(metavar="ID", help="Id in the dataset.")],
     work: Work = DEFAULT_WORK,
     folder: Annotated[str, typer.Option("--knowledge", help="Folder in WORK that holds the records.")] = "knowledge",
@@ -64,15 +57,15 @@ def show(
     """Print an entity's prompt, its text, where that comes from, what the gates found, and the texts next to it."""
     console = Console()
     records = {record.id: record for record in read_knowledge(work / folder, kind)}
-    refused = {record.id: record for record in read_quarantine(work / folder) if record.entity == ENTITY[kind]}
+    refused = {record.id: record for record in read_quarantine(work / folder) if record.entity == kind.number}
     record = records.get(entity_id) or refused.get(entity_id)
-    prompt = next((p for p in read_prompts(work / "prompts") if (p.entity, p.id) == (kind.value, entity_id)), None)
+    prompt = next((p for p in read_prompts(work / "prompts") if (p.entity, p.id) == (kind, entity_id)), None)
     if record is None and prompt is None:
-        raise NotFoundError(f"{work} knows no {kind.value} {entity_id!r}: name one of its dataset")
+        raise NotFoundError(f"{work} knows no {kind} {entity_id!r}: name one of its dataset")
     if prompt is not None:
         console.print(Panel(Text(prompt.prompt), title=f"prompt · {prompt.template}"))
     if record is None:
-        console.print(f"[yellow]There is no text about {kind.value} {entity_id}: others lend theirs, if it has facts.")
+        console.print(f"[yellow]There is no text about {kind} {entity_id}: others lend theirs, if it has facts.")
         return
     quarantined = entity_id in refused
     style, state = ("bold red", "quarantined, not used") if quarantined else ("green", "in use")
@@ -83,7 +76,7 @@ def show(
         console.print(_verdicts(record))
     near = [] if quarantined else _neighbours(work, encoding, kind, entity_id, neighbours)
     if near:
-        table = Table("nearest", "cosine", "text", title=f"{kind.value}s with the nearest texts")
+        table = Table("nearest", "cosine", "text", title=f"{kind}s with the nearest texts")
         for other, cosine in near:
             words = records[other].text if other in records else ""
             table.add_row(other, f"{cosine:.3f}", Text(words[:90] + ("…" if len(words) > 90 else "")))
@@ -130,9 +123,9 @@ def _verdicts(record: records_pb2.KnowledgeRecord) -> Table:
     return table
 
 
-def _neighbours(work: Path, encoding: str, kind: Kind, entity_id: str, number: int) -> list[tuple[str, float]]:
+def _neighbours(work: Path, encoding: str, kind: EntityKind, entity_id: str, number: int) -> list[tuple[str, float]]:
     """The entities whose texts' vectors have the largest cosine with this one's; none where nothing is encoded."""
-    path = work / encoding / f"knowledge_{kind.value}.npy"
+    path = work / encoding / f"knowledge_{kind}.npy"
     if not (path.is_file() and number):
         return []
     about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
@@ -219,15 +212,15 @@ def status(
     table = Table("", "items", "users", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
-    _section(table, "texts", *(_flat(texts[kind]) for kind in KINDS))
-    _section(table, "days since they were written", *(texts[kind]["age_days"] for kind in KINDS))
-    _section(table, "events since they were written", {}, texts["user"]["events_since"])
+    _section(table, "texts", *(_flat(texts[kind]) for kind in EntityKind))
+    _section(table, "days since they were written", *(texts[kind]["age_days"] for kind in EntityKind))
+    _section(table, "events since they were written", {}, texts[USER]["events_since"])
     served = None
     if url != f"lmdb:{work / 'store'}" or (work / "store").is_dir():
         chosen = Release.load(work / "releases", release or read_active(work / "releases"), verify=False)
         with closing(open_store(url, aerospike=settings.aerospike, readonly=True)) as opened:
             served = served_status(Dataset.load(work / "dataset"), chosen, opened, round(now.timestamp() * 1000))
-        kinds = [served[kind] for kind in KINDS]
+        kinds = [served[kind] for kind in EntityKind]
         _section(table, f"vectors of release {chosen.release_id}", *(about["levels"] for about in kinds))
         _section(table, "days since they were written", *(about["age_days"] for about in kinds))
         console.print(f"vectors are those in {url}: {kinds[0]['vectors']} of items, {kinds[1]['vectors']} of users")

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset, Entity
-from kar_offline.knowledge.records import ENTITY
 from kar_offline.prompts import read_renderer
-from kar_offline.prompts.scenario import EntityKind
 from kar_offline.refresh.knowledge_state import entities_of, read_records, states
 from kar_offline.refresh.policy import Policy, Reason, State, due
+from kar_sidecar.entities import USER, EntityKind
 from kar_sidecar.releases.manifest import Release
 from kar_sidecar.store import EntityKey, Store, vector_part
 from kar_sidecar.store.records import FULL, HEADER, NEUTRAL, NEVER, STALE
@@ -58,14 +57,14 @@ def text_status(work: Path, policy: Policy, now: datetime) -> dict[str, Any]:
             "due": {reason.value: reasons[reason] for reason in Reason},
             "age_days": _histogram(ages, AGES_DAYS),
         }
-        if kind == "user":
+        if kind == USER:
             report[kind]["events_since"] = _growth(every)
     return report
 
 
 def _growth(every: Iterable[State]) -> dict[str, int]:
     """How many users with a text did so much since it was written."""
-    grown = [state.events - state.cutoff for state in every if state.kind == "user" and state.written]
+    grown = [state.events - state.cutoff for state in every if state.kind == USER and state.written]
     counts = _histogram(grown, GROWTH_EVENTS)
     return {name: count for name, count in counts.items() if name != UNKNOWN}
 
@@ -81,7 +80,7 @@ def served_status(dataset: Dataset, release: Release, store: Store, now_ms: int)
     report: dict[str, Any] = {"release_id": release.release_id}
     manifest = release.manifest
     for kind, entities in entities_of(dataset).items():
-        adapted = ENTITY[kind] in release.towers
+        adapted = kind in release.towers
         space = manifest.adapted_space if adapted else manifest.encoded_space
         headers = _headers(store, kind, entities, vector_part(space.space_id))
         expires = headers["expires_at_ms"]
@@ -100,7 +99,7 @@ def _headers(store: Store, kind: EntityKind, entities: Sequence[Entity], part: s
     """The headers of the parts that are there, as `HEADER`."""
     found = []
     for start in range(0, len(entities), BATCH):
-        keys = [EntityKey(ENTITY[kind], entity.id) for entity in entities[start : start + BATCH]]
+        keys = [EntityKey(kind, entity.id) for entity in entities[start : start + BATCH]]
         found += [blob[: HEADER.itemsize] for (blob,) in store.read(keys, [part], TIMEOUT_S) if blob]
     return np.frombuffer(b"".join(found), HEADER)
 

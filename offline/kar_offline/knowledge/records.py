@@ -12,11 +12,10 @@ from typing import Final
 from google.protobuf import json_format
 
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import IntegrityError, PreconditionError
 
 __all__ = [
-    "ENTITY",
-    "KINDS",
     "parse_record",
     "read_clusters",
     "read_knowledge",
@@ -26,9 +25,7 @@ __all__ = [
     "write_quarantine",
 ]
 
-KINDS: Final = ("item", "user")
 QUARANTINE: Final = "quarantine.jsonl"
-ENTITY: Final = {"item": records_pb2.ENTITY_KIND_ITEM, "user": records_pb2.ENTITY_KIND_USER}
 
 
 def record_line(record: records_pb2.KnowledgeRecord) -> str:
@@ -52,13 +49,13 @@ def write_knowledge(
 ) -> None:
     """Write the files, in the order of the records."""
     for suffix, group in (("", records), ("_clusters", clusters)):
-        lines: dict[int, list[str]] = {entity: [] for entity in ENTITY.values()}
+        lines: dict[int, list[str]] = {kind.number: [] for kind in EntityKind}
         for record in group:
             lines[record.entity].append(record_line(record) + "\n")
-        for kind in KINDS:
+        for kind in EntityKind:
             path = folder / f"{kind}{suffix}.jsonl"
-            if lines[ENTITY[kind]] or not suffix:
-                path.write_text("".join(lines[ENTITY[kind]]))
+            if lines[kind.number] or not suffix:
+                path.write_text("".join(lines[kind.number]))
             else:
                 path.unlink(missing_ok=True)
 

@@ -25,7 +25,7 @@ from jinja2 import (
 from jinja2.sandbox import SandboxedEnvironment
 
 from kar_offline.dataset.dataset import Dataset, Entity
-from kar_offline.prompts.scenario import EntityKind, Scenario, Season, load_scenario, own_templates
+from kar_offline.prompts.scenario import Scenario, Season, load_scenario, own_templates
 from kar_offline.prompts.untrusted import (
     WITHHELD,
     Part,
@@ -37,6 +37,7 @@ from kar_offline.prompts.untrusted import (
     title_elsewhere,
 )
 from kar_offline.stage_runner import StageResult, run_stage
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 
 __all__ = [
@@ -51,8 +52,8 @@ __all__ = [
 ]
 
 Kind = Literal["factual", "reasoning"]
-KINDS: Final[Mapping[EntityKind, Kind]] = {"item": "factual", "user": "reasoning"}
-CLUSTERS: Final[Mapping[EntityKind, str]] = {"item": "cluster_item/1", "user": "cluster_user/1"}
+KINDS: Final[Mapping[EntityKind, Kind]] = {ITEM: "factual", USER: "reasoning"}
+CLUSTERS: Final[Mapping[EntityKind, str]] = {ITEM: "cluster_item/1", USER: "cluster_user/1"}
 FILE: Final = "prompts.jsonl"
 SCENARIO: Final = "scenario.json"
 TEMPLATES: Final = "templates"
@@ -242,7 +243,7 @@ class Renderer:
             InputError: the item lacks that fact.
         """
         shown = title_elsewhere(self._title(item), self.scenario.limits.title_chars)
-        self.withheld["item", "title elsewhere"] += shown == WITHHELD
+        self.withheld[ITEM, "title elsewhere"] += shown == WITHHELD
         return shown
 
     def _facts(self, kind: EntityKind, entity: Entity) -> dict[str, list[Part]]:
@@ -250,7 +251,7 @@ class Renderer:
         facts = {}
         for name in self.scenario.questions[kind].allowed:
             value = entity.facts.get(name)
-            if value in (None, "", []) or (kind == "item" and name == self.scenario.item.title):
+            if value in (None, "", []) or (kind == ITEM and name == self.scenario.item.title):
                 continue
             shown = own_fact(value, self.scenario.limits.value_chars)
             self.withheld[kind, name] += shown.withheld
@@ -266,15 +267,15 @@ class Renderer:
         """
         name, whole = self.scenario.item.title, self._title(item)
         title = own_title(whole, self.scenario.limits.title_chars)
-        self.withheld["item", name] += suspicious(whole) is not None
-        others = self._facts("item", item)
+        self.withheld[ITEM, name] += suspicious(whole) is not None
+        others = self._facts(ITEM, item)
         said = [f"{fact}: {plain(parts)}" for fact, parts in others.items()]
         facts: dict[str, list[Part]] = {name: [title or WITHHELD], **others}
         return self._prompt(
-            "item",
+            ITEM,
             item.id,
             ". ".join([title or WITHHELD, *said]) + ".",
-            template=self.names["item"],
+            template=self.names[ITEM],
             title=title,
             facts=_quoted(facts),
         )
@@ -289,15 +290,15 @@ class Renderer:
         Raises:
             InputError: an item lacks the fact that names it, or the template cannot ask about a user.
         """
-        facts = self._facts("user", user)
+        facts = self._facts(USER, user)
         history = [(self.title(item), plain(rating)) for item, rating in zip(items, ratings, strict=True)]
         profile = "".join(f"{name}: {plain(value)}. " for name, value in facts.items())
         rated = "; ".join(f"{title} {rating}" for title, rating in history)
         return self._prompt(
-            "user",
+            USER,
             user.id,
             f"{profile}Ratings in {self.scenario.words.ratings}: {rated}.",
-            template=self.names["user"],
+            template=self.names[USER],
             cutoff=len(history) if cutoff is None else cutoff,
             facts=_quoted(facts),
             history=[(quoted(title), rating) for title, rating in history],
@@ -322,7 +323,7 @@ class Renderer:
         """
         common = self._common(kind, members)
         shown: dict[str, Any]
-        if kind == "item":
+        if kind == ITEM:
             titles = [self.title(item) for item in members[:CLUSTER_TITLES]]
             shown, said = {"titles": list(map(quoted, titles))}, "; ".join(titles)
         else:
@@ -436,8 +437,8 @@ def _render(work: Path, renderer: Renderer) -> StageResult:
             "scenario": chosen.name,
             "seasons": seasons,
             "kinds": {
-                "item": _about("item", renderer, dataset.items, prompts),
-                "user": _about("user", renderer, dataset.users, prompts),
+                ITEM: _about(ITEM, renderer, dataset.items, prompts),
+                USER: _about(USER, renderer, dataset.users, prompts),
             },
         }
 

@@ -10,15 +10,15 @@ from datetime import date
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError, NotFoundError
 
-__all__ = ["EntityKind", "Question", "Scenario", "Season", "known_scenarios", "load_scenario", "own_templates"]
+__all__ = ["Question", "Scenario", "Season", "known_scenarios", "load_scenario", "own_templates"]
 
-EntityKind = Literal["item", "user"]
 Word = Annotated[str, Field(min_length=1)]
 MonthDay = Annotated[str, Field(pattern=r"^(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$")]
 DEFAULT: Final = "movies"
@@ -87,7 +87,7 @@ class Season(_Strict):
     """What prompts say, such as "the weeks before Christmas"."""
     events: tuple[Word, ...] = ()
     """What is on."""
-    kinds: Annotated[tuple[EntityKind, ...], Field(min_length=1)] = ("user",)
+    kinds: Annotated[tuple[EntityKind, ...], Field(min_length=1)] = (USER,)
     """Whose prompts it enters."""
 
     @model_validator(mode="after")
@@ -135,7 +135,7 @@ class Scenario(_Strict):
     @property
     def questions(self) -> Mapping[EntityKind, Question]:
         """The questions by entity kind."""
-        return {"item": self.item, "user": self.user}
+        return {ITEM: self.item, USER: self.user}
 
 
 def known_scenarios() -> list[str]:

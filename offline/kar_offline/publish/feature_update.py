@@ -1,14 +1,14 @@
 """Owns fresh features between releases: a file of JSON lines, checked whole, then written where newer.
 
 One line an entity, which replaces the features and history that the store has of it:
-{"entity": "user", "id": "42", "features": {"age": 24}, "history": [["item id", 4.0]], "as_of": "2026-11-01T12:00:00Z"}
+{"entity": USER, "id": "42", "features": {"age": 24}, "history": [["item id", 4.0]], "as_of": "2026-11-01T12:00:00Z"}
 """
 
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import numpy as np
 from pydantic import (
@@ -23,11 +23,11 @@ from pydantic import (
 from rich.progress import Progress
 
 from kar_offline.jsonl import each_line
-from kar_offline.knowledge.records import ENTITY
+from kar_sidecar.entities import ITEM, EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 from kar_sidecar.features import History
 from kar_sidecar.releases.manifest import Release
-from kar_sidecar.store import FEATURES, ITEM, EntityKey, schema_meta
+from kar_sidecar.store import FEATURES, EntityKey, schema_meta
 from kar_sidecar.store.cluster import AerospikeSettings
 from kar_sidecar.store.open import open_store
 
@@ -43,7 +43,7 @@ class FreshEntity(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    entity: Literal["user", "item"]
+    entity: EntityKind
     id: Id
     features: dict[str, Any] = Field(default_factory=dict)
     history: list[tuple[Id, FiniteFloat]] = Field(default_factory=list)
@@ -60,7 +60,7 @@ class FreshEntity(BaseModel):
 
     @model_validator(mode="after")
     def _items_have_no_history(self) -> "FreshEntity":
-        if self.entity == "item" and self.history:
+        if self.entity == ITEM and self.history:
             raise ValueError("items have no history")
         return self
 
@@ -76,7 +76,7 @@ def read_features(path: Path, release: Release) -> Iterator[tuple[EntityKey, byt
 
 def _record(fresh: FreshEntity, release: Release) -> tuple[EntityKey, bytes]:
     written_at_ms = round(fresh.as_of.timestamp() * 1000)
-    key = EntityKey(ENTITY[fresh.entity], fresh.id)
+    key = EntityKey(fresh.entity, fresh.id)
     if key.kind == ITEM:
         layout = release.item_layout
         return key, layout.encode(layout.row(fresh.features), written_at_ms=written_at_ms)

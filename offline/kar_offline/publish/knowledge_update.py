@@ -20,10 +20,11 @@ from kar.records.v1 import records_pb2
 from kar_kernels import FrozenAdaptor, HybridExpertAdaptor, Tower
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.knowledge.records import read_clusters, read_knowledge
-from kar_offline.publish.stage import NAMES, ReleasedEntities, expiries, vector_parts
+from kar_offline.publish.stage import ReleasedEntities, expiries, vector_parts
 from kar_offline.train.arms import ARMS
 from kar_offline.train.knowledge_inputs import TEXT as TEXT_SEGMENT
 from kar_offline.train.knowledge_inputs import Components
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import IntegrityError, PreconditionError
 from kar_sidecar.features import History, schema_hash
 from kar_sidecar.index.config import IndexConfig
@@ -31,7 +32,7 @@ from kar_sidecar.index.faiss import FaissIndex
 from kar_sidecar.index.snapshot import make_current, open_snapshot, read_current
 from kar_sidecar.ranking.affinity import AFFINITY_EVENTS
 from kar_sidecar.releases.manifest import Release
-from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, space_meta, vector_part
+from kar_sidecar.store import FEATURES, TEXT, EntityKey, Store, space_meta, vector_part
 from kar_sidecar.store.records import HEADER, in_batches, now_ms, read_header
 
 __all__ = ["check_published", "publish_knowledge"]
@@ -63,7 +64,7 @@ class _Fresh:
     """Those that are not the release's."""
 
     @property
-    def kind(self) -> int:
+    def kind(self) -> EntityKind:
         return self.released.kind
 
 
@@ -98,7 +99,7 @@ def publish_knowledge(
     affinity = _Affinity.of(release)
     for part in ("adapted", "encoded", *(["affinity"] if affinity else []), "texts"):
         written[part] = 0
-    for kind in NAMES:
+    for kind in (USER, ITEM):
         fresh = _fresh(work, release, dataset, kind)
         for start in range(0, len(fresh.ids), CHUNK):
             some = slice(start, start + CHUNK)
@@ -113,7 +114,7 @@ def publish_knowledge(
         texts = ((EntityKey(kind, one.id), one.SerializeToString(deterministic=True)) for one in fresh.records)
         written["texts"] += store.write(TEXT, texts)
         if fresh.ids:
-            _index(work / "index" / release.release_id / NAMES[kind], fresh, at_ms)
+            _index(work / "index" / release.release_id / kind, fresh, at_ms)
     return written
 
 
@@ -163,16 +164,15 @@ def _features(release: Release, dataset: Dataset, named: Collection[EntityKey]) 
             yield key, layout.encode(layout.row(user.features), written_at_ms=written_at_ms, history=history)
 
 
-def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
+def _fresh(work: Path, release: Release, dataset: Dataset, kind: EntityKind) -> _Fresh:
     """What a work folder knows of one kind of entities otherwise than a release."""
-    name = NAMES[kind]
-    about = json.loads((work / "encoding" / f"knowledge_{name}.json").read_text())
+    about = json.loads((work / "encoding" / f"knowledge_{kind}.json").read_text())
     ids, digests, lent = about["ids"], about["text_sha256"], set(about.get("lent", ()))
     if ids != [entity.id for entity in (dataset.users if kind == USER else dataset.items)]:
         raise IntegrityError(f"{work / 'encoding'} does not fit the dataset: run `kar encode` again")
-    encoded = np.load(work / "encoding" / f"knowledge_{name}.npy", mmap_mode="r")
-    records = {record.id: record for record in read_knowledge(work / "knowledge", name)}
-    clusters = {record.id: record for record in read_clusters(work / "knowledge", name)}
+    encoded = np.load(work / "encoding" / f"knowledge_{kind}.npy", mmap_mode="r")
+    records = {record.id: record for record in read_knowledge(work / "knowledge", kind)}
+    clusters = {record.id: record for record in read_clusters(work / "knowledge", kind)}
     ends = expiries(records, clusters)
     released = ReleasedEntities.load(release, kind)
     former, vectors = released.texts_by_id, released.array("encoded")
@@ -192,7 +192,7 @@ def _fresh(work: Path, release: Release, dataset: Dataset, kind: int) -> _Fresh:
     return _Fresh(released, [ids[row] for row in rows], np.asarray(encoded[rows]), lent, ends, changed)
 
 
-def _adapted(adaptor: FrozenAdaptor, kind: int, encoded: NDArray[np.float32]) -> NDArray[np.float32]:
+def _adapted(adaptor: FrozenAdaptor, kind: EntityKind, encoded: NDArray[np.float32]) -> NDArray[np.float32]:
     tower: Tower = "user" if kind == USER else "item"
     rows = torch.from_numpy(np.ascontiguousarray(encoded))
     return adaptor.adapt({tower: (rows, torch.ones(len(rows), dtype=torch.bool))})[tower].numpy()

@@ -23,20 +23,20 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.stage_runner import StageResult, folder_hash
 from kar_offline.train.arms import ARMS
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.features import History, schema_hash
 from kar_sidecar.index.config import IndexConfig
 from kar_sidecar.index.faiss import FaissIndex
 from kar_sidecar.index.snapshot import make_current, read_current
 from kar_sidecar.releases.manifest import Release
-from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, schema_meta, space_meta, vector_part
+from kar_sidecar.store import FEATURES, TEXT, EntityKey, Store, schema_meta, space_meta, vector_part
 from kar_sidecar.store.cluster import AerospikeSettings
 from kar_sidecar.store.open import open_store
 from kar_sidecar.store.records import FULL, NEVER, encode_vectors, now_ms
 
-__all__ = ["NAMES", "ReleasedEntities", "expiries", "publish", "publish_release", "vector_parts"]
+__all__ = ["ReleasedEntities", "expiries", "publish", "publish_release", "vector_parts"]
 
-NAMES: Final = {USER: "user", ITEM: "item"}
 NEIGHBOUR: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR)
 SCHEMA: Final = "features"
 """Name of the meta value that holds the hash of the one schema that the store's features are packed in, and, once that
@@ -133,7 +133,7 @@ def publish_release(
     if not force and _is_published(release, store, index):
         return {}
     claim = _claim_features(store, schema, force)
-    users, items = (ReleasedEntities.load(release, kind) for kind in NAMES)
+    users, items = (ReleasedEntities.load(release, kind) for kind in (USER, ITEM))
     # First, since an index that does not reach its recall ends the publish.
     _snapshots((users, items), index, indexing or IndexConfig(), clock(), force)
     loads = _loads(release, dataset, users, items, store, force)
@@ -291,7 +291,7 @@ def _is_published(release: Release, store: Store, index: Path) -> bool:
     return (
         read_seal(store, space_meta(manifest.adapted_space.space_id)).get("release_id") == release.release_id
         and all(store.read_meta(name) is not None for name in _shared(manifest))
-        and all(read_current(index / name) is not None for name in NAMES.values())
+        and all(read_current(index / name) is not None for name in EntityKind)
     )
 
 
@@ -343,7 +343,7 @@ class ReleasedEntities:
     """What a release knows of one kind of entity."""
 
     release: Release
-    kind: int
+    kind: EntityKind
     texts_by_id: dict[str, records_pb2.KnowledgeRecord]
     ids: list[str]
     """Row order of the arrays."""
@@ -353,13 +353,12 @@ class ReleasedEntities:
     """When vectors are stale, of those that will be."""
 
     @staticmethod
-    def load(release: Release, kind: int) -> "ReleasedEntities":
+    def load(release: Release, kind: EntityKind) -> "ReleasedEntities":
         """Read it; errors as of `read_knowledge`."""
-        name = NAMES[kind]
-        records = {record.id: record for record in read_knowledge(release.folder / "knowledge", name)}
-        clusters = {record.id: record for record in read_clusters(release.folder / "knowledge", name)}
-        ids = (release.folder / "vectors" / f"{name}_ids.txt").read_text().splitlines()
-        lent = release.folder / "vectors" / f"{name}_lent.txt"
+        records = {record.id: record for record in read_knowledge(release.folder / "knowledge", kind)}
+        clusters = {record.id: record for record in read_clusters(release.folder / "knowledge", kind)}
+        ids = (release.folder / "vectors" / f"{kind}_ids.txt").read_text().splitlines()
+        lent = release.folder / "vectors" / f"{kind}_lent.txt"
         borrowers = frozenset(lent.read_text().splitlines()) if lent.is_file() else frozenset()
         # Raw texts are the entities' own facts, which hold whatever becomes of the language model's.
         raw = any(ARMS[model.recipe].texts == "raw" for model in release.manifest.models if model.recipe)
@@ -373,7 +372,7 @@ class ReleasedEntities:
 
     def array(self, name: str) -> NDArray[np.float32]:
         """The "adapted", "encoded" or "affinity" vectors [n, dim], mapped."""
-        file = "affinity.npy" if name == "affinity" else f"{NAMES[self.kind]}_{name}.npy"
+        file = "affinity.npy" if name == "affinity" else f"{self.kind}_{name}.npy"
         path = self.release.folder / "vectors" / file
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
@@ -389,7 +388,7 @@ class ReleasedEntities:
 
 
 def vector_parts(
-    kind: int,
+    kind: EntityKind,
     ids: Sequence[str],
     vectors: NDArray[np.float32],
     lent: Collection[str],
@@ -429,7 +428,7 @@ def expiries(
 
 def _snapshots(sources: Sequence[ReleasedEntities], index: Path, config: IndexConfig, at_ms: int, force: bool) -> None:
     """Index the encoder's vectors, those that a caller can make of an unknown entity's text: of all kinds or none."""
-    roots = {index / NAMES[source.kind]: source for source in sources}
+    roots = {index / source.kind: source for source in sources}
     built = {
         root: FaissIndex.build(source.ids, source.array("encoded"), config)
         for root, source in roots.items()

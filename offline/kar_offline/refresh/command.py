@@ -16,7 +16,6 @@ from kar_offline.generate.command import (
     BaseUrl,
     Concurrency,
     Gguf,
-    Kind,
     ModelName,
     PackName,
     PerMillion,
@@ -27,6 +26,7 @@ from kar_offline.generate.command import (
 from kar_offline.refresh.policy import Policy, Reason
 from kar_offline.refresh.stage import Budget, kinds_read
 from kar_offline.refresh.stage import refresh as run
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError
 from kar_sidecar.releases.manifest import Release, read_active
 from kar_sidecar.settings import Settings
@@ -37,9 +37,7 @@ __all__ = ["refresh"]
 
 def refresh(
     work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
-    events: Annotated[
-        Path | None, typer.Option(help='New events, one {"user", "item", "rating", "time"} a line.')
-    ] = None,
+    events: Annotated[Path | None, typer.Option(help='New events, one {USER, ITEM, "rating", "time"} a line.')] = None,
     entities: Annotated[
         Path | None,
         typer.Option(help='New items and users, one {"entity", "id", "title", "features", "facts"} a line.'),
@@ -51,7 +49,7 @@ def refresh(
         list[Reason] | None, typer.Option(help="Only what is due for this reason, repeatable; default: for any.")
     ] = None,
     kind: Annotated[
-        list[Kind] | None,
+        list[EntityKind] | None,
         typer.Option(help="Write about these, repeatable; default: those whose texts the release's model reads."),
     ] = None,
     budget_calls: Annotated[int | None, typer.Option(min=0, help="Ask at most so many questions.")] = None,
@@ -129,10 +127,10 @@ def _tell(console: Console, report: dict[str, Any], store: str) -> None:
     table = Table("due", "items", "users")
     for reason, counts in report["due"].items():
         if any(counts.values()):
-            table.add_row(reason, *(f"{counts[kind]:,}" for kind in ("item", "user")))
+            table.add_row(reason, *(f"{counts[kind]:,}" for kind in EntityKind))
     table.add_section()
     for name in ("chosen", "waiting"):
-        table.add_row(name, *(f"{report[name][kind]:,}" for kind in ("item", "user")))
+        table.add_row(name, *(f"{report[name][kind]:,}" for kind in EntityKind))
     console.print(table)
     waiting = report["waiting"]["most_valuable"]
     if waiting:

@@ -1,15 +1,15 @@
 """Owns what is new: files of entities and events, checked whole, and the dataset that grows by them.
 
 One line an entity that is new, and one an event; a new user of whom nothing but events is known needs no line:
-{"entity": "item", "id": "i9", "title": "Salt and Lanterns", "features": {"year": 2026}, "facts": {"genres": ["Drama"]}}
-{"user": "u1", "item": "i9", "rating": 4.0, "time": 1764230400}
+{"entity": ITEM, "id": "i9", "title": "Salt and Lanterns", "features": {"year": 2026}, "facts": {"genres": ["Drama"]}}
+{USER: "u1", ITEM: "i9", "rating": 4.0, "time": 1764230400}
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -17,10 +17,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.dataset.tabular_source import HIGHEST_RATING, LATEST_S, TITLE, UNSTORABLE
 from kar_offline.jsonl import each_line
-from kar_offline.knowledge.records import ENTITY
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError
 from kar_sidecar.features import FeatureLayout
-from kar_sidecar.store import ITEM, USER, EntityKey
+from kar_sidecar.store import EntityKey
 
 __all__ = ["Arrivals", "read_arrivals"]
 
@@ -42,7 +42,7 @@ class _Line(BaseModel):
 
 
 class _NewEntity(_Line):
-    entity: Literal["user", "item"]
+    entity: EntityKind
     id: Id
     title: str = ""
     """Short for the fact `title`."""
@@ -105,16 +105,16 @@ def read_arrivals(
     Raises:
         InputError: a file cannot be read, or a line is wrong; the text has its number.
     """
-    layouts = {kind: FeatureLayout(dataset.schema, kind) for kind in (USER, ITEM)}
-    known: dict[int, dict[str, Entity]] = {
+    layouts = {kind: FeatureLayout(dataset.schema, kind) for kind in EntityKind}
+    known: dict[EntityKind, dict[str, Entity]] = {
         USER: {user.id: user for user in dataset.users},
         ITEM: {item.id: item for item in dataset.items},
     }
-    fresh: dict[int, dict[str, Entity]] = {USER: {}, ITEM: {}}
+    fresh: dict[EntityKind, dict[str, Entity]] = {USER: {}, ITEM: {}}
     named: set[EntityKey] = set()
 
     def enter(line: _NewEntity) -> None:
-        kind, entity = ENTITY[line.entity], line.as_entity
+        kind, entity = line.entity, line.as_entity
         held = known[kind].get(line.id) or fresh[kind].get(line.id)
         if held is not None and held != entity:
             raise InputError(
@@ -150,7 +150,7 @@ def read_arrivals(
 
     _each(events, _NewEvent, happen)
     # Dictionaries keep the order of the dataset's rows.
-    rows = {kind: {id_: row for row, id_ in enumerate((*known[kind], *fresh[kind]))} for kind in (USER, ITEM)}
+    rows = {kind: {id_: row for row, id_ in enumerate((*known[kind], *fresh[kind]))} for kind in EntityKind}
     extended = dataset
     if fresh[USER] or fresh[ITEM] or new:
         extended = dataset.extended(

@@ -13,8 +13,8 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.knowledge.records import read_knowledge
 from kar_offline.prompts import Renderer
-from kar_offline.prompts.scenario import EntityKind
 from kar_offline.refresh.policy import State
+from kar_sidecar.entities import ITEM, USER, EntityKind
 
 __all__ = ["Records", "entities_of", "read_records", "states", "traffic"]
 
@@ -31,13 +31,12 @@ Records = Mapping[EntityKind, Mapping[str, records_pb2.KnowledgeRecord]]
 
 def entities_of(dataset: Dataset) -> dict[EntityKind, list[Entity]]:
     """The entities of each kind, in the order of their rows."""
-    return {"item": list(dataset.items), "user": list(dataset.users)}
+    return {ITEM: list(dataset.items), USER: list(dataset.users)}
 
 
 def read_records(work: Path) -> dict[EntityKind, dict[str, records_pb2.KnowledgeRecord]]:
     """The knowledge records of a work folder; errors as of `read_knowledge`."""
-    kinds: tuple[EntityKind, ...] = ("item", "user")
-    return {kind: {record.id: record for record in read_knowledge(work / "knowledge", kind)} for kind in kinds}
+    return {kind: {record.id: record for record in read_knowledge(work / "knowledge", kind)} for kind in EntityKind}
 
 
 def traffic(dataset: Dataset) -> dict[EntityKind, NDArray[np.float64]]:
@@ -50,8 +49,8 @@ def traffic(dataset: Dataset) -> dict[EntityKind, NDArray[np.float64]]:
     if dataset.shared_clock:
         recent = times > times.max(initial=0) - WINDOW_DAYS * DAY_S
     rows: dict[EntityKind, tuple[NDArray[np.int32], int]] = {
-        "item": (dataset.event_item, len(dataset.items)),
-        "user": (dataset.event_user, len(dataset.users)),
+        ITEM: (dataset.event_item, len(dataset.items)),
+        USER: (dataset.event_user, len(dataset.users)),
     }
     return {
         kind: np.bincount(of[recent], minlength=count).astype(np.float64) + SMOOTHING
@@ -72,11 +71,11 @@ def states(dataset: Dataset, records: Records, renderer: Renderer, now: datetime
     """
     asked = traffic(dataset)
     events = np.diff(dataset.offsets)
-    seasons: dict[EntityKind, str] = {"item": renderer.season("item"), "user": renderer.season("user")}
+    seasons = {kind: renderer.season(kind) for kind in EntityKind}
     for kind, entities in entities_of(dataset).items():
         for row, entity in enumerate(entities):
-            done = int(events[row]) if kind == "user" else 0
-            if kind == "user" and not done:
+            done = int(events[row]) if kind == USER else 0
+            if kind == USER and not done:
                 continue
             record = records[kind].get(entity.id)
             count = float(asked[kind][row])

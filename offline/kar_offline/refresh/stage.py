@@ -31,17 +31,16 @@ from kar_offline.generate.provider import Provider
 from kar_offline.generate.runner import GenerationTask, first_questions
 from kar_offline.generate.stage import regenerate, utc_now
 from kar_offline.prompts import Renderer, read_renderer, render_again
-from kar_offline.prompts.scenario import EntityKind
 from kar_offline.publish.knowledge_update import check_published, publish_knowledge
-from kar_offline.publish.stage import NAMES
 from kar_offline.refresh.ingest import read_arrivals
 from kar_offline.refresh.knowledge_state import Records, read_records, states
 from kar_offline.refresh.policy import Policy, Reason, RefreshCandidate, due, most_valuable
 from kar_offline.stage_runner import settle
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.lock import held
 from kar_sidecar.releases.manifest import Release
-from kar_sidecar.store import ITEM, Store
+from kar_sidecar.store import Store
 
 __all__ = ["Budget", "Plan", "kinds_read", "plan", "refresh"]
 
@@ -74,7 +73,7 @@ class Plan:
 def kinds_read(release: Release) -> frozenset[str]:
     """Kinds of entities whose vectors a release's model reads: texts about others change no score."""
     items = {ITEM} if release.affinity else set()
-    return frozenset(NAMES[kind] for kind in {*release.towers, *items})
+    return frozenset({*release.towers, *items})
 
 
 def plan(
@@ -103,10 +102,10 @@ def plan(
         now: The time.
     """
     found = due(states(dataset, records, renderer, now), policy)
-    row_of = {("user", user.id): row for row, user in enumerate(dataset.users)} | {
-        ("item", item.id): row for row, item in enumerate(dataset.items)
+    row_of = {(USER, user.id): row for row, user in enumerate(dataset.users)} | {
+        (ITEM, item.id): row for row, item in enumerate(dataset.items)
     }
-    users = np.array([row_of["user", one.id] for one in found if one.kind == "user"], np.int64)
+    users = np.array([row_of[USER, one.id] for one in found if one.kind == USER], np.int64)
     whole = dataset.advanced(users)
     kept, usage = _answers(work, provider)
     free: list[RefreshCandidate] = []
@@ -114,9 +113,9 @@ def plan(
     silent: list[RefreshCandidate] = []
     costs: dict[RefreshCandidate, float | None] = {}
     for one in found:
-        kind: EntityKind = "user" if one.kind == "user" else "item"
+        kind = EntityKind(one.kind)
         row = row_of[kind, one.id]
-        prompt = renderer.about_user(whole, row) if kind == "user" else renderer.factual(whole.items[row])
+        prompt = renderer.about_user(whole, row) if kind == USER else renderer.factual(whole.items[row])
         if isinstance(provider, Pack):
             record = records[kind].get(one.id)
             text = provider.text(kind, one.id, prompt.history_cutoff)
@@ -235,7 +234,7 @@ def refresh(
                     "name its encoder"
                 )
             row_of = {user.id: row for row, user in enumerate(grown.users)}
-            users = np.array([row_of[one.id] for one in planned.chosen if one.kind == "user"], np.int64)
+            users = np.array([row_of[one.id] for one in planned.chosen if one.kind == USER], np.int64)
             advanced = grown.advanced_to(_written_from(grown, records)).advanced(users)
             if grown is not dataset or not np.array_equal(advanced.cutoff, dataset.cutoff):
                 extend_dataset(work, advanced)
@@ -243,9 +242,7 @@ def refresh(
                 render_again(work, at.date())
             texts: dict[str, Any] = {"written": 0, "refused": 0, "unanswered": 0, "gates": {}, "stopped": ""}
             if planned.chosen:
-                chosen: list[tuple[EntityKind, str]] = [
-                    ("user" if one.kind == "user" else "item", one.id) for one in planned.chosen
-                ]
+                chosen: list[tuple[EntityKind, str]] = [(EntityKind(one.kind), one.id) for one in planned.chosen]
                 result = regenerate(
                     work,
                     provider,
@@ -273,7 +270,7 @@ def refresh(
 
 def _written_from(dataset: Dataset, records: Records) -> NDArray[np.int64]:
     """The events [U] that users' texts were written from, which a data set that was built again may not know of."""
-    texts = records["user"]
+    texts = records[USER]
     cutoffs = [texts[user.id].history_cutoff if user.id in texts else 0 for user in dataset.users]
     return np.array(cutoffs, np.int64)
 
@@ -285,11 +282,11 @@ def _milliseconds(now: Callable[[], datetime]) -> int:
 def _told(planned: Plan) -> dict[str, Any]:
     def by_kind(some: Sequence[RefreshCandidate]) -> dict[str, int]:
         counts = Counter(one.kind for one in some)
-        return {kind: counts[kind] for kind in ("item", "user")}
+        return {kind: counts[kind] for kind in EntityKind}
 
     reasons = Counter((one.kind, one.reasons[0]) for one in planned.due)
     return {
-        "due": {reason.value: {kind: reasons[kind, reason] for kind in ("item", "user")} for reason in Reason},
+        "due": {reason.value: {kind: reasons[kind, reason] for kind in EntityKind} for reason in Reason},
         "chosen": by_kind(planned.chosen),
         "waiting": {
             **by_kind(planned.waiting),

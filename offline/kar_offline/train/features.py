@@ -15,8 +15,8 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import TRAIN, Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
 from kar_offline.models.inputs import REQUEST_OF_ROW, Field, InputSpec
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.features import NUMERIC, PADDING, RESERVED, FeatureEncoder, FeatureLayout, rating_bucket
-from kar_sidecar.store import ITEM, USER
 
 __all__ = ["EncodedDataset", "FeatureEncodings", "Samples", "encode_dataset", "learn_features"]
 
@@ -131,12 +131,15 @@ def learn_features(dataset: Dataset) -> FeatureEncodings:
     The item vocabulary has all items of training events.
     """
     events = np.flatnonzero(dataset.event_split == TRAIN)
-    rows: dict[int, NDArray[np.integer]] = {
+    rows: dict[EntityKind, NDArray[np.integer]] = {
         USER: np.unique(dataset.event_user[events]),
         ITEM: np.unique(dataset.event_item[dataset.samples(TRAIN)]),
     }
     raw = {USER: [u.features for u in dataset.users], ITEM: [i.features for i in dataset.items]}
-    encodings = [_learn(f, raw[f.entity], rows[f.entity]) for f in dataset.schema.features]
+    kinds = [EntityKind.of_number(feature.entity) for feature in dataset.schema.features]
+    encodings = [
+        _learn(feature, raw[kind], rows[kind]) for kind, feature in zip(kinds, dataset.schema.features, strict=True)
+    ]
     return FeatureEncodings(encodings, [dataset.items[row].id for row in np.unique(dataset.event_item[events])])
 
 
@@ -145,11 +148,11 @@ def encode_dataset(dataset: Dataset, features: FeatureEncodings | None = None) -
     features = features or learn_features(dataset)
     encoder = FeatureEncoder(dataset.schema, features.encodings, features.item_ids)
     columns: dict[str, Tensor] = {}
-    for kind, name, entities in ((USER, "user", dataset.users), (ITEM, "item", dataset.items)):
+    for kind, entities in ((USER, dataset.users), (ITEM, dataset.items)):
         layout = FeatureLayout(dataset.schema, kind)
         rows = np.concatenate([layout.row(entity.features) for entity in entities])
         categories, numbers, _ = encoder.rows(layout, rows)
-        columns |= {f"{name}_categorical": torch.from_numpy(categories), f"{name}_numeric": torch.from_numpy(numbers)}
+        columns |= {f"{kind}_categorical": torch.from_numpy(categories), f"{kind}_numeric": torch.from_numpy(numbers)}
     index = torch.from_numpy(encoder.items([item.id for item in dataset.items]))
     items = len(features.item_ids) + RESERVED
     by_index = torch.zeros(items, columns["item_categorical"].shape[1], dtype=torch.int64)
@@ -157,12 +160,12 @@ def encode_dataset(dataset: Dataset, features: FeatureEncodings | None = None) -
     by_index[index[known]] = columns["item_categorical"][known]
     sizes = {(e.entity, e.name): len(e.vocabulary) + RESERVED for e in features.encodings}
 
-    def fields(kind: int) -> tuple[Field, ...]:
-        chosen = (f for f in dataset.schema.features if f.entity == kind and f.type != NUMERIC)
+    def fields(kind: EntityKind) -> tuple[Field, ...]:
+        chosen = (f for f in dataset.schema.features if f.entity == kind.number and f.type != NUMERIC)
         return tuple(Field(sizes[f.entity, f.name], f.width) for f in chosen)
 
-    def numbers_of(kind: int) -> int:
-        return sum(f.entity == kind and f.type == NUMERIC for f in dataset.schema.features)
+    def numbers_of(kind: EntityKind) -> int:
+        return sum(f.entity == kind.number and f.type == NUMERIC for f in dataset.schema.features)
 
     spec = InputSpec(items, fields(USER), fields(ITEM), numbers_of(USER), numbers_of(ITEM))
     return EncodedDataset(dataset, features, spec, by_index, {**columns, "item_index": index})

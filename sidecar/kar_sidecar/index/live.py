@@ -7,20 +7,16 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import IntegrityError, KarError, PreconditionError, UnavailableError
 from kar_sidecar.index.faiss import FaissIndex
 from kar_sidecar.index.snapshot import Current, read_current
-from kar_sidecar.store import ITEM, USER
 
-__all__ = ["FOLDERS", "LiveIndexes", "LiveSnapshot"]
+__all__ = ["LiveIndexes", "LiveSnapshot"]
 
 log = logging.getLogger(__name__)
-
-FOLDERS: Final = {USER: "user", ITEM: "item"}
-"""Name of each kind's folder below a release's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +49,9 @@ class LiveIndexes:
     def __init__(self, folder: Path) -> None:
         """Read nothing yet."""
         self._folder = folder
-        self._slots: dict[tuple[str, int], _Slot] = {}
+        self._slots: dict[tuple[str, EntityKind], _Slot] = {}
 
-    async def get(self, release_id: str, space: records_pb2.VectorSpace, kind: int) -> LiveSnapshot:
+    async def get(self, release_id: str, space: records_pb2.VectorSpace, kind: EntityKind) -> LiveSnapshot:
         """The current snapshot of a release's vectors in its encoder's space. Use it before the next await.
 
         Raises:
@@ -78,7 +74,7 @@ class LiveIndexes:
 
         What keeps one of them from being used is told by `get`, and keeps no other back.
         """
-        for kind in FOLDERS:
+        for kind in EntityKind:
             self._slot(release_id, space, kind)
         for slot in list(self._slots.values()):
             await self._look(slot)
@@ -92,9 +88,9 @@ class LiveIndexes:
                 await asyncio.to_thread(slot.live.index.close)
                 slot.live = None
 
-    def _slot(self, release_id: str, space: records_pb2.VectorSpace, kind: int) -> _Slot:
+    def _slot(self, release_id: str, space: records_pb2.VectorSpace, kind: EntityKind) -> _Slot:
         # A release id that is loaded is a folder's name, and no path.
-        return self._slots.setdefault((release_id, kind), _Slot(self._folder / release_id / FOLDERS[kind], space))
+        return self._slots.setdefault((release_id, kind), _Slot(self._folder / release_id / kind, space))
 
     async def _look(self, slot: _Slot) -> None:
         if slot.look is None or slot.look.done():

@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import IntegrityError
 from kar_sidecar.features import History
 from kar_sidecar.ranking.affinity import affinity, centred
 from kar_sidecar.ranking.request import Column, Query
 from kar_sidecar.releases.serving_view import ENCODED, ServedRelease
 from kar_sidecar.scoring import AFFINITY, Tensors
-from kar_sidecar.store import ITEM, USER, EntityKey, Record
+from kar_sidecar.store import EntityKey, Record
 from kar_sidecar.store.records import NEUTRAL, STALE, VectorBatch, decode_vectors
 
 __all__ = ["Assembly", "UserView", "VectorProvenance", "assemble", "keys", "nothing_read", "rated_keys", "view_user"]
@@ -155,15 +156,15 @@ def assemble(
     if len(parts) > 1:
         levels, written_at_ms = _knowledge(served, parts[1], at_ms, tensors, faults)
         given = [
-            VectorProvenance("user", levels[:1], written_at_ms[:1]),
-            VectorProvenance("item", levels[1:], written_at_ms[1:]),
+            VectorProvenance(USER, levels[:1], written_at_ms[:1]),
+            VectorProvenance(ITEM, levels[1:], written_at_ms[1:]),
         ]
         if release.affinity is not None:
             count = len(query.item_ids)
             vectors = parts[2][1:] if len(parts) > 2 else [None] * count
             seen = _affinity(served, release.affinity, user.history, vectors, rated, at_ms, tensors, faults)
             given += [
-                VectorProvenance("item", seen.levels[:count], seen.written_at_ms[:count]),
+                VectorProvenance(ITEM, seen.levels[:count], seen.written_at_ms[:count]),
                 VectorProvenance("history", seen.levels[count:], seen.written_at_ms[count:]),
             ]
             # A user whose own knowledge is not read is known as well as the best known item of the history.

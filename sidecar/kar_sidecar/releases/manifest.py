@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
 from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import IntegrityError, NotFoundError, PreconditionError
 from kar_sidecar.features import FeatureEncoder, FeatureLayout, schema_hash
-from kar_sidecar.store import ITEM, USER
 
 __all__ = [
     "ACTIVE",
@@ -182,9 +182,9 @@ class Release:
                 yield self.triton_name(entry.triton_ensemble)
 
     @cached_property
-    def towers(self) -> tuple[int, ...]:
+    def towers(self) -> tuple[EntityKind, ...]:
         """Kinds of entities whose adapted vectors the knowledge model reads."""
-        return tuple(self.manifest.towers) or (USER, ITEM)
+        return tuple(map(EntityKind.of_number, self.manifest.towers)) or (USER, ITEM)
 
     @cached_property
     def affinity(self) -> records_pb2.Affinity | None:

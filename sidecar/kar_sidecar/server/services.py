@@ -12,11 +12,12 @@ from kar.feedback.v1 import feedback_pb2, feedback_pb2_grpc
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import USER, EntityKind
 from kar_sidecar.errors import DeadlineError, IncompleteError, InputError, UnavailableError, UnsupportedError
 from kar_sidecar.index.live import LiveIndexes
 from kar_sidecar.ranking.ranker import Ranker
 from kar_sidecar.releases.registry import Releases
-from kar_sidecar.store import ITEM, TEXT, USER, EntityKey, Store, vector_part
+from kar_sidecar.store import TEXT, EntityKey, Store, vector_part
 from kar_sidecar.store.async_read import STORE_SHARE, call_store
 from kar_sidecar.store.records import decode_vectors
 from kar_sidecar.telemetry import Telemetry
@@ -74,14 +75,13 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
             IntegrityError: a record of another vector space.
             UnavailableError: the store does not answer; what it answers in part is handed out.
         """
-        if request.entity not in (USER, ITEM):
-            raise InputError("entity is not set: send ENTITY_KIND_USER or ENTITY_KIND_ITEM")
+        kind = _entity_kind(request.entity)
         if not request.ids or len(request.ids) > self._max_ids or "" in request.ids:
             raise InputError(f"ids must be 1 to {self._max_ids} ids, none of them empty: correct them")
         served = self._releases.get(request.release_id)
         space = served.space
         parts = (vector_part(space.space_id), TEXT)[: 1 + request.include_texts]
-        keys = [EntityKey(request.entity, id_) for id_ in request.ids]
+        keys = [EntityKey(kind, id_) for id_ in request.ids]
         left_s = context.time_remaining()
         timeout_s = self._timeout_s if left_s is None else min(self._timeout_s, left_s)
         unread: Sequence[int] = ()
@@ -100,12 +100,11 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
             [record[0] for record in records],
             space.space_id,
             space.dim,
-            served.neutral[0 if request.entity == USER else 1],
+            served.neutral[0 if kind == USER else 1],
             dtype=space.dtype,
             at_ms=at_ms,
         )
-        entity = "user" if request.entity == USER else "item"
-        self._telemetry.handed_out(entity, batch.levels, batch.written_at_ms, at_ms)
+        self._telemetry.handed_out(kind, batch.levels, batch.written_at_ms, at_ms)
         return knowledge_pb2.BatchGetKnowledgeResponse(
             release_id=served.id,
             space=space,
@@ -131,8 +130,7 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
             UnavailableError: the snapshot cannot be loaded now.
             UnsupportedError: FAISS is not installed.
         """
-        if request.entity not in (USER, ITEM):
-            raise InputError("entity is not set: send ENTITY_KIND_USER or ENTITY_KIND_ITEM")
+        kind = _entity_kind(request.entity)
         if not 1 <= request.limit <= self._max_similar:
             raise InputError(f"limit is {request.limit}: ask for 1 to {self._max_similar} neighbours")
         served = self._releases.get(request.release_id)
@@ -140,7 +138,7 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
         vector = None if request.WhichOneof("query") == "id" else _query_vector(request, space)
         if vector is None and not request.id:
             raise InputError("id is empty: send the id of an entity, or a vector")
-        snapshot = await self._indexes.get(served.id, space, request.entity)
+        snapshot = await self._indexes.get(served.id, space, kind)
         # Nothing is awaited between these two, so that the snapshot cannot be closed before it is searched.
         index = snapshot.index
         search = index.submit_like(request.id, request.limit) if vector is None else index.submit(vector, request.limit)
@@ -152,6 +150,13 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
             snapshot_id=snapshot.snapshot_id,
             snapshot_age_ms=max(self._wall_ms() - snapshot.published_at_ms, 0),
         )
+
+
+def _entity_kind(number: int) -> EntityKind:
+    try:
+        return EntityKind.of_number(number)
+    except ValueError as error:
+        raise InputError("entity is not set: send ENTITY_KIND_USER or ENTITY_KIND_ITEM") from error
 
 
 def _query_vector(request: knowledge_pb2.FindSimilarRequest, space: records_pb2.VectorSpace) -> NDArray[np.float32]:

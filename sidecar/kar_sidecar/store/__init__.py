@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from kar.records.v1 import records_pb2
+from kar_sidecar.entities import EntityKind
 
 __all__ = [
     "FEATURES",
-    "ITEM",
     "TEXT",
-    "USER",
     "EntityKey",
     "Record",
     "Store",
@@ -17,9 +15,6 @@ __all__ = [
     "space_meta",
     "vector_part",
 ]
-
-USER = int(records_pb2.ENTITY_KIND_USER)
-ITEM = int(records_pb2.ENTITY_KIND_ITEM)
 
 FEATURES = "features"
 TEXT = "text"
@@ -41,9 +36,9 @@ def schema_meta(schema_hash: str) -> str:
 
 
 class EntityKey(NamedTuple):
-    """Names one entity: its kind (`USER` or `ITEM`) and its id."""
+    """Names one entity: its kind and its id."""
 
-    kind: int
+    kind: EntityKind
     id: str
 
 

@@ -240,7 +240,7 @@ class AerospikeStore:
         return self._namespace, self._set, bytearray(name.encode())
 
     def _key(self, key: EntityKey) -> tuple[str, str, bytearray]:
-        return self._user_key(f"{key.kind}:{key.id}")
+        return self._user_key(f"{key.kind.number}:{key.id}")
 
     def _read_policy(self, limit_ms: int, attempt_ms: int = 0) -> dict[str, int]:
         retries = self._settings.read_max_retries

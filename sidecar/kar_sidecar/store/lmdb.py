@@ -14,8 +14,9 @@ from typing import Final
 
 import lmdb
 
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import IntegrityError, PreconditionError, UnavailableError
-from kar_sidecar.store import ITEM, USER, EntityKey, Record
+from kar_sidecar.store import EntityKey, Record
 from kar_sidecar.store.records import in_batches, is_newer
 
 __all__ = ["LmdbStore"]
@@ -31,8 +32,12 @@ LONGEST_ID_BYTES: Final = 440
 DATA: Final = "data.mdb"
 
 
-def _prefix(kind: int, part: str) -> bytes:
-    return bytes([kind]) + part.encode() + b"\0"
+def _prefix(kind: EntityKind, part: str) -> bytes:
+    return bytes([kind.number]) + part.encode() + b"\0"
+
+
+def _meta_key(name: str) -> bytes:
+    return b"\0" + name.encode() + b"\0"
 
 
 def _id_bytes(identity: str) -> bytes:
@@ -105,7 +110,7 @@ class LmdbStore:
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
         """See `Store.write`; a killed write leaves whole batches, of at most `BATCH` records each."""
         written = 0
-        prefixes = {kind: _prefix(kind, part) for kind in (USER, ITEM)}
+        prefixes = {kind: _prefix(kind, part) for kind in EntityKind}
         for batch in in_batches(records, BATCH, BATCH_BYTES):
             with self._writing() as transaction:
                 for key, blob in batch.items():
@@ -118,7 +123,7 @@ class LmdbStore:
 
     def remove_part(self, part: str) -> int:
         """See `Store.remove_part`."""
-        return sum(self._remove_prefix(_prefix(kind, part)) for kind in (USER, ITEM))
+        return sum(self._remove_prefix(_prefix(kind, part)) for kind in EntityKind)
 
     def _remove_prefix(self, prefix: bytes) -> int:
         removed = 0
@@ -137,15 +142,15 @@ class LmdbStore:
     def read_meta(self, name: str) -> bytes | None:
         """See `Store.read_meta`."""
         with self._failures(), self._env.begin() as transaction:
-            return transaction.get(_prefix(0, name))
+            return transaction.get(_meta_key(name))
 
     def write_meta(self, name: str, value: bytes | None) -> None:
         """See `Store.write_meta`."""
         with self._writing() as transaction:
             if value is None:
-                transaction.delete(_prefix(0, name))
+                transaction.delete(_meta_key(name))
             else:
-                transaction.put(_prefix(0, name), value)
+                transaction.put(_meta_key(name), value)
 
     def close(self) -> None:
         """See `Store.close`."""

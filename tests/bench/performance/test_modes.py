@@ -13,9 +13,10 @@ from kar_offline.export import export
 from kar_offline.knowledge.records import write_knowledge
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.stage import train
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, PreconditionError
 from kar_sidecar.releases.manifest import list_releases, read_active
-from kar_sidecar.store import ITEM, USER, EntityKey
+from kar_sidecar.store import EntityKey
 from kar_sidecar.store.memory import MemoryStore
 
 ITEMS, ENCODED, ADAPTED, HEADER_BYTES = 30, 5, 32, 32

@@ -17,15 +17,15 @@ from kar_offline.dataset.dataset import TEST, TRAIN, VALIDATION, Dataset, Entity
 from kar_offline.encode import encode
 from kar_offline.encoders.text_encoder import HashingEncoder
 from kar_offline.evaluate.metrics import auc
-from kar_offline.knowledge.records import ENTITY, write_knowledge
+from kar_offline.knowledge.records import write_knowledge
 from kar_offline.prompts import render_prompts
 from kar_offline.refresh.policy import Reason
 from kar_offline.train.arms import ARMS
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.vectors import TextVectors, torch
+from kar_sidecar.entities import USER
 from kar_sidecar.errors import InputError, PreconditionError
-from kar_sidecar.store import USER
 
 pytestmark = pytest.mark.unit
 
@@ -221,7 +221,7 @@ def prepare(work, dataset, refused=()):
     write_knowledge(
         work / "knowledge",
         [
-            records_pb2.KnowledgeRecord(id=one.id, entity=ENTITY[kind], text=f"A text about {one.id}, {GENRES[at % 3]}")
+            records_pb2.KnowledgeRecord(id=one.id, entity=kind.number, text=f"A text about {one.id}, {GENRES[at % 3]}")
             for kind, entities in (("item", dataset.items), ("user", dataset.users))
             for at, one in enumerate(entities)
             if one.id not in refused

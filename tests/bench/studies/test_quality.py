@@ -25,8 +25,8 @@ from kar_offline.train.fit import TrainSettings, predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
 from kar_offline.train.stage import InitialRanker, Run, new_model
 from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import InputError, PreconditionError
-from kar_sidecar.store import ITEM
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,8 @@ from kar_offline.check.name_matching import Names
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import build_dataset, from_recbole
 from kar_offline.generate.pack import Pack
-from kar_offline.prompts.scenario import EntityKind, Scenario, load_scenario
+from kar_offline.prompts.scenario import Scenario, load_scenario
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import UnavailableError
 
 MOVIES = load_scenario("movies")

@@ -27,9 +27,9 @@ from kar_offline.dataset.movielens import (
     to_dataset,
     verify,
 )
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, UnavailableError
 from kar_sidecar.features import FeatureLayout
-from kar_sidecar.store import ITEM, USER
 
 pytestmark = pytest.mark.unit
 

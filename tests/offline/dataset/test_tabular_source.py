@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from kar_offline.dataset.command import dataset as dataset_command
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.tabular_source import build_tables, load_mapping, read_tables
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, NotFoundError
 from kar_sidecar.features import FeatureLayout
-from kar_sidecar.store import ITEM, USER
 
 pytestmark = pytest.mark.unit
 

@@ -12,8 +12,8 @@ from kar_offline.encode import HashingEncoder, encode
 from kar_offline.encode import stage as encode_stage
 from kar_offline.encoders.text_encoder import Encoded, gather
 from kar_offline.knowledge.records import write_knowledge
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import PreconditionError
-from kar_sidecar.store import ITEM, USER
 
 pytestmark = pytest.mark.unit
 

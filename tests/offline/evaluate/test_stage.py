@@ -9,8 +9,8 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import TEST, TRAIN, VALIDATION, Dataset, Entity
 from kar_offline.evaluate import evaluate, evaluation_table
 from kar_offline.train import TrainSettings, train
+from kar_sidecar.entities import USER
 from kar_sidecar.errors import PreconditionError
-from kar_sidecar.store import USER
 
 pytestmark = pytest.mark.unit
 

@@ -25,10 +25,10 @@ from kar_offline.train.checkpoint import build_model, load_trained, run_folder, 
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.knowledge_inputs import AffinityInput
 from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
 from kar_sidecar.ranking.affinity import affinity_columns
 from kar_sidecar.releases.manifest import Release, list_releases, read_active
-from kar_sidecar.store import ITEM, USER
 
 pytestmark = pytest.mark.unit
 

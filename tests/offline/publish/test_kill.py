@@ -19,9 +19,10 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.knowledge.records import record_line
 from kar_offline.publish.stage import paced, publish_meta, publish_release
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.features import FeatureLayout, schema_hash
 from kar_sidecar.releases.manifest import Release, manifest_id
-from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Record, Store, space_meta, vector_part
+from kar_sidecar.store import FEATURES, TEXT, EntityKey, Record, Store, space_meta, vector_part
 from kar_sidecar.store.memory import MemoryStore
 from kar_sidecar.store.open import open_store
 from kar_sidecar.store.records import FULL, NEUTRAL, decode_vectors

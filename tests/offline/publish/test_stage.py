@@ -20,12 +20,13 @@ from kar_offline.knowledge.records import record_line
 from kar_offline.publish import publish, publish_features
 from kar_offline.publish.command import publish as publish_command
 from kar_sidecar.content_hash import file_sha256
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError, UnavailableError
 from kar_sidecar.features import FeatureLayout, schema_hash
 from kar_sidecar.index.faiss import FaissIndex
 from kar_sidecar.index.snapshot import read_current
 from kar_sidecar.releases.manifest import manifest_id, write_active
-from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, schema_meta, space_meta, vector_part
+from kar_sidecar.store import FEATURES, TEXT, EntityKey, schema_meta, space_meta, vector_part
 from kar_sidecar.store.open import open_store
 from kar_sidecar.store.records import FULL, NEUTRAL, STALE, decode_vectors
 

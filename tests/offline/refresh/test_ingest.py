@@ -10,8 +10,9 @@ import pytest
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.refresh.ingest import read_arrivals
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError
-from kar_sidecar.store import ITEM, USER, EntityKey
+from kar_sidecar.store import EntityKey
 
 pytestmark = pytest.mark.unit
 

@@ -45,6 +45,7 @@ from kar_offline.refresh.command import refresh as command
 from kar_offline.refresh.policy import Policy, Reason
 from kar_offline.refresh.stage import Budget
 from kar_offline.train import train
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, PreconditionError, UnavailableError
 from kar_sidecar.features import FeatureLayout
 from kar_sidecar.index.config import IndexConfig
@@ -55,7 +56,7 @@ from kar_sidecar.releases.registry import Releases
 from kar_sidecar.releases.serving_view import ServedRelease
 from kar_sidecar.scoring.memory import MemoryScorer
 from kar_sidecar.settings import Settings
-from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, vector_part
+from kar_sidecar.store import FEATURES, TEXT, EntityKey, Store, vector_part
 from kar_sidecar.store.records import FULL, decode_vectors, read_header
 from kar_sidecar.telemetry import Telemetry
 

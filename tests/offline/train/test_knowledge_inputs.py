@@ -12,8 +12,8 @@ from kar_offline.train.batches import BatchFeed
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.knowledge_inputs import CHUNK_ROWS, KnowledgeInputs, principal
 from kar_offline.train.vectors import load_text_vectors
+from kar_sidecar.entities import USER
 from kar_sidecar.ranking.affinity import STATISTICS
-from kar_sidecar.store import USER
 
 pytestmark = pytest.mark.unit
 

@@ -6,8 +6,8 @@ import pytest
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.train import TrainSettings, load_trained, train
+from kar_sidecar.entities import USER
 from kar_sidecar.errors import PreconditionError
-from kar_sidecar.store import USER
 
 pytestmark = pytest.mark.service
 

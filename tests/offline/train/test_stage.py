@@ -17,9 +17,9 @@ from kar_offline.train.fit import STATE, predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
 from kar_offline.train.stage import Run, train_run
 from kar_offline.train.vectors import load_text_vectors
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
 from kar_sidecar.features import FeatureEncoder, FeatureLayout, History
-from kar_sidecar.store import ITEM, USER
 
 pytestmark = pytest.mark.unit
 

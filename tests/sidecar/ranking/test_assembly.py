@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, History, RankRequest, StringList, User
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.ranking.affinity import affinity, affinity_columns
 from kar_sidecar.ranking.assembly import assemble, keys, nothing_read, rated_keys, view_user
 from kar_sidecar.ranking.request import read_query
 from kar_sidecar.scoring import ADAPTOR_INPUTS, BASE_INPUTS, KNOWLEDGE_INPUTS
-from kar_sidecar.store import FEATURES, ITEM, USER, EntityKey, vector_part
+from kar_sidecar.store import FEATURES, EntityKey, vector_part
 from kar_sidecar.store.records import encode_vectors
 
 pytestmark = pytest.mark.unit

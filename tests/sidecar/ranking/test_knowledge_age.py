@@ -8,11 +8,12 @@ import pytest
 from kar.knowledge.v1 import knowledge_pb2
 from kar.ranking.v1.ranking_pb2 import Candidates, RankRequest, User
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.index.live import LiveIndexes
 from kar_sidecar.ranking.ranker import Ranker
 from kar_sidecar.releases.registry import Releases
 from kar_sidecar.server.services import KnowledgeService
-from kar_sidecar.store import ITEM, USER, EntityKey, vector_part
+from kar_sidecar.store import EntityKey, vector_part
 from kar_sidecar.store.records import encode_vectors
 from kar_sidecar.telemetry import Telemetry
 

@@ -11,10 +11,11 @@ from tests.sidecar.ranking.test_ranker import rank, request
 from kar.knowledge.v1 import knowledge_pb2
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import DeadlineError, IncompleteError, UnavailableError
 from kar_sidecar.index.live import LiveIndexes
 from kar_sidecar.server.services import KnowledgeService
-from kar_sidecar.store import ITEM, USER, EntityKey, Record, Store
+from kar_sidecar.store import EntityKey, Record, Store
 from kar_sidecar.store.memory import MemoryStore
 from kar_sidecar.telemetry import Telemetry
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from kar.ranking.v1 import ranking_pb2
 from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, History, RankRequest, User
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import DeadlineError, InputError, PreconditionError, UnavailableError
 from kar_sidecar.ranking.ranker import Ranker
 from kar_sidecar.releases.registry import Releases
-from kar_sidecar.store import FEATURES, ITEM, EntityKey, vector_part
+from kar_sidecar.store import FEATURES, EntityKey, vector_part
 from kar_sidecar.telemetry import Telemetry
 
 pytestmark = pytest.mark.unit

@@ -14,6 +14,7 @@ from tests.sidecar.index.test_snapshot import no_file_left
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.records.v1 import records_pb2
 from kar_sidecar.client import KarClient
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import (
     InputError,
     IntegrityError,
@@ -27,7 +28,6 @@ from kar_sidecar.index.faiss import FaissIndex, require_one_faiss
 from kar_sidecar.index.live import LiveIndexes
 from kar_sidecar.index.snapshot import make_current
 from kar_sidecar.server.process import Sidecar
-from kar_sidecar.store import ITEM, USER
 from kar_sidecar.store.records import now_ms
 
 pytestmark = pytest.mark.service

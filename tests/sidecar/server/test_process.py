@@ -22,9 +22,10 @@ from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 from kar.records.v1 import records_pb2
 from kar_sidecar.client import KarClient
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import IncompleteError, InputError, IntegrityError, PreconditionError, UnavailableError
 from kar_sidecar.server.process import SERVICES, Sidecar
-from kar_sidecar.store import ITEM, EntityKey
+from kar_sidecar.store import EntityKey
 
 pytestmark = pytest.mark.service
 

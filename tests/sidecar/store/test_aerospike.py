@@ -13,6 +13,7 @@ import pytest
 from aerospike import exception
 from aerospike_helpers.batch.records import BatchRecord, BatchRecords
 
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import (
     DeadlineError,
     IncompleteError,
@@ -22,7 +23,7 @@ from kar_sidecar.errors import (
     UnavailableError,
 )
 from kar_sidecar.settings import Settings
-from kar_sidecar.store import FEATURES, ITEM, TEXT, EntityKey
+from kar_sidecar.store import FEATURES, TEXT, EntityKey
 from kar_sidecar.store.aerospike import AerospikeStore
 from kar_sidecar.store.cluster import PASSWORD, AerospikeSettings
 from kar_sidecar.store.records import Header

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import IncompleteError, UnavailableError
-from kar_sidecar.store import FEATURES, ITEM, TEXT, USER, EntityKey, Store, vector_part
+from kar_sidecar.store import FEATURES, TEXT, EntityKey, Store, vector_part
 from kar_sidecar.store.memory import MemoryStore
 from kar_sidecar.store.open import open_store
 from kar_sidecar.store.records import FULL, STALE, Header, decode_vectors, encode_vectors, read_header

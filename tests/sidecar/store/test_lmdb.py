@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import IntegrityError, PreconditionError
-from kar_sidecar.store import FEATURES, ITEM, EntityKey
+from kar_sidecar.store import FEATURES, EntityKey
 from kar_sidecar.store.lmdb import BATCH, LmdbStore
 from kar_sidecar.store.records import Header, read_header
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.service
 READER = """
 import sys
 from pathlib import Path
-from kar_sidecar.store import FEATURES, ITEM, EntityKey
+from kar_sidecar.store import FEATURES, EntityKey
 from kar_sidecar.store.lmdb import LmdbStore
 
 store = LmdbStore(Path(sys.argv[1]), readonly=True)
@@ -30,7 +31,7 @@ for line in sys.stdin:
 DYING_WRITER = """
 import os, signal, sys
 from pathlib import Path
-from kar_sidecar.store import FEATURES, ITEM, EntityKey
+from kar_sidecar.store import FEATURES, EntityKey
 from kar_sidecar.store.lmdb import BATCH, LmdbStore
 from kar_sidecar.store.records import Header, read_header
 
@@ -149,7 +150,7 @@ def test_removal_takes_several_transactions_for_a_large_part(tmp_path: Path) -> 
 RACER = """
 import sys
 from pathlib import Path
-from kar_sidecar.store import ITEM, EntityKey
+from kar_sidecar.store import EntityKey
 from kar_sidecar.store.lmdb import LmdbStore
 from kar_sidecar.store.records import Header, read_header
 

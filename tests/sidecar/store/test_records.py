@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import IntegrityError
-from kar_sidecar.store import ITEM, EntityKey
+from kar_sidecar.store import EntityKey
 from kar_sidecar.store.records import (
     FULL,
     NEUTRAL,

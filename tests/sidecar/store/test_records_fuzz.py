@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from kar.records.v1 import records_pb2
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import IntegrityError
 from kar_sidecar.features import FeatureLayout, History
-from kar_sidecar.store import ITEM, USER
 from kar_sidecar.store.records import NEUTRAL, STALE, Header, decode_vectors, encode_vectors, read_header
 
 pytestmark = pytest.mark.unit
