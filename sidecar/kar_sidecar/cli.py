@@ -24,7 +24,7 @@ COMMANDS: Final = "kar.commands"
 """Entry points of this group are subcommands: name = "module:typer function"."""
 ORDER: Final = (
     *("demo", "dataset", "prompts", "generate", "knowledge", "encode", "train", "evaluate", "export", "publish"),
-    *("serve", "sidecar", "rank"),
+    *("serve", "sidecar", "replay"),
 )
 """How help lists them; others follow."""
 

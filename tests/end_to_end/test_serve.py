@@ -37,8 +37,8 @@ LIMIT_S = 90.0
 SPACE = "aaaaaaaaaaaa"
 SCHEMA = records_pb2.FeatureSchema(
     features=[
-        records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC),
-        records_pb2.Feature(name="year", entity=ITEM, type=records_pb2.FEATURE_TYPE_NUMERIC),
+        records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC),
+        records_pb2.Feature(name="year", entity=ITEM.number, type=records_pb2.FEATURE_TYPE_NUMERIC),
     ],
     history_length=2,
 )
@@ -88,8 +88,8 @@ def make_release(releases, *, dataset="tiny"):
         feature_schema=SCHEMA,
         feature_schema_hash=schema_hash(SCHEMA),
         feature_encodings=[
-            records_pb2.FeatureEncoding(name="age", entity=USER, mean=30, scale=10),
-            records_pb2.FeatureEncoding(name="year", entity=ITEM, mean=1990, scale=10),
+            records_pb2.FeatureEncoding(name="age", entity=USER.number, mean=30, scale=10),
+            records_pb2.FeatureEncoding(name="year", entity=ITEM.number, mean=1990, scale=10),
         ],
         triton_adaptor="adaptor_{release}",
         models=[

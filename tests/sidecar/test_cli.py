@@ -31,7 +31,7 @@ def test_help_names_every_stage():
         "export",
         "publish",
         "serve",
-        "rank",
+        "replay",
         "demo",
         "sidecar",
     ]
@@ -43,11 +43,11 @@ def test_help_names_every_stage():
     [
         (["train", "--work", "missing-folder"], "kar dataset", 1),
         (["serve", "--work", "missing-folder"], "kar export", 1),
-        (["rank", "--work", "missing-folder"], "kar export", 1),
+        (["replay", "--work", "missing-folder"], "kar export", 1),
         (["publish", "--work", "missing-folder"], "kar export", 1),
         (["serve", "--mode", "sideways"], "mode", 2),
-        (["rank", "--ready-file", "missing-file"], "kar serve", 2),
-        (["rank", "--ready-file", "missing[events.values]"], "missing[events.values]", 2),
+        (["replay", "--ready-file", "missing-file"], "kar serve", 2),
+        (["replay", "--ready-file", "missing[events.values]"], "missing[events.values]", 2),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -36,10 +36,10 @@ def feature(name: str, entity: int, width: int = 0) -> records_pb2.Feature:
 
 SCHEMA = records_pb2.FeatureSchema(
     features=[
-        feature("age", USER),
-        feature("gender", USER, 1),
-        feature("year", ITEM),
-        feature("genres", ITEM, 3),
+        feature("age", USER.number),
+        feature("gender", USER.number, 1),
+        feature("year", ITEM.number),
+        feature("genres", ITEM.number, 3),
     ],
     history_length=4,
 )
@@ -53,10 +53,10 @@ def history(**ratings: float) -> History:
 
 def encoder(item_ids: tuple[str, ...] = ("heat", "alien")) -> FeatureEncoder:
     encodings = [
-        records_pb2.FeatureEncoding(name="age", entity=USER, mean=30, scale=10),
-        records_pb2.FeatureEncoding(name="gender", entity=USER, vocabulary=["F", "M"]),
-        records_pb2.FeatureEncoding(name="year", entity=ITEM, mean=1990, scale=5),
-        records_pb2.FeatureEncoding(name="genres", entity=ITEM, vocabulary=["Action", "Crime", "Drama"]),
+        records_pb2.FeatureEncoding(name="age", entity=USER.number, mean=30, scale=10),
+        records_pb2.FeatureEncoding(name="gender", entity=USER.number, vocabulary=["F", "M"]),
+        records_pb2.FeatureEncoding(name="year", entity=ITEM.number, mean=1990, scale=5),
+        records_pb2.FeatureEncoding(name="genres", entity=ITEM.number, vocabulary=["Action", "Crime", "Drama"]),
     ]
     return FeatureEncoder(SCHEMA, encodings, item_ids)
 
@@ -75,7 +75,7 @@ def test_the_schema_hash_covers_names_types_widths_and_length() -> None:
         if change == "age":
             other.features[0].name = "years"
         elif change == "gender":
-            other.features[1].entity = ITEM
+            other.features[1].entity = ITEM.number
         elif change == "width":
             other.features[3].width = 4
         else:
@@ -99,7 +99,7 @@ floats = st.floats(width=32, allow_nan=True, allow_infinity=False)
 def layouts(draw: st.DrawFn) -> tuple[FeatureLayout, dict[str, Any]]:
     """A layout of any features of one kind, and values for some of them."""
     names = draw(st.lists(st.from_regex(r"[a-z]{1,6}", fullmatch=True), unique=True, max_size=5))
-    features = [feature(name, USER, draw(st.integers(0, 4))) for name in names]
+    features = [feature(name, USER.number, draw(st.integers(0, 4))) for name in names]
     values: dict[str, Any] = {}
     for item in features:
         if draw(st.booleans()):
@@ -238,9 +238,9 @@ def test_no_number_lies_far_from_the_others(year: float, standard: float, missin
 @given(st.sets(texts, max_size=20), st.lists(texts, max_size=20))
 def test_vocabulary_positions_are_indices(vocabulary: set[str], values: list[str]) -> None:
     known = sorted(vocabulary)
-    schema = records_pb2.FeatureSchema(features=[feature("tag", ITEM, 1)])
+    schema = records_pb2.FeatureSchema(features=[feature("tag", ITEM.number, 1)])
     layout = FeatureLayout(schema, ITEM)
-    encodings = [records_pb2.FeatureEncoding(name="tag", entity=ITEM, vocabulary=known)]
+    encodings = [records_pb2.FeatureEncoding(name="tag", entity=ITEM.number, vocabulary=known)]
     rows = np.concatenate([layout.missing, *(layout.row({"tag": value}) for value in values)])
     categories, numbers, missing = FeatureEncoder(schema, encodings, []).rows(layout, rows)
     expected = [known.index(value) + RESERVED if value in vocabulary else UNKNOWN for value in values]
@@ -249,7 +249,7 @@ def test_vocabulary_positions_are_indices(vocabulary: set[str], values: list[str
 
 
 def test_a_kind_without_features_has_constant_columns() -> None:
-    schema = records_pb2.FeatureSchema(features=[feature("year", ITEM)])
+    schema = records_pb2.FeatureSchema(features=[feature("year", ITEM.number)])
     layout = FeatureLayout(schema, USER)
     categories, numbers, missing = FeatureEncoder(schema, [], []).rows(layout, layout.missing)
     assert (categories.tolist(), numbers.tolist(), missing) == ([[0]], [[0.0]], 0)

@@ -100,8 +100,8 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 def _dataset() -> Dataset:
     """Each viewer rated six of eight films on the six days before noon; three may be shown."""
     features = [
-        records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC),
-        records_pb2.Feature(name="genres", entity=ITEM, type=records_pb2.FEATURE_TYPE_CATEGORICAL, width=2),
+        records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC),
+        records_pb2.Feature(name="genres", entity=ITEM.number, type=records_pb2.FEATURE_TYPE_CATEGORICAL, width=2),
     ]
     events = [(user, (user + step) % 8) for user in range(4) for step in range(6)]
     return Dataset.from_events(

@@ -27,18 +27,18 @@ WRITTEN_AT_MS = 1_000_000
 
 SCHEMA = records_pb2.FeatureSchema(
     features=[
-        records_pb2.Feature(name="age", entity=USER, type=NUMERIC),
-        records_pb2.Feature(name="gender", entity=USER, type=CATEGORICAL, width=1),
-        records_pb2.Feature(name="year", entity=ITEM, type=NUMERIC),
-        records_pb2.Feature(name="genres", entity=ITEM, type=CATEGORICAL, width=2),
+        records_pb2.Feature(name="age", entity=USER.number, type=NUMERIC),
+        records_pb2.Feature(name="gender", entity=USER.number, type=CATEGORICAL, width=1),
+        records_pb2.Feature(name="year", entity=ITEM.number, type=NUMERIC),
+        records_pb2.Feature(name="genres", entity=ITEM.number, type=CATEGORICAL, width=2),
     ],
     history_length=3,
 )
 ENCODINGS = [
-    records_pb2.FeatureEncoding(name="age", entity=USER, mean=30, scale=10),
-    records_pb2.FeatureEncoding(name="gender", entity=USER, vocabulary=["F", "M"]),
-    records_pb2.FeatureEncoding(name="year", entity=ITEM, mean=1990, scale=10),
-    records_pb2.FeatureEncoding(name="genres", entity=ITEM, vocabulary=["Action", "Drama"]),
+    records_pb2.FeatureEncoding(name="age", entity=USER.number, mean=30, scale=10),
+    records_pb2.FeatureEncoding(name="gender", entity=USER.number, vocabulary=["F", "M"]),
+    records_pb2.FeatureEncoding(name="year", entity=ITEM.number, mean=1990, scale=10),
+    records_pb2.FeatureEncoding(name="genres", entity=ITEM.number, vocabulary=["Action", "Drama"]),
 ]
 ITEMS = ("i1", "i2", "i3", "i4")
 """The item vocabulary: indices 2 to 5. i4 has neither features nor a vector."""
@@ -135,7 +135,7 @@ def fill(store: MemoryStore) -> None:
             store.write(vector_part(SPACES[mode]), [(key, blob)])
         store.write_meta(space_meta(SPACES[mode]), b"{}")
     store.write_meta(schema_meta(schema_hash(SCHEMA)), b"{}")
-    text = records_pb2.KnowledgeRecord(id="i1", entity=ITEM, text="A film.", template="factual/1")
+    text = records_pb2.KnowledgeRecord(id="i1", entity=ITEM.number, text="A film.", template="factual/1")
     store.write(TEXT, [(EntityKey(ITEM, "i1"), text.SerializeToString())])
 
 
@@ -235,7 +235,7 @@ def fill_store() -> Callable[[MemoryStore], None]:
 @pytest.fixture
 def affine(world):
     """The world, its release with the item's tower alone and the affinity of the last two rated items."""
-    release_id = make_release(world.folder, towers=[ITEM], affinity=AFFINITY)
+    release_id = make_release(world.folder, towers=[ITEM.number], affinity=AFFINITY)
     write_active(world.folder, release_id)
     space = AFFINITY.space.space_id
     blobs = encode_vectors(np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32), space, written_at_ms=1)

@@ -22,7 +22,7 @@ def work(tmp_path):
         "tiny",
         records_pb2.FeatureSchema(
             history_length=4,
-            features=[records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC)],
+            features=[records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC)],
         ),
         [Entity(f"u{i}", {"age": i}, {}) for i in range(40)],
         [Entity(f"i{i:02}", {}, {}) for i in range(30)],

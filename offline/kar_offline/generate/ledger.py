@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from kar_offline.generate.provider import Answer, Failure, PendingBatch, Provider, Question, Reply
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import BudgetError, IntegrityError, PreconditionError
 from kar_sidecar.lock import held
 
@@ -225,7 +226,7 @@ class Run:
             (self._source,),
         ):
             entity, entity_id, prompt_sha256 = about
-            found.setdefault(handle, []).append(Question(entity, entity_id, "", prompt_sha256))
+            found.setdefault(handle, []).append(Question(EntityKind(entity), entity_id, "", prompt_sha256))
         return [PendingBatch(handle, questions) for handle, questions in found.items()]
 
 

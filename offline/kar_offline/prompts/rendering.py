@@ -479,7 +479,8 @@ def read_prompts(folder: Path) -> list[Prompt]:
     if not (folder / FILE).is_file():
         raise PreconditionError(f"no prompts in {folder}: run `kar prompts` first")
     try:
-        return [Prompt(**json.loads(line)) for line in (folder / FILE).read_text().splitlines()]
+        lines = map(json.loads, (folder / FILE).read_text().splitlines())
+        return [Prompt(**{**line, "entity": EntityKind(line["entity"])}) for line in lines]
     except (TypeError, ValueError) as error:
         raise PreconditionError(f"the prompts in {folder} are of another version: run `kar prompts` again") from error
 

@@ -31,7 +31,7 @@ def trained(work):
     write_knowledge(
         work / "knowledge",
         [
-            records_pb2.KnowledgeRecord(id=one.id, entity=kind, text=f"About {one.id}.", template="factual/1")
+            records_pb2.KnowledgeRecord(id=one.id, entity=kind.number, text=f"About {one.id}.", template="factual/1")
             for kind, entities in ((USER, dataset.users), (ITEM, dataset.items))
             for one in entities
         ],

@@ -24,7 +24,7 @@ from kar_offline.train.arms import ARMS
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.vectors import TextVectors, torch
-from kar_sidecar.entities import USER
+from kar_sidecar.entities import USER, EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 
 pytestmark = pytest.mark.unit
@@ -41,7 +41,7 @@ def log(user, item, rating, day, users=None, items=None):
         "log",
         records_pb2.FeatureSchema(
             history_length=4,
-            features=[records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC)],
+            features=[records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC)],
         ),
         [Entity(f"u{i}", {"age": i}, {}) for i in range(users or user.max() + 1)],
         [
@@ -221,7 +221,9 @@ def prepare(work, dataset, refused=()):
     write_knowledge(
         work / "knowledge",
         [
-            records_pb2.KnowledgeRecord(id=one.id, entity=kind.number, text=f"A text about {one.id}, {GENRES[at % 3]}")
+            records_pb2.KnowledgeRecord(
+                id=one.id, entity=EntityKind(kind).number, text=f"A text about {one.id}, {GENRES[at % 3]}"
+            )
             for kind, entities in (("item", dataset.items), ("user", dataset.users))
             for at, one in enumerate(entities)
             if one.id not in refused

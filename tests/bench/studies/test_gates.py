@@ -12,6 +12,7 @@ from kar_offline.check import DUPLICATE_GATE, GATES
 from kar_offline.check.facts import FactsTable, Film
 from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.knowledge.records import write_knowledge, write_quarantine
+from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import PreconditionError
 
 pytestmark = pytest.mark.unit
@@ -58,7 +59,7 @@ def films(work: Path) -> Path:
     (pack / "user.jsonl").write_text("".join(json.dumps(line) + "\n" for line in users))
     (work / "written").mkdir()
     made = [
-        records_pb2.KnowledgeRecord(id=items[at].id, entity="item".number, template="factual/1", text=said)
+        records_pb2.KnowledgeRecord(id=items[at].id, entity=ITEM.number, template="factual/1", text=said)
         for at, said in ((2, text(2)), (3, f"{film(3)} (2015) is a drama that everybody must see."), (4, text(2)))
     ]
     write_knowledge(work / "written", made[:1])

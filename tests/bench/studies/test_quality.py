@@ -143,7 +143,9 @@ def test_breakdowns_cover_every_sample_once(work):
     jobs = default_jobs(["dcn"], ["control"], [0, 1], [0])
     trained(work, jobs)
     (work / "knowledge").mkdir()
-    write_knowledge(work / "knowledge", [KnowledgeRecord(id="i03", entity=ITEM, text="A film.", confidence="low")])
+    write_knowledge(
+        work / "knowledge", [KnowledgeRecord(id="i03", entity=ITEM.number, text="A film.", confidence="low")]
+    )
     report = measure(work, PROTOCOL, "encoding", jobs, resamples=10)
     by = {name: [entry for entry in report["breakdowns"] if entry["by"] == name] for name in (*BUCKETS, "confidence")}
     for buckets in by.values():

@@ -90,10 +90,10 @@ def test_rows_become_sorted_events_and_entities(tmp_path: Path, suffix: str) -> 
     assert dataset.event_time.tolist() == [1704067200, 1704067202, 1704067201, 1704067205]
     assert dataset.labels.tolist() == [0, 1, 0, 1]
     assert [(f.name, f.entity, f.width) for f in dataset.schema.features] == [
-        ("age", USER, 0),
-        ("town", USER, 1),
-        ("tags", ITEM, 2),
-        ("price", ITEM, 0),
+        ("age", USER.number, 0),
+        ("town", USER.number, 1),
+        ("tags", ITEM.number, 2),
+        ("price", ITEM.number, 0),
     ]
     assert (dataset.name, dataset.schema.history_length, dataset.shared_clock) == ("shop", 9, True)
     for kind, entities in ((USER, dataset.users), (ITEM, dataset.items)):

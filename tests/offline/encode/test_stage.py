@@ -12,7 +12,7 @@ from kar_offline.encode import HashingEncoder, encode
 from kar_offline.encode import stage as encode_stage
 from kar_offline.encoders.text_encoder import Encoded, gather
 from kar_offline.knowledge.records import write_knowledge
-from kar_sidecar.entities import ITEM, USER
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import PreconditionError
 
 pytestmark = pytest.mark.unit
@@ -40,7 +40,7 @@ class Counting(HashingEncoder):
 def write_texts(work: Path, items: dict[str, str]) -> None:
     kinds = [(ITEM, id_, text) for id_, text in items.items()]
     kinds.append((USER, "7", "likes drama"))
-    write_knowledge(work / "knowledge", [records_pb2.KnowledgeRecord(id=i, entity=e, text=t) for e, i, t in kinds])
+    write_knowledge(work / "knowledge", [records_pb2.KnowledgeRecord(id=i, entity=kind.number, text=t) for kind, i, t in kinds])
 
 
 @pytest.fixture
@@ -190,11 +190,11 @@ class Compass:
         return gather(self, texts)
 
 
-def record(entity: int, identity: str, text: str = "", **loans: float) -> records_pb2.KnowledgeRecord:
+def record(kind: EntityKind, identity: str, text: str = "", **loans: float) -> records_pb2.KnowledgeRecord:
     """`loans` are named without the slash: cluster0 is cluster/0, item1 is item 1."""
     ids = {name: name.replace("cluster", "cluster/").removeprefix("item").removeprefix("user") for name in loans}
     lent = [records_pb2.Loan(id=ids[name], weight=weight) for name, weight in loans.items()]
-    return records_pb2.KnowledgeRecord(id=identity, entity=entity, text=text, loans=lent)
+    return records_pb2.KnowledgeRecord(id=identity, entity=kind.number, text=text, loans=lent)
 
 
 def header(work: Path, name: str = "knowledge_item") -> dict:
@@ -202,7 +202,11 @@ def header(work: Path, name: str = "knowledge_item") -> dict:
 
 
 def test_who_borrows_has_the_weighted_mean_of_the_lenders(work: Path) -> None:
-    own = [record(ITEM, "1", "north"), record(ITEM, "2", item1=4 / 7, cluster0=3 / 7), record(ITEM, "3", cluster0=1)]
+    own = [
+        record(ITEM, "1", "north"),
+        record(ITEM, "2", item1=4 / 7, cluster0=3 / 7),
+        record(ITEM, "3", cluster0=1),
+    ]
     write_knowledge(work / "knowledge", [*own, record(USER, "7", cluster0=1)], [record(ITEM, "cluster/0", "east")])
     report = encode(work, Compass()).report
     vectors = np.load(work / "encoding" / "knowledge_item.npy")

@@ -28,7 +28,7 @@ def work(tmp_path_factory):
         name="tiny",
         schema=records_pb2.FeatureSchema(
             history_length=3,
-            features=[records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC)],
+            features=[records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC)],
         ),
         users=[Entity(f"u{i}", {"age": i}, {}) for i in range(USERS)],
         items=[Entity(f"i{i}", {}, {}) for i in range(ITEMS)],

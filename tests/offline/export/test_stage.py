@@ -36,8 +36,8 @@ DIM, KNOWLEDGE, COLUMNS = 6, 4, affinity_columns(1)
 NUMERIC, CATEGORICAL = records_pb2.FEATURE_TYPE_NUMERIC, records_pb2.FEATURE_TYPE_CATEGORICAL
 SCHEMA = records_pb2.FeatureSchema(
     features=[
-        records_pb2.Feature(name="age", entity=USER, type=NUMERIC),
-        records_pb2.Feature(name="genres", entity=ITEM, type=CATEGORICAL, width=2),
+        records_pb2.Feature(name="age", entity=USER.number, type=NUMERIC),
+        records_pb2.Feature(name="genres", entity=ITEM.number, type=CATEGORICAL, width=2),
     ],
     history_length=3,
 )

@@ -7,6 +7,7 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset, Entity
 from kar_offline.generate import collective
 from kar_offline.generate.collective import cluster, duplicates, event_counts, plan
+from kar_offline.knowledge import imputation
 from kar_offline.knowledge.imputation import nearest_lenders
 from kar_sidecar.errors import InputError
 
@@ -97,7 +98,7 @@ def test_many_clusters_are_found_in_two_steps_and_cover_everybody_once():
 
 
 def test_neighbours_among_many_are_found_without_looking_at_all():
-    count = collective.EXACT + 100
+    count = imputation.EXACT + 100
     vectors = np.random.default_rng(0).normal(size=(count, 16)).astype(np.float32)
     vectors[count - 40 :] = vectors[:40]
     texts = [f"film {number}" for number in range(count - 40)] + [f"Film {number}" for number in range(40)]

@@ -46,8 +46,8 @@ def schema_of(history_length: int = 4) -> records_pb2.FeatureSchema:
     numeric, categorical = records_pb2.FEATURE_TYPE_NUMERIC, records_pb2.FEATURE_TYPE_CATEGORICAL
     return records_pb2.FeatureSchema(
         features=[
-            records_pb2.Feature(name="age", entity=USER, type=numeric),
-            records_pb2.Feature(name="genres", entity=ITEM, type=categorical, width=2),
+            records_pb2.Feature(name="age", entity=USER.number, type=numeric),
+            records_pb2.Feature(name="genres", entity=ITEM.number, type=categorical, width=2),
         ],
         history_length=history_length,
     )
@@ -115,7 +115,7 @@ def make_release(
         (draft / "vectors" / "affinity_ids.txt").write_text("alien\n")
         np.save(draft / "vectors" / "affinity.npy", np.array([[0.6, 0.8]], np.float32))
         space = records_pb2.VectorSpace(space_id=AFFINITY, dim=2, dtype="float32")
-        more |= {"towers": [ITEM], "affinity": records_pb2.Affinity(space=space, events=3)}
+        more |= {"towers": [ITEM.number], "affinity": records_pb2.Affinity(space=space, events=3)}
     (draft / "item_ids.txt").write_text("".join(f"{item}\n" for item in ITEMS))
     manifest = records_pb2.Manifest(
         dataset="tiny",

@@ -22,7 +22,7 @@ FILM = {"entity": "item", "id": "salt", "title": "Salt and Lanterns", "features"
 
 
 def dataset() -> Dataset:
-    feature = records_pb2.Feature(name="year", entity=ITEM, type=records_pb2.FEATURE_TYPE_NUMERIC)
+    feature = records_pb2.Feature(name="year", entity=ITEM.number, type=records_pb2.FEATURE_TYPE_NUMERIC)
     return Dataset.from_events(
         "tiny",
         records_pb2.FeatureSchema(features=[feature], history_length=2),
@@ -108,7 +108,7 @@ def test_a_wrong_event_is_named_by_its_line(tmp_path: Path, line: object, compla
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ({"entity": "film", "id": "x"}, "line 1: entity: Input should be 'user' or 'item'"),
+        ({"entity": "film", "id": "x"}, "line 1: entity: Input should be 'item' or 'user'"),
         ({"entity": "item", "id": "x"}, "line 1: item 'x' has no fact 'title', which names it in prompts: add it"),
         (FILM | {"features": {"length": 90}}, "line 1: feature 'length' is not in the schema"),
         (FILM | {"features": {"year": "new"}}, "line 1: feature 'year' is numeric"),

@@ -478,7 +478,7 @@ def test_a_borrower_is_stale_when_its_lenders_new_answer_is(world: World) -> Non
         records = {record.id: record for record in read_knowledge(folder / "knowledge", "user")}
         records["u0"].expires_at.FromSeconds(NOON_S + days * DAY_S)
         loan = records_pb2.Loan(id="u0", weight=1)
-        records["u1"].CopyFrom(records_pb2.KnowledgeRecord(id="u1", entity=USER, loans=[loan]))
+        records["u1"].CopyFrom(records_pb2.KnowledgeRecord(id="u1", entity=USER.number, loans=[loan]))
         lines = "".join(record_line(record) + "\n" for record in records.values())
         (folder / "knowledge" / "user.jsonl").write_text(lines)
     now_ms = round(LATER.timestamp() * 1000)

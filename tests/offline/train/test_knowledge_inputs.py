@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 DIM = 6
 SCHEMA = records_pb2.FeatureSchema(
     history_length=3,
-    features=[records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC)],
+    features=[records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC)],
 )
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.service
 SMALL = TrainSettings(epochs=2, batch=8)
 SCHEMA = records_pb2.FeatureSchema(
     history_length=3,
-    features=[records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC)],
+    features=[records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC)],
 )
 
 

@@ -27,9 +27,9 @@ NUMERIC, CATEGORICAL = records_pb2.FEATURE_TYPE_NUMERIC, records_pb2.FEATURE_TYP
 SCHEMA = records_pb2.FeatureSchema(
     history_length=4,
     features=[
-        records_pb2.Feature(name="age", entity=USER, type=NUMERIC),
-        records_pb2.Feature(name="job", entity=USER, type=CATEGORICAL, width=1),
-        records_pb2.Feature(name="genres", entity=ITEM, type=CATEGORICAL, width=2),
+        records_pb2.Feature(name="age", entity=USER.number, type=NUMERIC),
+        records_pb2.Feature(name="job", entity=USER.number, type=CATEGORICAL, width=1),
+        records_pb2.Feature(name="genres", entity=ITEM.number, type=CATEGORICAL, width=2),
     ],
 )
 SMALL = TrainSettings(epochs=2, batch=8, shared_experts=1, dedicated_experts=1, expert_hidden=4, knowledge_width=3)
@@ -81,7 +81,11 @@ def nothing(*_):
 
 def test_learned_encodings_by_hand():
     encodings = learn_features(make_dataset()).encodings
-    assert [(e.entity, e.name) for e in encodings] == [(USER, "age"), (USER, "job"), (ITEM, "genres")]
+    assert [(e.entity, e.name) for e in encodings] == [
+        (USER.number, "age"),
+        (USER.number, "job"),
+        (ITEM.number, "genres"),
+    ]
     # Training users are 20 to 27 years old: mean 23.5, variance (8^2 - 1) / 12.
     assert encodings[0].mean == pytest.approx(23.5)
     assert encodings[0].scale == pytest.approx((63 / 12) ** 0.5)

@@ -125,13 +125,13 @@ def test_an_item_is_stale_when_its_affinity_vector_alone_is(affine):
 
 
 def test_vectors_handed_out_tell_their_age_and_are_counted(world):
-    answer, telemetry = batch(world, ITEM, "i1", "i3", "i4", at_ms=WRITTEN_MS + 2 * HOUR_MS)
+    answer, telemetry = batch(world, ITEM.number, "i1", "i3", "i4", at_ms=WRITTEN_MS + 2 * HOUR_MS)
     assert list(answer.levels) == [FULL, STALE, NEUTRAL]
     assert list(answer.written_at_ms) == [WRITTEN_MS, WRITTEN_MS, 0]
     assert [ages(telemetry, "item", le) for le in ("1.0", "6.0")] == [0, 2]
     assert sample(telemetry, "kar_knowledge_expired_total", entity="item") == 1
     assert sample(telemetry, "kar_knowledge_levels_total", entity="item", level="stale") == 1
-    _, telemetry = batch(world, USER, "u1", at_ms=WRITTEN_MS)
+    _, telemetry = batch(world, USER.number, "u1", at_ms=WRITTEN_MS)
     assert sample(telemetry, "kar_knowledge_levels_total", entity="user", level="full") == 1
 
 

@@ -113,7 +113,9 @@ def test_a_read_that_hands_out_knowledge_and_fails_is_counted_once(world, fault,
         service = KnowledgeService(releases, world.store, indexes, telemetry, wall_ms=lambda: 0, **limits)
         world.store.fault = fault
         with told:
-            await service.BatchGetKnowledge(knowledge_pb2.BatchGetKnowledgeRequest(entity=ITEM, ids=["i1"]), Patient())
+            await service.BatchGetKnowledge(
+                knowledge_pb2.BatchGetKnowledgeRequest(entity=ITEM.number, ids=["i1"]), Patient()
+            )
 
     _, telemetry = serve(world, call)
     assert telemetry.registry.get_sample_value("kar_backend_failures_total", {"backend": "store"}) == 1

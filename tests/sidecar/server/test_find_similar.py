@@ -112,7 +112,10 @@ def test_a_request_without_kind_or_query_is_the_callers_fault(world):
     async def body(sidecar):
         async with grpc.aio.insecure_channel(sidecar.addresses.grpc) as channel:
             stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
-            for request, match in [({"id": "i1"}, "entity is not set"), ({"entity": ITEM}, "vector has 0 bytes")]:
+            for request, match in [
+                ({"id": "i1"}, "entity is not set"),
+                ({"entity": ITEM.number}, "vector has 0 bytes"),
+            ]:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await stub.FindSimilar(knowledge_pb2.FindSimilarRequest(limit=1, **request))
                 assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -170,7 +173,7 @@ def test_snapshots_are_swapped_under_concurrent_searches_without_an_error_or_a_m
 
         async def ask(stub):
             while not done.is_set():
-                request = knowledge_pb2.FindSimilarRequest(entity=ITEM, id="q", limit=5)
+                request = knowledge_pb2.FindSimilarRequest(entity=ITEM.number, id="q", limit=5)
                 seen.append(await stub.FindSimilar(request))
 
         async with grpc.aio.insecure_channel(sidecar.addresses.grpc) as channel:
@@ -333,4 +336,3 @@ def test_kinds_have_folders_of_their_own(world):
     publish(root_of(world), VECTORS)
     publish(root_of(world, "user"), {"u1": [1, 0, 0], "u2": [0, 1, 0]})
     assert with_client(world, lambda client: client.find_similar("user", "u1").ids) == ("u2",)
-    assert live.FOLDERS == {USER: "user", ITEM: "item"}

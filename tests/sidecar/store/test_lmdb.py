@@ -19,6 +19,7 @@ pytestmark = pytest.mark.service
 READER = """
 import sys
 from pathlib import Path
+from kar_sidecar.entities import ITEM
 from kar_sidecar.store import FEATURES, EntityKey
 from kar_sidecar.store.lmdb import LmdbStore
 
@@ -31,6 +32,7 @@ for line in sys.stdin:
 DYING_WRITER = """
 import os, signal, sys
 from pathlib import Path
+from kar_sidecar.entities import ITEM
 from kar_sidecar.store import FEATURES, EntityKey
 from kar_sidecar.store.lmdb import BATCH, LmdbStore
 from kar_sidecar.store.records import Header, read_header
@@ -150,6 +152,7 @@ def test_removal_takes_several_transactions_for_a_large_part(tmp_path: Path) -> 
 RACER = """
 import sys
 from pathlib import Path
+from kar_sidecar.entities import ITEM
 from kar_sidecar.store import EntityKey
 from kar_sidecar.store.lmdb import LmdbStore
 from kar_sidecar.store.records import Header, read_header

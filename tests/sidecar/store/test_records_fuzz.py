@@ -24,8 +24,8 @@ NOW_MS = 1_000
 DTYPES = {"float32": "<f", "float16": "<e"}
 SCHEMA = records_pb2.FeatureSchema(
     features=[
-        records_pb2.Feature(name="age", entity=USER, type=records_pb2.FEATURE_TYPE_NUMERIC),
-        records_pb2.Feature(name="genres", entity=ITEM, type=records_pb2.FEATURE_TYPE_CATEGORICAL, width=2),
+        records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC),
+        records_pb2.Feature(name="genres", entity=ITEM.number, type=records_pb2.FEATURE_TYPE_CATEGORICAL, width=2),
     ],
     history_length=3,
 )
