@@ -28,9 +28,18 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	$(BIN)/kar demo
 
+# Every part runs, also after one that failed; the exit code tells of all. Kernels are interpreted on a processor, which
+# is decided when they are imported: they have a session of their own. docs/testing.md says how to run less.
+PARALLEL := -n 2 --dist worksteal
+EXCLUSIVE = $(shell grep -rl --include='test_*.py' mark.exclusive tests)
+# Tests start a hundred Python processes: each would compile our modules anew.
 test: install-dev
-	$(BIN)/pytest -q -n 2 --dist loadfile tests/kernels
-	$(BIN)/pytest -q --ignore tests/kernels
+	@unset PYTHONDONTWRITEBYTECODE; failed=""; \
+	part() { echo "== $$1"; $(BIN)/pytest -q "$${@:2}" || failed="$$failed $$1"; }; \
+	part kernels $(PARALLEL) tests/kernels; \
+	part parallel $(PARALLEL) -m "not exclusive" --ignore tests/kernels; \
+	$(if $(EXCLUSIVE),part exclusive -m exclusive $(EXCLUSIVE);) \
+	[ -z "$$failed" ] || { echo "failed parts:$$failed" >&2; exit 1; }
 
 check: install-dev
 	$(BIN)/ruff format --check .

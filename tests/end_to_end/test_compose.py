@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -61,6 +62,16 @@ def test_every_path_exists():
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             assert not source.startswith("./") or (ROOT / source).exists(), source
+
+
+def test_images_get_every_package_of_the_wheel():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert [package for package in wheel["packages"] if f"!{package}" not in ignored] == []
+    for dockerfile in DOCKERFILES.values():
+        copied = [line.split()[1] for line in dockerfile.read_text().splitlines() if line.startswith("COPY")]
+        missing = [package for package in wheel["packages"] if not {package, package.split("/")[0]} & set(copied)]
+        assert missing == [], dockerfile
 
 
 def test_no_container_runs_as_root_of_ours():

@@ -40,7 +40,9 @@ class Counting(HashingEncoder):
 def write_texts(work: Path, items: dict[str, str]) -> None:
     kinds = [(ITEM, id_, text) for id_, text in items.items()]
     kinds.append((USER, "7", "likes drama"))
-    write_knowledge(work / "knowledge", [records_pb2.KnowledgeRecord(id=i, entity=kind.number, text=t) for kind, i, t in kinds])
+    write_knowledge(
+        work / "knowledge", [records_pb2.KnowledgeRecord(id=i, entity=kind.number, text=t) for kind, i, t in kinds]
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,15 @@
+"""Owns what holds for all tests: one thread a process, and a marker for each test."""
+
+import os
+
+import pytest
+
+# Tests run beside each other, one process a core. Read by OpenMP when torch is imported, and by processes of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as unit tests that are not marked as service tests."""
+    for item in items:
+        if item.get_closest_marker("service") is None:
+            item.add_marker(pytest.mark.unit)
