@@ -27,6 +27,8 @@ __all__ = ["ExperimentSettings", "Settings"]
 PREFIX: Final = "KAR_"
 ELSEWHERE: Final = frozenset({PASSWORD, "KAR_CACHE", "KAR_LLM_API_KEY", "KAR_LLM_BASE_URL", "KAR_LLM_MODEL"})
 """Variables with our prefix that other parts of the product read."""
+OFFLINE_TABLES: Final = frozenset({"llm", "encoder"})
+"""Tables of the TOML file that the offline commands read."""
 
 Milliseconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -64,6 +66,13 @@ class ExperimentSettings(BaseModel):
     def build(self) -> Experiment:
         """The experiment as the ranker takes it."""
         return Experiment(self.key, self.seed, self.coverage, self.weights, self.arms)
+
+
+class _SidecarTables(TomlConfigSettingsSource):
+    """The TOML file without the tables of the offline commands."""
+
+    def __call__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__().items() if name not in OFFLINE_TABLES}
 
 
 class Settings(BaseSettings):
@@ -129,7 +138,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then environment, then the TOML file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, _SidecarTables(settings_cls)
 
     @classmethod
     def read(cls, file: Path | None = None, **arguments: Any) -> "Settings":

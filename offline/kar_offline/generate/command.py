@@ -1,8 +1,7 @@
 """Owns `kar generate`."""
 
-import json
-import os
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -14,13 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kar_offline.check import facts_table
-from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
+from kar_offline.cli_options import ConfigFile, JsonFile, settings_as_options, work_of, write_json
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import build_dataset
-from kar_offline.generate.batch import OpenAIBatch
 from kar_offline.generate.estimate import Estimate
-from kar_offline.generate.llama_cpp import PARAMETERS, LocalChat
-from kar_offline.generate.openai_chat import DEFAULT_PARAMETERS, OpenAIChat, Price
+from kar_offline.generate.make_provider import make_provider
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.provider import Provider
 from kar_offline.generate.sharing import Sharing
@@ -28,34 +25,16 @@ from kar_offline.generate.stage import estimate_run
 from kar_offline.generate.stage import generate as run
 from kar_offline.knowledge.records import read_knowledge
 from kar_offline.prompts import read_prompts, read_scenario, render_prompts
+from kar_offline.settings import ProviderOptions
 from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError
 
-__all__ = [
-    "BaseUrl",
-    "Concurrency",
-    "Gguf",
-    "ModelName",
-    "PackName",
-    "PerMillion",
-    "Source",
-    "TimeoutS",
-    "generate",
-    "provider_of",
-]
+__all__ = ["generate"]
 
 WARNING: Final = (
     "SmolLM2 (135 million parameters) shows that the live path works. It HALLUCINATES: what it says about films and "
     "people is made up. Do not train on it; use a capable model (--llm openai) or the released pack (--llm pack)."
 )
-
-
-class Source(StrEnum):
-    """Who answers the prompts."""
-
-    PACK = "pack"
-    OPENAI = "openai"
-    LOCAL = "local"
 
 
 class Name(StrEnum):
@@ -64,131 +43,71 @@ class Name(StrEnum):
     ML_100K = "ml-100k"
 
 
-class Runner(StrEnum):
-    """Where requests are made."""
-
-    HERE = "here"
-    RAY = "ray"
-
-
-PackName = Annotated[str, typer.Option(help="pack: name of a pack, or its folder.")]
-BaseUrl = Annotated[
-    str | None, typer.Option(envvar="KAR_LLM_BASE_URL", help="openai: address, such as http://127.0.0.1:8000/v1.")
-]
-ModelName = Annotated[
-    str | None, typer.Option(envvar="KAR_LLM_MODEL", help="openai: the model's name at the endpoint.")
-]
-Gguf = Annotated[Path | None, typer.Option(help="local: a model file in GGUF format; default: SmolLM2.")]
-Concurrency = Annotated[int | None, typer.Option(min=1, help="Requests in flight at once.")]
-TimeoutS = Annotated[float, typer.Option(min=0.1, help="openai: seconds for one attempt.")]
-PerMillion = Annotated[
-    tuple[float, float] | None, typer.Option(help="openai: US dollars for a million tokens, read and written.")
-]
-
-
+@settings_as_options
 def generate(
-    llm: Annotated[
-        Source,
-        typer.Option(
-            help="pack: released knowledge; openai: any OpenAI-compatible endpoint, key in $KAR_LLM_API_KEY; "
-            "local: SmolLM2 in this process, a demonstration (extra local-llm)."
-        ),
-    ] = Source.PACK,
-    work: Work = DEFAULT_WORK,
+    llm: ProviderOptions,
+    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
     dataset: Annotated[
         Name | None, typer.Option(help="Where WORK has no prompts yet: first run `kar dataset` and `kar prompts`.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the records; default: WORK/knowledge, or WORK/knowledge-LLM.")
     ] = None,
-    pack: PackName = "ml-100k",
-    base_url: BaseUrl = None,
-    model: ModelName = None,
-    gguf: Gguf = None,
-    batch: Annotated[
-        bool, typer.Option("--batch", help="openai: send batch files (cheaper, slower) instead of single requests.")
-    ] = False,
-    parameters: Annotated[
-        str | None,
-        typer.Option(
-            help='Request parameters as JSON; default: \'{"temperature": 0, "max_tokens": M}\', M the scenario\'s.'
-        ),
-    ] = None,
-    concurrency: Concurrency = None,
-    timeout_s: TimeoutS = 120.0,
-    price: PerMillion = None,
-    retries: Annotated[
-        int | None,
-        typer.Option(min=0, help="Ask again so often where an answer fails a check; default: the scenario's."),
-    ] = None,
-    budget_usd: Annotated[
-        float | None, typer.Option(min=0, help="Stop before a request that could bring this run's cost above it.")
-    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print calls, tokens and money that a run would take; send nothing.")
     ] = False,
     kind: Annotated[EntityKind | None, typer.Option(help="Only prompts about items, or about users.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts, from the first.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this number of prompts, from the first.")] = None,
     share: Annotated[
         float | None,
         typer.Option(
-            help="Ask about at most this share of entities (0.1: a tenth); the others borrow texts of clusters."
+            help="Ask about at most this share of entities (0.1: a tenth); the others get vectors imputed from texts "
+            "about clusters."
         ),
-    ] = None,
-    runner: Annotated[
-        Runner, typer.Option(help="Where requests are made: here, or by Ray actors (extra ray).")
-    ] = Runner.HERE,
-    workers: Annotated[int, typer.Option(min=1, help="ray: actors, which share --concurrency.")] = 2,
-    ray_address: Annotated[
-        str | None, typer.Option(help="ray: a running cluster, such as auto; default: one in this machine.")
     ] = None,
     facts: Annotated[
         str | None,
         typer.Option(
-            help="What texts must not contradict, beside the dataset: wikidata (films), or a CSV or JSONL file."
+            help="Facts that texts must not contradict, beside the dataset: wikidata (films), or a CSV or JSONL file."
         ),
     ] = None,
     show: Annotated[
-        int | None, typer.Option(min=0, help="Print so many texts with their prompts; default: 3, for packs none.")
+        int | None, typer.Option(min=0, help="Print this number of texts with their prompts; default: 3, for packs 0.")
     ] = None,
+    config: ConfigFile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Have the prompts answered, by released knowledge, a hosted or a local language model, and check the answers."""
     console = Console()
+    work = work_of(work, config)
     if dataset is not None:
         _prepare(work, dataset, console)
-    provider = provider_of(work, llm, pack, gguf, base_url, model, batch, parameters, concurrency, timeout_s, price)
-    if budget_usd is not None and provider.cost_usd(1, 1) is None:
-        raise InputError("--budget-usd needs to know what tokens cost: give --price, for a million read and written")
-    if runner is Runner.RAY:
-        provider = _on_ray(provider, workers, ray_address)
+    provider = make_provider(llm, partial(read_scenario, work / "prompts"))
     known = facts_table(facts) if facts else None
     sharing = _sharing(share, provider) if share is not None else None
-    chosen: EntityKind | None = kind if kind else None
     if dry_run:
-        expected = estimate_run(work, provider, kind=chosen, limit=limit, sharing=sharing)
-        _tell(console, expected, budget_usd)
+        expected = estimate_run(work, provider, kind=kind, limit=limit, sharing=sharing)
+        _tell(console, expected, llm.budget_usd)
         write_json(json_file, {"dry_run": True, **expected._asdict()})
         return
-    demonstration = llm is Source.LOCAL and gguf is None
+    demonstration = llm.provider == "local" and llm.gguf is None
     if demonstration:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
-    out = out or work / ("knowledge" if llm is Source.PACK else f"knowledge-{llm}")
+    out = out or work / ("knowledge" if llm.provider == "pack" else f"knowledge-{llm.provider}")
     result = run(
         work,
         provider,
         out=out,
-        kind=chosen,
+        kind=kind,
         limit=limit,
         facts=known,
         sharing=sharing,
-        retries=retries,
-        budget_usd=budget_usd,
+        retries=llm.retries,
+        budget_usd=llm.budget_usd,
         console=console,
     )
-    _show(console, work, out, (0 if llm is Source.PACK else 3) if show is None else show)
+    _show(console, work, out, (0 if llm.provider == "pack" else 3) if show is None else show)
     _report(console, result.report)
-    demonstration = llm is Source.LOCAL and gguf is None
     if demonstration:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
     console.print(f"{result.folder}: {result.outcome}")
@@ -207,59 +126,12 @@ def _prepare(work: Path, dataset: Name, console: Console) -> None:
             render_prompts(work)
 
 
-def provider_of(
-    work: Path,
-    llm: Source,
-    pack: str,
-    gguf: Path | None,
-    base_url: str | None,
-    model: str | None,
-    batch: bool,
-    parameters: str | None,
-    concurrency: int | None,
-    timeout_s: float,
-    price: tuple[float, float] | None,
-) -> Provider:
-    """Who answers, as options of the command line name it; errors as of the providers, and where one is missing."""
-    if llm is Source.PACK:
-        return Pack.load(pack)
-    given = _parameters(parameters)
-    if llm is Source.LOCAL:
-        return LocalChat(gguf, parameters=given or PARAMETERS, concurrency=concurrency or 4)
-    if not base_url or not model:
-        raise InputError("--llm openai needs an endpoint: give --base-url and --model, or set KAR_LLM_BASE_URL etc.")
-    key = os.environ.get("KAR_LLM_API_KEY")
-    bounded = {**DEFAULT_PARAMETERS, "max_tokens": read_scenario(work / "prompts").limits.output_tokens}
-    options: dict[str, Any] = {"parameters": given or bounded, "price": Price(*price) if price else None}
-    if batch:
-        return OpenAIBatch(base_url, model, key, **options, timeout_s=timeout_s)
-    return OpenAIChat(base_url, model, key, **options, concurrency=concurrency or 8, timeout_s=timeout_s)
-
-
-def _on_ray(provider: Provider, workers: int, address: str | None) -> Provider:
-    from kar_offline.generate.ray import OnRay  # an extra of its own
-
-    if not isinstance(provider, OpenAIChat):
-        raise InputError("--runner ray asks one question a request: not for packs or --batch")
-    return OnRay(provider, workers, address)
-
-
 def _sharing(share: float, provider: Provider) -> Sharing:
     if isinstance(provider, Pack):
         raise InputError("--share is for language models: a pack has a text for each entity that it knows")
     from kar_offline.encoders.huggingface import mini_lm  # torch takes its time
 
     return Sharing(share, mini_lm())
-
-
-def _parameters(text: str | None) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text or "null")
-    except ValueError as error:
-        raise InputError(f"--parameters is not JSON ({error}): give an object in single quotes") from error
-    if not (value is None or isinstance(value, dict)):
-        raise InputError("--parameters is not a JSON object: give one such as '{\"temperature\": 0}'")
-    return value
 
 
 def _tell(console: Console, expected: Estimate, budget_usd: float | None) -> None:

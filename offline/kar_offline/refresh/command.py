@@ -9,25 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kar_offline.check import facts_table
-from kar_offline.cli_options import JsonFile, once, write_json
-from kar_offline.encode.command import ENDPOINT, endpoint_encoder, local_encoder
-from kar_offline.encoders.text_encoder import TextEncoder
-from kar_offline.generate.command import (
-    BaseUrl,
-    Concurrency,
-    Gguf,
-    ModelName,
-    PackName,
-    PerMillion,
-    Source,
-    TimeoutS,
-    provider_of,
-)
+from kar_offline.cli_options import ConfigFile, JsonFile, Offered, once, settings_as_options, write_json
+from kar_offline.encoders.make_encoder import make_encoder
+from kar_offline.generate.make_provider import make_provider
+from kar_offline.prompts import read_scenario
 from kar_offline.refresh.policy import Policy, Reason
 from kar_offline.refresh.stage import Budget, kinds_read
 from kar_offline.refresh.stage import refresh as run
+from kar_offline.settings import EncoderOptions, ProviderOptions
 from kar_sidecar.entities import EntityKind
-from kar_sidecar.errors import InputError
 from kar_sidecar.releases.manifest import Release, read_active
 from kar_sidecar.settings import Settings
 from kar_sidecar.store.open import open_store
@@ -35,7 +25,10 @@ from kar_sidecar.store.open import open_store
 __all__ = ["refresh"]
 
 
+@settings_as_options
 def refresh(
+    llm: ProviderOptions,
+    encoder: Annotated[EncoderOptions, Offered(("name", "base_url", "model"))],
     work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
     events: Annotated[Path | None, typer.Option(help='New events, one {USER, ITEM, "rating", "time"} a line.')] = None,
     entities: Annotated[
@@ -53,26 +46,7 @@ def refresh(
         typer.Option(help="Write about these, repeatable; default: those whose texts the release's model reads."),
     ] = None,
     budget_calls: Annotated[int | None, typer.Option(min=0, help="Ask at most so many questions.")] = None,
-    budget_usd: Annotated[
-        float | None, typer.Option(min=0, help="Choose what this buys, and stop before it could be exceeded.")
-    ] = None,
-    llm: Annotated[Source, typer.Option(help="Who writes; as of `kar generate`.")] = Source.PACK,
-    pack: PackName = "ml-100k",
-    base_url: BaseUrl = None,
-    model: ModelName = None,
-    gguf: Gguf = None,
-    batch: Annotated[bool, typer.Option("--batch", help="openai: send batch files.")] = False,
-    parameters: Annotated[str | None, typer.Option(help="Request parameters as JSON.")] = None,
-    concurrency: Concurrency = None,
-    timeout_s: TimeoutS = 120.0,
-    price: PerMillion = None,
-    retries: Annotated[
-        int | None, typer.Option(min=0, help="Ask again so often where an answer fails a check.")
-    ] = None,
     facts: Annotated[str | None, typer.Option(help="What texts must not contradict; as of `kar generate`.")] = None,
-    encoder: Annotated[str, typer.Option(help="The release's encoder; as of `kar encode`.")] = "minilm",
-    encoder_url: Annotated[str | None, typer.Option(help="--encoder openai: address.")] = None,
-    encoder_model: Annotated[str | None, typer.Option(help="--encoder openai: the model's name.")] = None,
     store: Annotated[
         str | None,
         typer.Option(help="lmdb:PATH or aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET; default: lmdb:WORK/store."),
@@ -83,37 +57,29 @@ def refresh(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what is due and would be asked; change and send nothing.")
     ] = False,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings, as `kar sidecar` reads it.")] = None,
+    config: ConfigFile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Take in new events and items, have the texts that are due written anew, and publish them while readers go on."""
     console = Console()
     settings = Settings.read(config, work=work, store=store)
     work, url = settings.work, settings.store
-    provider = provider_of(work, llm, pack, gguf, base_url, model, batch, parameters, concurrency, timeout_s, price)
-    if budget_usd is not None and provider.cost_usd(1, 1) is None:
-        raise InputError("--budget-usd needs to know what tokens cost: give --price, for a million read and written")
-
-    def load_encoder() -> TextEncoder:
-        if encoder == ENDPOINT:
-            return endpoint_encoder(encoder_url, encoder_model)
-        return local_encoder(encoder)
-
+    provider = make_provider(llm, partial(read_scenario, work / "prompts"))
     release_id = release or read_active(work / "releases")
     asked = frozenset(one.value for one in once(kind))
     kinds = asked or kinds_read(Release.load(work / "releases", release_id, verify=False))
     report = run(
         work,
         provider,
-        load_encoder,
+        partial(make_encoder, encoder),
         release_id=release_id,
         store=partial(open_store, url, aerospike=settings.aerospike),
         events=events,
         entities=entities,
         policy=Policy(grown_by, frozenset(once(reason) or Reason), kinds),
-        budget=Budget(budget_calls, budget_usd),
+        budget=Budget(budget_calls, llm.budget_usd),
         facts=facts_table(facts) if facts else None,
-        retries=retries,
+        retries=llm.retries,
         dry_run=dry_run,
         console=console,
     )

@@ -6,15 +6,15 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kar_offline.encode.command import encode
+from kar_offline.encoders.make_encoder import make_encoder
 from kar_offline.encoders.openai_embeddings import BATCH_TEXTS, EndpointEncoder
 from kar_offline.openai_http.endpoint import Retry
+from kar_offline.settings import EncoderOptions
 from kar_sidecar.errors import InputError, UnavailableError
 
 pytestmark = pytest.mark.service
@@ -266,9 +266,9 @@ def test_no_texts_need_no_request(server: Server) -> None:
     assert server.bodies == []
 
 
-def test_the_command_asks_for_an_address_and_a_model(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--encoder openai needs an endpoint: give --base-url and --model"):
-        encode(tmp_path, "openai", base_url="http://127.0.0.1:1/v1")
+def test_an_endpoint_needs_an_address_and_a_model() -> None:
+    with pytest.raises(InputError, match="--encoder openai needs an endpoint: give --encoder-url and --encoder-model"):
+        make_encoder(EncoderOptions(name="openai", base_url="http://127.0.0.1:1/v1"))
 
 
 def test_an_encoder_travels_with_what_it_was_given(server: Server) -> None:

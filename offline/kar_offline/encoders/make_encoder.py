@@ -1,0 +1,50 @@
+"""Owns the choice of a text encoder: from its options to the encoder."""
+
+import os
+from typing import Any
+
+from kar_offline.encoders.text_encoder import TextEncoder
+from kar_offline.settings import API_KEY_VARIABLE, EncoderOptions
+from kar_sidecar.errors import InputError
+
+__all__ = ["make_encoder"]
+
+ENDPOINT = "openai"
+
+
+def make_encoder(options: EncoderOptions) -> TextEncoder:
+    """The encoder that the options choose; nothing is encoded yet.
+
+    Raises:
+        InputError: an endpoint is chosen without its address or model.
+        NotFoundError: there is no encoder of this name.
+        UnsupportedError: its folder asks for layers or pooling that are not supported.
+    """
+    encoder = _endpoint(options) if options.name == ENDPOINT else _local(options)
+    if options.runner == "ray":
+        from kar_offline.encoders.ray import OnRay  # an extra of its own
+
+        return OnRay(encoder, options.workers, options.ray_address)
+    return encoder
+
+
+def _endpoint(options: EncoderOptions) -> TextEncoder:
+    from kar_offline.encoders.openai_embeddings import EndpointEncoder  # httpx takes its time
+
+    if not options.base_url or not options.model:
+        raise InputError(f"--encoder {ENDPOINT} needs an endpoint: give --encoder-url and --encoder-model")
+    limits = _given(chunk_chars=options.chunk_chars, concurrency=options.concurrency)
+    return EndpointEncoder(options.base_url, options.model, os.environ.get(API_KEY_VARIABLE), **limits)
+
+
+def _local(options: EncoderOptions) -> TextEncoder:
+    from kar_offline.encoders.huggingface import ENCODERS, HuggingFace  # tokenizers and their imports take their time
+
+    threads = options.threads or (1 if options.runner == "ray" else None)
+    how = _given(runtime=options.runtime, pooling=options.pooling, threads=threads)
+    return ENCODERS[options.name](**how) if options.name in ENCODERS else HuggingFace(options.name, **how)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are set; the encoder has defaults for the others."""
+    return {name: value for name, value in options.items() if value is not None}
