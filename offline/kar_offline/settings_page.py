@@ -18,10 +18,10 @@ __all__ = ["settings_page"]
 
 HEADER: Final = """# Settings
 
-Every setting, with its default. All of them can stand in one TOML file, which `--config FILE` names: the sidecar's at the
-top and in the tables `[experiment]` and `[aerospike]`, those of language models in `[llm]`, those of text encoders in
-`[encoder]`. Strongest first: command line, environment, file, default. Unknown keys are refused. No file holds the key of
-an endpoint: set `$KAR_LLM_API_KEY`.
+Every setting, with its default. All of them can stand in one TOML file, which `--config FILE` names: the sidecar's at
+its top and in the tables `[experiment]` and `[aerospike]`, those of language models in `[llm]`, those of text encoders
+in `[encoder]`. Strongest first: command line, environment, file, default. Unknown keys are refused. No file holds the
+key of an endpoint: set `$KAR_LLM_API_KEY`.
 
 ```toml
 work = "var/mine"                 # sidecar and offline commands
