@@ -30,7 +30,7 @@ demo: install
 
 # Every part runs, also after one that failed; the exit code tells of all. Kernels are interpreted on a processor, which
 # is decided when they are imported: they have a session of their own. docs/testing.md says how to run less.
-PARALLEL := -n 2 --dist worksteal
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 EXCLUSIVE = $(shell grep -rl --include='test_*.py' mark.exclusive tests)
 # Tests start a hundred Python processes: each would compile our modules anew.
 test: install-dev

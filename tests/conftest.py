@@ -9,7 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests as unit tests that are not marked as service tests."""
+    """Mark tests that are not service tests as unit tests, and let them run last.
+
+    Service tests take longest. Started first, they are beside each other, and short tests even out the end.
+    """
     for item in items:
         if item.get_closest_marker("service") is None:
             item.add_marker(pytest.mark.unit)
+    items.sort(key=lambda item: item.get_closest_marker("service") is None)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -23,9 +24,10 @@ HEAVY = ("torch", "onnxruntime", "transformers", "scipy", "faiss", "kar_sidecar"
 def slim(tmp_path_factory) -> Path:
     """The python of a fresh environment."""
     folder = tmp_path_factory.mktemp("slim")
-    venv.create(folder, with_pip=True)
+    # Our own pip installs into it: unpacking another pip takes seconds.
+    venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--disable-pip-version-check"]
     constraints = ROOT / "deploy" / "constraints.txt"
     done = subprocess.run([*pip, "-c", constraints, f"{ROOT}[sidecar]"], capture_output=True, text=True, check=False)
     if "Could not fetch URL" in done.stderr or "Failed to establish a new connection" in done.stderr:
