@@ -1,4 +1,4 @@
-"""Owns joint training's model: a backbone and, where its arm has one, the adaptor that feeds it."""
+"""Owns the model of joint training: a backbone and, in arms with text encodings, the adaptor in front of it."""
 
 from collections.abc import Mapping
 from typing import Final, NamedTuple
@@ -12,22 +12,27 @@ from kar_offline.models.inputs import Inputs
 
 __all__ = ["Adaptor", "CTRModel", "Encodings", "Identity"]
 
-KNOWLEDGE_OF: Final[Mapping[Tower, str]] = {"user": "user_knowledge", "item": "item_knowledge"}
+KNOWLEDGE_INPUT: Final[Mapping[Tower, str]] = {"user": "user_knowledge", "item": "item_knowledge"}
 
 
 class Encodings(NamedTuple):
-    """Text encodings of the distinct entities of a batch, and which of them each request or candidate has."""
+    """Text encodings of the distinct entities of a batch, and the entity of each request or candidate."""
 
     encoding: Tensor
-    """[u, D] float32."""
+    """(entities, D) float32."""
     present: Tensor
-    """[u] bool; False: the neutral vector."""
+    """(entities,) bool. False where the entity has no text; it gets the neutral vector."""
     row: Tensor
-    """[R] of users or [N] of items, int64 rows of the other two."""
+    """(R,) for users or (N,) for items, int64: row of `encoding` and `present`."""
 
 
 class Identity(nn.Module):
-    """No adaptor: encodings reach the backbone as they are; an entity without one gets a learned neutral vector."""
+    """Passes encodings on unchanged; entities without a text get a learned neutral vector.
+
+    Args:
+        dim: Components D of an encoding.
+        towers: Kinds of entity whose encodings the model reads.
+    """
 
     def __init__(self, dim: int, towers: tuple[Tower, ...]) -> None:
         super().__init__()
@@ -35,7 +40,14 @@ class Identity(nn.Module):
         self.missing = nn.ParameterDict({tower: nn.Parameter(torch.zeros(dim)) for tower in towers})
 
     def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
-        """Encodings [B, D] where `present` [B] bool is True, else the neutral vector."""
+        """Knowledge vectors by tower.
+
+        Args:
+            encodings: For each tower, encodings (batch, D) and presence (batch,) bool.
+
+        Returns:
+            For each tower, (batch, D): the encoding where present, else the neutral vector.
+        """
         return {
             tower: torch.where(present.unsqueeze(1), encoding, self.missing[tower])
             for tower, (encoding, present) in encodings.items()
@@ -46,7 +58,15 @@ Adaptor = HybridExpertAdaptor | Identity
 
 
 class CTRModel(nn.Module):
-    """A backbone and, unless its arm takes no encodings, its adaptor; both are trained end to end."""
+    """A backbone and, unless its arm has no encodings, an adaptor; both are trained end to end.
+
+    Args:
+        backbone: The click model.
+        adaptor: Compresses text encodings to knowledge vectors; None for an arm without encodings.
+
+    Raises:
+        ValueError: the adaptor's output does not have the knowledge widths of the backbone.
+    """
 
     def __init__(self, backbone: Backbone, adaptor: Adaptor | None) -> None:
         super().__init__()
@@ -58,12 +78,20 @@ class CTRModel(nn.Module):
         self.adaptor = adaptor
 
     def adapt(self, encodings: Mapping[Tower, Encodings]) -> dict[str, Tensor]:
-        """Knowledge inputs of the backbone. Each distinct entity passes through the adaptor once, then is gathered."""
+        """Knowledge inputs of the backbone by name; the adaptor runs once per distinct entity."""
         if self.adaptor is None:
             return {}
         vectors = self.adaptor.adapt({tower: (part.encoding, part.present) for tower, part in encodings.items()})
-        return {KNOWLEDGE_OF[tower]: vectors[tower][part.row] for tower, part in encodings.items()}
+        return {KNOWLEDGE_INPUT[tower]: vectors[tower][part.row] for tower, part in encodings.items()}
 
     def forward(self, inputs: Inputs, encodings: Mapping[Tower, Encodings] | None = None) -> Tensor:
-        """Log-odds [N] of the backbone's `inputs`, those from knowledge computed from `encodings` where given."""
+        """Log-odds of the candidates.
+
+        Args:
+            inputs: The backbone's inputs; knowledge vectors may be among them.
+            encodings: Text encodings; the knowledge vectors computed from them replace those in `inputs`.
+
+        Returns:
+            (N,).
+        """
         return self.backbone.logits({**inputs, **self.adapt(encodings or {})})

@@ -1,10 +1,11 @@
-"""Owns DCN: vector-wise crosses of bounded degree beside an MLP over one flat input.
+"""Owns DCN: vector-wise crosses of bounded degree beside an MLP, both over one flat input.
 
     x_{l+1} = x_0 (x_l^T w_l) + b_l + x_l,   l = 0, 1, 2
     logit   = v^T [x_3, MLP(x_0)] + c
 
-x_0 is `Backbone.flat`, knowledge and affinities included. Source: Wang et al., "Deep & Cross Network for Ad Click
-Predictions" (AdKDD 2017, arXiv 1708.05123).
+x_0 is `Backbone.flat`, knowledge and affinities included.
+
+Source: Wang et al., "Deep & Cross Network for Ad Click Predictions" (AdKDD 2017, arXiv 1708.05123).
 """
 
 import torch
@@ -18,7 +19,23 @@ __all__ = ["DCN"]
 
 
 class DCN(Backbone):
-    """Deep and cross network; arguments as in `Backbone`, sizes as in the KAR paper."""
+    """Deep and cross network; sizes as in the KAR paper.
+
+    Args:
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
+        embedding: Embedding dimension d.
+        crosses: Cross layers.
+        hidden: Units of the MLP's layers.
+        dropout: Probability that a unit of the MLP is dropped.
+
+    Example:
+        >>> from kar_offline.models import example_inputs
+        >>> spec = InputSpec(items=10, user_fields=(), item_fields=(), user_numbers=1, item_numbers=1)
+        >>> model = DCN(spec, torch.zeros(10, 1, dtype=torch.int64)).eval()
+        >>> model(example_inputs(spec, candidates=5, requests=2)).shape
+        torch.Size([5])
+    """
 
     def __init__(
         self,
@@ -38,9 +55,10 @@ class DCN(Backbone):
         self.output = nn.Linear(width + hidden[-1], 1)
 
     def network(self, inputs: Inputs) -> Tensor:
-        """Log-odds [N]."""
-        flat = self.flat(inputs)
+        """Log-odds (N,)."""
+        flat = self.flat(inputs)  # (N, width)
         crossed = flat
-        for number, weight in enumerate(self.weights):
-            crossed = flat * weight(crossed) + self.biases[number] + crossed
-        return self.output(torch.cat([crossed, self.deep(flat)], 1)).squeeze(1)
+        for layer, weight in enumerate(self.weights):
+            crossed = flat * weight(crossed) + self.biases[layer] + crossed  # (N, width)
+        deep = self.deep(flat)  # (N, hidden)
+        return self.output(torch.cat([crossed, deep], 1)).squeeze(1)  # (N,)

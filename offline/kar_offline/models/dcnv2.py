@@ -1,11 +1,12 @@
-"""Owns DCNv2, parallel form: crosses of bounded degree beside an MLP over one flat input.
+"""Owns DCNv2 in its parallel form: full-rank crosses of bounded degree beside an MLP, both over one flat input.
 
     x_{l+1} = x_0 * (W_l x_l + b_l) + x_l,   l = 0, 1, 2
     logit   = w^T [x_3, MLP(x_0)] + b
 
-x_0 holds user fields and numbers, the masked mean of history events, the candidate's id, fields and numbers and,
-where they are used, knowledge vectors and affinities. Source: Wang et al., "DCN V2: Improved Deep & Cross Network and
-Practical Lessons for Web-scale Learning to Rank Systems" (WWW 2021, arXiv 2008.13535).
+x_0 is `Backbone.flat`, knowledge and affinities included; * multiplies element by element.
+
+Source: Wang et al., "DCN V2: Improved Deep & Cross Network and Practical Lessons for Web-scale Learning to Rank
+Systems" (WWW 2021, arXiv 2008.13535).
 """
 
 import torch
@@ -19,7 +20,23 @@ __all__ = ["DCNv2"]
 
 
 class DCNv2(Backbone):
-    """Deep and cross network; arguments as in `Backbone`, sizes as in the KAR paper."""
+    """Deep and cross network with full-rank crosses; sizes as in the KAR paper.
+
+    Args:
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
+        embedding: Embedding dimension d.
+        crosses: Cross layers.
+        hidden: Units of the MLP's layers.
+        dropout: Probability that a unit of the MLP is dropped.
+
+    Example:
+        >>> from kar_offline.models import example_inputs
+        >>> spec = InputSpec(items=10, user_fields=(), item_fields=(), user_numbers=1, item_numbers=1)
+        >>> model = DCNv2(spec, torch.zeros(10, 1, dtype=torch.int64)).eval()
+        >>> model(example_inputs(spec, candidates=5, requests=2)).shape
+        torch.Size([5])
+    """
 
     def __init__(
         self,
@@ -38,9 +55,10 @@ class DCNv2(Backbone):
         self.output = nn.Linear(width + hidden[-1], 1)
 
     def network(self, inputs: Inputs) -> Tensor:
-        """Log-odds [N]."""
-        flat = self.flat(inputs)
+        """Log-odds (N,)."""
+        flat = self.flat(inputs)  # (N, width)
         crossed = flat
-        for layer in self.crosses:
-            crossed = flat * layer(crossed) + crossed
-        return self.output(torch.cat([crossed, self.deep(flat)], 1)).squeeze(1)
+        for cross in self.crosses:
+            crossed = flat * cross(crossed) + crossed  # (N, width)
+        deep = self.deep(flat)  # (N, hidden)
+        return self.output(torch.cat([crossed, deep], 1)).squeeze(1)  # (N,)

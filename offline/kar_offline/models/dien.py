@@ -1,24 +1,24 @@
-"""Owns DIEN: a GRU reads interests out of the history, a second one, driven by attention, how they evolve.
+"""Owns DIEN: one GRU extracts interests from the history, a second one with attention follows how they evolve.
 
     h_t    = GRU(e_t)                                   e_t: item and rating of event t
     a_t    = softmax over real events of h_t^T W c      c: the candidate
-    u_t    = a_t sigmoid(W_u i_t + U_u s_{t-1} + b_u)   AUGRU: attention scales the update gate
-    r_t    = sigmoid(W_r i_t + U_r s_{t-1} + b_r)
-    s_t    = (1 - u_t) s_{t-1} + u_t tanh(W_s i_t + r_t * (U_s s_{t-1}) + b_s),   i_t = h_t
+    u_t    = a_t sigmoid(W_u h_t + U_u s_{t-1} + b_u)   AUGRU: attention scales the update gate
+    r_t    = sigmoid(W_r h_t + U_r s_{t-1} + b_r)
+    s_t    = (1 - u_t) s_{t-1} + u_t tanh(W_s h_t + r_t * (U_s s_{t-1}) + b_s)
     logit  = w^T MLP_Dice([user, candidate, s_L, mean event, knowledge, affinity]) + b
 
-Padding lies at the end and has a_t = 0, so the state passes it unchanged; an empty history leaves s = 0. Knowledge and
-affinity join before the final MLP, not in the attention. The paper's auxiliary loss, which needs clicks and
-non-clicks in the history, is left out: rated histories have no sampled negatives, and KAR's comparison trains one
-loss. Source: Zhou et al., "Deep Interest Evolution Network for Click-Through Rate Prediction" (AAAI 2019, arXiv
-1809.03672).
+Padding lies at the end of a history and has a_t = 0, so it leaves the state unchanged; an empty history leaves s = 0.
+Knowledge and affinity enter the final MLP, not the attention. The paper's auxiliary loss needs clicks and non-clicks
+in the history. It is left out: rated histories have no sampled negatives, and the comparison in the KAR paper trains
+with the click loss alone.
+
+Source: Zhou et al., "Deep Interest Evolution Network for Click-Through Rate Prediction" (AAAI 2019, arXiv 1809.03672).
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kar_offline.models.backbone import Backbone
 from kar_offline.models.inputs import Inputs, InputSpec
@@ -28,25 +28,50 @@ from kar_sidecar.features import PADDING
 __all__ = ["DIEN"]
 
 
-def _steps(gates: Tensor, attention: Tensor, recurrent: Tensor, width: int) -> Tensor:
-    """The last state [N, w] of an AUGRU over input gates [N, L, 3 w] (update, reset, new) and attention [N, L]."""
+def _augru_steps(gates: Tensor, attention: Tensor, recurrent: Tensor, width: int) -> Tensor:
+    """Run an AUGRU over the history.
+
+    Args:
+        gates: (N, L, 3 width), the inputs' part of the update gate, reset gate and new state.
+        attention: (N, L), 0 for padding.
+        recurrent: (width, 3 width), weights of the state's part.
+        width: Components of the state.
+
+    Returns:
+        (N, width), the last state.
+    """
     state = torch.zeros_like(gates[:, 0, :width])
-    for t in range(gates.size(1)):
-        own = gates[:, t]
-        past = state @ recurrent  # [N, 3 w]
-        update = torch.sigmoid(own[:, :width] + past[:, :width]) * attention[:, t : t + 1]
-        reset = torch.sigmoid(own[:, width : 2 * width] + past[:, width : 2 * width])
-        new = torch.tanh(own[:, 2 * width :] + reset * past[:, 2 * width :])
-        state = state + update * (new - state)
+    for step in range(gates.size(1)):
+        from_input = gates[:, step]  # (N, 3 width)
+        from_state = state @ recurrent  # (N, 3 width)
+        update = torch.sigmoid(from_input[:, :width] + from_state[:, :width]) * attention[:, step : step + 1]
+        reset = torch.sigmoid(from_input[:, width : 2 * width] + from_state[:, width : 2 * width])
+        new = torch.tanh(from_input[:, 2 * width :] + reset * from_state[:, 2 * width :])
+        state = state + update * (new - state)  # (N, width)
     return state
 
 
-_evolve: Callable[[Tensor, Tensor, Tensor, int], Tensor] = torch.jit.script_if_tracing(_steps)
-"""In ONNX the loop stays a loop, whatever the number of events."""
+_augru: Callable[[Tensor, Tensor, Tensor, int], Tensor] = torch.jit.script_if_tracing(_augru_steps)
+"""Exported to ONNX, the loop stays a loop: the graph accepts any number of events."""
 
 
 class DIEN(Backbone):
-    """Deep interest evolution network; arguments as in `Backbone`, final MLP as in the KAR paper."""
+    """Deep interest evolution network; final MLP as in the KAR paper.
+
+    Args:
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
+        embedding: Embedding dimension d.
+        hidden: Units of the MLP's layers.
+        dropout: Probability that a unit of the MLP is dropped.
+
+    Example:
+        >>> from kar_offline.models import example_inputs
+        >>> spec = InputSpec(items=10, user_fields=(), item_fields=(), user_numbers=1, item_numbers=1)
+        >>> model = DIEN(spec, torch.zeros(10, 1, dtype=torch.int64)).eval()
+        >>> model(example_inputs(spec, candidates=5, requests=2)).shape
+        torch.Size([5])
+    """
 
     def __init__(
         self,
@@ -67,16 +92,15 @@ class DIEN(Backbone):
         self.output = nn.Linear(hidden[-1], 1)
 
     def network(self, inputs: Inputs) -> Tensor:
-        """Log-odds [N]."""
-        item, rating = inputs["history_item"], inputs["history_rating"]
-        events = [F.embedding(item, self.items.table()), F.embedding(rating, self.ratings.table())]
-        read = torch.cat(events, 2)
-        interests, _ = self.interest(read, read.new_zeros(1, read.shape[0], self.interest.hidden_size))  # [R, L, d]
-        real = self.spread(inputs, item != PADDING)  # [N, L]
-        gates, interests = self.spread(inputs, self.gates(interests)), self.spread(inputs, interests)
-        flat = self.flat(inputs)
-        query = self.match(self.items(inputs["item_index"], inputs["item_categorical"]))
-        scores = (interests @ query.unsqueeze(2)).squeeze(2)
-        attention = torch.softmax(scores.masked_fill(~real, -1e9), 1) * real
-        state = _evolve(gates, attention, self.recurrent, query.shape[1])
-        return self.output(self.deep(torch.cat([flat, state], 1))).squeeze(1)
+        """Log-odds (N,)."""
+        events = self.embed_history(inputs)  # (R, L, event_width)
+        no_interest = events.new_zeros(1, events.shape[0], self.interest.hidden_size)
+        interests, _ = self.interest(events, no_interest)  # (R, L, d)
+        real = self.spread(inputs, inputs["history_item"] != PADDING)  # (N, L)
+        gates, interests = self.spread(inputs, self.gates(interests)), self.spread(inputs, interests)  # (N, L, ...)
+        flat = self.flat(inputs)  # (N, flat_width)
+        query = self.match(self.items(inputs["item_index"], inputs["item_categorical"]))  # (N, d)
+        scores = (interests @ query.unsqueeze(2)).squeeze(2)  # (N, L)
+        attention = torch.softmax(scores.masked_fill(~real, -1e9), 1) * real  # (N, L)
+        state = _augru(gates, attention, self.recurrent, query.shape[1])  # (N, d)
+        return self.output(self.deep(torch.cat([flat, state], 1))).squeeze(1)  # (N,)

@@ -4,9 +4,11 @@
     p_ij  = (E_i W) * E_j,   q_ij = (V_i W') * V_j   for i < j
     logit = w^T MLP([p, q]) + first(flatten(E)) + b
 
-The bilinear matrices W, W' [d, d] serve all pairs ("field-all"). Fields E are those of `FieldBackbone`, knowledge and
-affinities among them. Source: Huang et al., "FiBiNET: Combining Feature Importance and Bilinear feature Interaction for
-Click-Through Rate Prediction" (RecSys 2019, arXiv 1905.09433).
+E are the fields (M, d) of `FieldBackbone`, knowledge and affinities included. All pairs share the bilinear matrices
+W and W' (d, d), the variant that the paper calls "field-all"; * multiplies element by element.
+
+Source: Huang et al., "FiBiNET: Combining Feature Importance and Bilinear feature Interaction for Click-Through Rate
+Prediction" (RecSys 2019, arXiv 1905.09433).
 """
 
 import torch
@@ -20,7 +22,23 @@ __all__ = ["FiBiNET"]
 
 
 class FiBiNET(FieldBackbone):
-    """Feature importance and bilinear interaction; arguments as in `Backbone`."""
+    """Feature importance and bilinear interaction.
+
+    Args:
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
+        embedding: Embedding dimension d.
+        reduction: The squeeze has M / reduction units.
+        hidden: Units of the MLP's layers.
+        dropout: Probability that a unit of the MLP is dropped.
+
+    Example:
+        >>> from kar_offline.models import example_inputs
+        >>> spec = InputSpec(items=10, user_fields=(), item_fields=(), user_numbers=1, item_numbers=1)
+        >>> model = FiBiNET(spec, torch.zeros(10, 1, dtype=torch.int64)).eval()
+        >>> model(example_inputs(spec, candidates=5, requests=2)).shape
+        torch.Size([5])
+    """
 
     left: Tensor
     right: Tensor
@@ -43,7 +61,7 @@ class FiBiNET(FieldBackbone):
         )
         self.bilinear = nn.Linear(embedding, embedding, bias=False)
         self.excited_bilinear = nn.Linear(embedding, embedding, bias=False)
-        left, right = torch.triu_indices(count, count, 1)
+        left, right = torch.triu_indices(count, count, 1)  # (pairs,) each
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
         self.first = nn.Linear(count * embedding, 1)
@@ -51,12 +69,13 @@ class FiBiNET(FieldBackbone):
         self.output = nn.Linear(hidden[-1], 1, bias=False)
 
     def network(self, inputs: Inputs) -> Tensor:
-        """Log-odds [N]."""
-        fields = self.fields(inputs)  # [N, M, d]
-        excited = fields * self.excite(fields.mean(2)).unsqueeze(2)
-        pairs = [
-            form(part)[:, self.left] * part[:, self.right]
-            for form, part in ((self.bilinear, fields), (self.excited_bilinear, excited))
-        ]
-        crossed = torch.cat(pairs, 1).flatten(1)  # [N, M (M - 1) d]
-        return (self.first(fields.flatten(1)) + self.output(self.deep(crossed))).squeeze(1)
+        """Log-odds (N,)."""
+        fields = self.fields(inputs)  # (N, M, d)
+        importance = self.excite(fields.mean(2))  # (N, M)
+        excited = fields * importance.unsqueeze(2)  # (N, M, d)
+        crossed = [
+            bilinear(crossed_fields)[:, self.left] * crossed_fields[:, self.right]
+            for bilinear, crossed_fields in ((self.bilinear, fields), (self.excited_bilinear, excited))
+        ]  # (N, pairs, d) each
+        deep = self.deep(torch.cat(crossed, 1).flatten(1))  # (N, hidden)
+        return (self.first(fields.flatten(1)) + self.output(deep)).squeeze(1)  # (N,)

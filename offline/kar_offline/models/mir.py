@@ -1,18 +1,19 @@
-"""Owns MIR: interactions within the set of candidates, within the history, and between the two.
+"""Owns MIR: interactions among the candidates, within the history, and between the two.
 
-    S  = AttentionBlock(W x)             candidates among each other, without order
-    H  = GRU(events)                     the history in order
-    A  = softmax over real events of S M H^T,   Z = A H      what each candidate finds in the history (SLAttention)
+    S     = AttentionBlock(W x)                      the candidates among each other, without order
+    H     = GRU(events)                              the history in order
+    Z     = softmax over real events of (S M H^T) H  the part of the history that matters to each candidate
     logit = MLP([W x, S, Z, S * Z])
 
-x is the whole row of a candidate, so knowledge and affinities enter here. The paper's SLAttention also goes from the
-history to the set and feature by feature; this is its item-level part from the set to the list, which scores read.
+x are the rows of the candidates (`Backbone.flat`), knowledge and affinities included. The paper's SLAttention also
+attends from the history to the set, and feature by feature. Only its item-level attention from the set to the history
+is implemented, the part that the scores read.
+
 Source: Xi et al., "Multi-Level Interaction Reranking with User Behavior History" (SIGIR 2022, arXiv 2204.09370).
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kar_offline.models.inputs import Inputs, InputSpec
 from kar_offline.models.layers import MLP
@@ -23,7 +24,24 @@ __all__ = ["MIR"]
 
 
 class MIR(Reranker):
-    """Multi-level interaction reranking; arguments as in `Backbone`."""
+    """Multi-level interaction reranking.
+
+    Args:
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
+        embedding: Embedding dimension d.
+        width: Components of a candidate inside the model.
+        heads: Attention heads.
+        hidden: Units of the MLP's layers.
+        dropout: Probability that a unit of the MLP is dropped.
+
+    Example:
+        >>> from kar_offline.models import example_inputs
+        >>> spec = InputSpec(items=10, user_fields=(), item_fields=(), user_numbers=1, item_numbers=1)
+        >>> model = MIR(spec, torch.zeros(10, 1, dtype=torch.int64)).eval()
+        >>> model(example_inputs(spec, candidates=5, requests=2)).shape
+        torch.Size([5])
+    """
 
     def __init__(
         self,
@@ -45,14 +63,14 @@ class MIR(Reranker):
         self.output = nn.Linear(hidden[-1], 1)
 
     def rerank(self, view: ListView, inputs: Inputs) -> Tensor:
-        """Log-odds [R, C]."""
-        item, rating = inputs["history_item"], inputs["history_rating"]
-        rows = view.lists(self.enter(self.flat(inputs)))
-        candidates = self.among(rows, rows, view.real)
-        events = torch.cat([F.embedding(item, self.items.table()), F.embedding(rating, self.ratings.table())], 2)
-        past, _ = self.history(events, events.new_zeros(1, events.shape[0], self.history.hidden_size))
-        real = (item != PADDING).unsqueeze(1)  # [R, 1, L]
-        scores = self.relate(candidates) @ past.transpose(1, 2)  # [R, C, L]
-        found = (torch.softmax(scores.masked_fill(~real, -1e9), 2) * real) @ past
-        joined = torch.cat([rows, candidates, found, candidates * found], 2)
-        return self.output(self.deep(joined)).squeeze(2)
+        """Log-odds (R, C)."""
+        projected = view.lists(self.enter(self.flat(inputs)))  # (R, C, width)
+        candidates = self.among(projected, projected, view.real)  # (R, C, width)
+        events = self.embed_history(inputs)  # (R, L, event_width)
+        no_state = events.new_zeros(1, events.shape[0], self.history.hidden_size)
+        history, _ = self.history(events, no_state)  # (R, L, width)
+        real = (inputs["history_item"] != PADDING).unsqueeze(1)  # (R, 1, L)
+        scores = self.relate(candidates) @ history.transpose(1, 2)  # (R, C, L)
+        relevant = (torch.softmax(scores.masked_fill(~real, -1e9), 2) * real) @ history  # (R, C, width)
+        joined = torch.cat([projected, candidates, relevant, candidates * relevant], 2)  # (R, C, 4 width)
+        return self.output(self.deep(joined)).squeeze(2)  # (R, C)

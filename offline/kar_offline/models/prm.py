@@ -1,9 +1,13 @@
-"""Owns PRM: a transformer over the list, each item with an embedding of its initial place.
+"""Owns PRM: a transformer over the list, in which every candidate has an embedding of its initial place.
 
-    e_c = W x_c + p_min(c, P),   two attention blocks over the real items,   logit_c = w^T h_c + b
+    e_c     = W x_c + p_min(c, P)
+    h       = two attention blocks over the e_c of real candidates
+    logit_c = w^T h_c + b
 
-The personal vector of the paper is what x_c knows of the user. The order of the list matters by design. Source: Pei et
-al., "Personalized Re-ranking for Recommendation" (RecSys 2019, arXiv 1904.06813).
+x_c is the row of candidate c (`Backbone.flat`); its user features take the part of the paper's personalised vector. The
+order of the list matters by design.
+
+Source: Pei et al., "Personalized Re-ranking for Recommendation" (RecSys 2019, arXiv 1904.06813).
 """
 
 import torch
@@ -16,7 +20,25 @@ __all__ = ["PRM"]
 
 
 class PRM(Reranker):
-    """Personalised re-ranking model; arguments as in `Backbone`, `places` P have an embedding of their own."""
+    """Personalised re-ranking model.
+
+    Args:
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
+        embedding: Embedding dimension d.
+        width: Components of a candidate inside the model.
+        blocks: Attention blocks.
+        heads: Attention heads.
+        places: P, places with an embedding of their own; later places share the last one.
+        dropout: Probability that a component of a block's output is dropped.
+
+    Example:
+        >>> from kar_offline.models import example_inputs
+        >>> spec = InputSpec(items=10, user_fields=(), item_fields=(), user_numbers=1, item_numbers=1)
+        >>> model = PRM(spec, torch.zeros(10, 1, dtype=torch.int64)).eval()
+        >>> model(example_inputs(spec, candidates=5, requests=2)).shape
+        torch.Size([5])
+    """
 
     def __init__(
         self,
@@ -38,10 +60,10 @@ class PRM(Reranker):
         self.output = nn.Linear(width, 1)
 
     def rerank(self, view: ListView, inputs: Inputs) -> Tensor:
-        """Log-odds [R, C]."""
-        rows = view.lists(self.enter(self.flat(inputs)))
-        place = torch.arange(rows.shape[1], device=rows.device).clamp(max=self.place.num_embeddings - 1)
-        hidden = rows + self.place(place)
+        """Log-odds (R, C)."""
+        candidates = view.lists(self.enter(self.flat(inputs)))  # (R, C, width)
+        place = torch.arange(candidates.shape[1], device=candidates.device)  # (C,)
+        hidden = candidates + self.place(place.clamp(max=self.place.num_embeddings - 1))  # (R, C, width)
         for block in self.blocks:
-            hidden = block(hidden, hidden, view.real)
-        return self.output(hidden).squeeze(2)
+            hidden = block(hidden, hidden, view.real)  # (R, C, width)
+        return self.output(hidden).squeeze(2)  # (R, C)

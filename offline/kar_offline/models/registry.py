@@ -1,4 +1,4 @@
-"""Owns the names of the models."""
+"""Owns the registry: the name of every backbone and reranker."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -38,18 +38,23 @@ BACKBONES: Final[Mapping[str, MakeBackbone]] = MappingProxyType(
         "dien": DIEN,
     }
 )
-"""Models that score each candidate by itself."""
+"""Models that score each candidate on its own."""
 RERANKERS: Final[Mapping[str, MakeBackbone]] = MappingProxyType(
     {"dlcm": DLCM, "prm": PRM, "setrank": SetRank, "mir": MIR}
 )
-"""Models that score a candidate among those of its list."""
+"""Models whose score of a candidate depends on the other candidates of its request."""
 
 
 def build_backbone(name: str, spec: InputSpec, item_categories: Tensor) -> Backbone:
-    """A freshly initialised model (global random state) by its name in lower case.
+    """A model with fresh weights, drawn from torch's global random state.
+
+    Args:
+        name: A name of `BACKBONES` or `RERANKERS`.
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
 
     Raises:
-        InputError: no such model.
+        InputError: there is no model of this name.
     """
     models = {**BACKBONES, **RERANKERS}
     if name not in models:

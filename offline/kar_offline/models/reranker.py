@@ -1,9 +1,9 @@
-"""Owns what rerankers share: lists of candidates out of flat rows and back, attention that knows what is padding.
+"""Owns the base of the rerankers: candidate rows as padded lists and back, and attention that ignores padding.
 
-A reranker scores a candidate among those of its request. Its input is one row a candidate (`Backbone.flat`, knowledge
-and affinities included), in the order of the list, which is the initial ranker's where there is one. Rows carry
-`request_of_row` in rising order; without it every candidate is a list of its own. Training minimises the mean log
-loss of all rows, so that a score stays a probability and lists without any positive teach something, too.
+A reranker scores a candidate in the context of its request's other candidates. It reads one row per candidate
+(`Backbone.flat`, knowledge and affinities included), in list order: the order of the initial ranker, if there is one.
+`request_of_row` must be in rising order; without it every candidate is a list of its own. Training minimises the mean
+log loss of all rows, so that a score is a probability and lists without a positive row count, too.
 """
 
 from dataclasses import dataclass
@@ -20,54 +20,75 @@ __all__ = ["AttentionBlock", "ListView", "Reranker"]
 
 @dataclass(frozen=True, slots=True)
 class ListView:
-    """Where the rows [N] of R requests lie in lists [R, C] of the longest one's length C."""
+    """The places of N candidate rows in R padded lists of C places, C being the length of the longest list."""
 
     index: Tensor
-    """[R, C] int64 row at each place; 0 where there is none."""
+    """(R, C) int64, the row at each place; 0 where padded."""
     real: Tensor
-    """[R, C] bool: whether there is one."""
+    """(R, C) bool, False where padded."""
     request: Tensor
-    """[N] int64 request of each row."""
+    """(N,) int64, the request of each row."""
     position: Tensor
-    """[N] int64 place of each row in its list, from 0."""
+    """(N,) int64, the place of each row in its list, from 0."""
 
     @staticmethod
     def of(inputs: Inputs) -> "ListView":
-        """Read it off `request_of_row`."""
-        row = torch.arange(inputs["item_index"].shape[0], device=inputs["item_index"].device)
-        request = inputs.get(REQUEST_OF_ROW, row)
-        count = torch.zeros_like(inputs["history_item"][:, 0]).scatter_add(0, request, torch.ones_like(request))
-        start = count.cumsum(0) - count
-        place = torch.arange(cast(int, count.max()), device=row.device)  # a tensor: the exported graph has no fixed C
-        real = place < count.unsqueeze(1)
+        """The view that `request_of_row` describes."""
+        row = torch.arange(inputs["item_index"].shape[0], device=inputs["item_index"].device)  # (N,)
+        request = inputs.get(REQUEST_OF_ROW, row)  # (N,)
+        count = torch.zeros_like(inputs["history_item"][:, 0]).scatter_add(0, request, torch.ones_like(request))  # (R,)
+        start = count.cumsum(0) - count  # (R,)
+        # The maximum stays a tensor: as a number it would be a constant of the exported graph.
+        place = torch.arange(cast(int, count.max()), device=row.device)  # (C,)
+        real = place < count.unsqueeze(1)  # (R, C)
         return ListView((start.unsqueeze(1) + place) * real, real, request, row - start[request])
 
     def lists(self, rows: Tensor) -> Tensor:
-        """Rows [N, w] as lists [R, C, w], zeros where padded."""
+        """Rows (N, width) as lists (R, C, width); zeros where padded."""
         return rows[self.index] * self.real.unsqueeze(2)
 
     def rows(self, lists: Tensor) -> Tensor:
-        """Lists [R, C, w] as rows [N, w]."""
+        """Lists (R, C, width) as rows (N, width)."""
         return lists.flatten(0, 1)[self.request * lists.shape[1] + self.position]
 
 
 class Reranker(Backbone):
-    """Base of the rerankers; a subclass turns lists into log-odds."""
+    """Base of the rerankers. A subclass implements `rerank`; arguments as in `Backbone`."""
 
     def network(self, inputs: Inputs) -> Tensor:
-        """Log-odds [N]; a candidate's depends on its whole list."""
+        """Log-odds (N,). The score of a candidate depends on its whole list."""
         view = ListView.of(inputs)
         return view.rows(self.rerank(view, inputs).unsqueeze(2)).squeeze(1)
 
     def rerank(self, view: ListView, inputs: Inputs) -> Tensor:
-        """Log-odds [R, C], anything where padded."""
+        """Log-odds of lists.
+
+        Args:
+            view: The places of the candidates in the lists.
+            inputs: Inputs of the model.
+
+        Returns:
+            (R, C); values at padded places are ignored.
+        """
         raise NotImplementedError
 
 
 class AttentionBlock(nn.Module):
-    """Multi-head attention of queries to keys, then a feed-forward layer, each with a residual and layer norm.
+    """Multi-head attention and a feed-forward layer, each followed by a residual sum and layer normalisation.
 
-        h = LayerNorm(q + Attention(q, k, k)),   out = LayerNorm(h + W2 ReLU(W1 h))
+        h   = LayerNorm(q + Attention(q, k, k))
+        out = LayerNorm(h + W2 ReLU(W1 h))
+
+    Args:
+        width: Components of queries, keys and outputs.
+        heads: Attention heads.
+        dropout: Probability that a component is dropped before a residual sum.
+
+    Example:
+        >>> block = AttentionBlock(width=8, heads=2, dropout=0.0)
+        >>> real = torch.tensor([[True, True, False]])
+        >>> block(torch.zeros(1, 4, 8), torch.zeros(1, 3, 8), real).shape
+        torch.Size([1, 4, 8])
 
     Source: Vaswani et al., "Attention Is All You Need" (NeurIPS 2017, arXiv 1706.03762).
     """
@@ -83,13 +104,22 @@ class AttentionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, keys: Tensor, real: Tensor) -> Tensor:
-        """Attended `queries` [R, Q, width]; `keys` [R, K, width] count where `real` [R, K] bool is True."""
-        key, value = self.key_value(keys).chunk(2, 2)
+        """Let queries attend to keys.
+
+        Args:
+            queries: (R, Q, width).
+            keys: (R, K, width).
+            real: (R, K) bool, False for keys that are padding.
+
+        Returns:
+            (R, Q, width).
+        """
+        key, value = self.key_value(keys).chunk(2, 2)  # (R, K, width) each
         query, key, value = (
-            x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (self.query(queries), key, value)
-        )  # [R, h, Q or K, width / h]
-        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-        attention = torch.softmax(scores.masked_fill(~real[:, None, None], -1e9), 3)
-        merged = self.merge((attention @ value).transpose(1, 2).flatten(2))
-        hidden = self.norms[0](queries + self.dropout(merged))
-        return self.norms[1](hidden + self.dropout(self.feed(hidden)))
+            projected.unflatten(2, (self.heads, -1)).transpose(1, 2) for projected in (self.query(queries), key, value)
+        )  # (R, heads, Q or K, width / heads)
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5  # (R, heads, Q, K)
+        attention = torch.softmax(scores.masked_fill(~real[:, None, None], -1e9), 3)  # (R, heads, Q, K)
+        merged = self.merge((attention @ value).transpose(1, 2).flatten(2))  # (R, Q, width)
+        hidden = self.norms[0](queries + self.dropout(merged))  # (R, Q, width)
+        return self.norms[1](hidden + self.dropout(self.feed(hidden)))  # (R, Q, width)

@@ -1,10 +1,13 @@
 """Owns SetRank: induced self-attention over the set of candidates, whose order does not matter.
 
-    h = MAB(I, X),   X' = MAB(X, h)     I: learned induced points; two such blocks
+    h       = MAB(I, X),   X' = MAB(X, h)     two such blocks
     logit_c = w^T x'_c + b
 
-MAB is `AttentionBlock`. Source: Pang et al., "SetRank: Learning a Permutation-Invariant Ranking Model for Information
-Retrieval" (SIGIR 2020, arXiv 1912.05891).
+X are the rows of the candidates (`Backbone.flat`), projected; I are learned inducing points; MAB, the multi-head
+attention block, is `AttentionBlock`.
+
+Source: Pang et al., "SetRank: Learning a Permutation-Invariant Ranking Model for Information Retrieval" (SIGIR 2020,
+arXiv 1912.05891).
 """
 
 import torch
@@ -17,7 +20,25 @@ __all__ = ["SetRank"]
 
 
 class SetRank(Reranker):
-    """Permutation-equivariant set ranking; arguments as in `Backbone`."""
+    """Permutation-equivariant set ranking.
+
+    Args:
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
+        embedding: Embedding dimension d.
+        width: Components of a candidate inside the model.
+        blocks: Pairs of attention blocks.
+        heads: Attention heads.
+        points: Inducing points.
+        dropout: Probability that a component of a block's output is dropped.
+
+    Example:
+        >>> from kar_offline.models import example_inputs
+        >>> spec = InputSpec(items=10, user_fields=(), item_fields=(), user_numbers=1, item_numbers=1)
+        >>> model = SetRank(spec, torch.zeros(10, 1, dtype=torch.int64)).eval()
+        >>> model(example_inputs(spec, candidates=5, requests=2)).shape
+        torch.Size([5])
+    """
 
     def __init__(
         self,
@@ -39,10 +60,12 @@ class SetRank(Reranker):
         self.output = nn.Linear(width, 1)
 
     def rerank(self, view: ListView, inputs: Inputs) -> Tensor:
-        """Log-odds [R, C]."""
-        hidden = view.lists(self.enter(self.flat(inputs)))
-        every = torch.ones_like(hidden[:, :1, :1], dtype=torch.bool).expand(-1, self.points.shape[1], -1).squeeze(2)
+        """Log-odds (R, C)."""
+        hidden = view.lists(self.enter(self.flat(inputs)))  # (R, C, width)
+        lists, point_count = hidden.shape[0], self.points.shape[1]
+        all_points = torch.ones_like(hidden[:, :1, :1], dtype=torch.bool).expand(-1, point_count, -1).squeeze(2)
         for number, (gather, give) in enumerate(zip(self.gather, self.give, strict=True)):
-            points = self.points[number].expand(hidden.shape[0], -1, -1)
-            hidden = give(hidden, gather(points, hidden, view.real), every)
-        return self.output(hidden).squeeze(2)
+            points = self.points[number].expand(lists, -1, -1)  # (R, points, width)
+            summary = gather(points, hidden, view.real)  # (R, points, width)
+            hidden = give(hidden, summary, all_points)  # (R, C, width)
+        return self.output(hidden).squeeze(2)  # (R, C)

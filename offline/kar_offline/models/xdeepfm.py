@@ -1,10 +1,13 @@
-"""Owns xDeepFM: a compressed interaction network (CIN) of explicit vector-wise crosses beside linear and deep parts.
+"""Owns xDeepFM: a compressed interaction network (CIN) of vector-wise crosses beside a linear part and an MLP.
 
-    X^{l+1}_h = ReLU(sum_{i,j} W^{l,h}_ij (X^l_i * X^0_j) + b^l_h),   X^0 the fields [M, d], * elementwise
+    X^{l+1}_h = ReLU(sum_{i,j} W^{l,h}_ij (X^l_i * X^0_j) + b^l_h)
     logit     = first(x) + w^T [sum_d X^1, sum_d X^2] + v^T MLP(x) + b
 
-Fields are those of `FieldBackbone`, knowledge and affinities among them; x lies flat. Source: Lian et al., "xDeepFM:
-Combining Explicit and Implicit Feature Interactions for Recommender Systems" (KDD 2018, arXiv 1803.05170).
+X^0 are the fields (M, d) of `FieldBackbone`, knowledge and affinities included; x is X^0 flattened; * multiplies
+element by element.
+
+Source: Lian et al., "xDeepFM: Combining Explicit and Implicit Feature Interactions for Recommender Systems" (KDD 2018,
+arXiv 1803.05170).
 """
 
 import torch
@@ -18,7 +21,23 @@ __all__ = ["XDeepFM"]
 
 
 class XDeepFM(FieldBackbone):
-    """Compressed interaction network and MLP; arguments as in `Backbone`, sizes as in the KAR paper."""
+    """Compressed interaction network and MLP; sizes as in the KAR paper.
+
+    Args:
+        spec: Sizes of the inputs.
+        item_categories: (items, Ic) int64, the categories of every item index.
+        embedding: Embedding dimension d.
+        maps: Feature maps of each CIN layer.
+        hidden: Units of the MLP's layers.
+        dropout: Probability that a unit of the MLP is dropped.
+
+    Example:
+        >>> from kar_offline.models import example_inputs
+        >>> spec = InputSpec(items=10, user_fields=(), item_fields=(), user_numbers=1, item_numbers=1)
+        >>> model = XDeepFM(spec, torch.zeros(10, 1, dtype=torch.int64)).eval()
+        >>> model(example_inputs(spec, candidates=5, requests=2)).shape
+        torch.Size([5])
+    """
 
     def __init__(
         self,
@@ -41,13 +60,14 @@ class XDeepFM(FieldBackbone):
         self.output = nn.Linear(sum(maps) + hidden[-1], 1, bias=False)
 
     def network(self, inputs: Inputs) -> Tensor:
-        """Log-odds [N]."""
-        fields = self.fields(inputs)  # [N, M, d]
-        flat = fields.flatten(1)
-        first_maps = maps = fields.transpose(1, 2)  # [N, d, M]
+        """Log-odds (N,)."""
+        fields = self.fields(inputs)  # (N, M, d)
+        flat = fields.flatten(1)  # (N, M * d)
+        first_maps = maps = fields.transpose(1, 2)  # (N, d, M)
         pooled = []
-        for layer in self.compress:
-            products = maps.unsqueeze(3) * first_maps.unsqueeze(2)  # [N, d, H, M]
-            maps = torch.relu(layer(products.flatten(2)))  # [N, d, H']
-            pooled.append(maps.sum(1))
-        return (self.first(flat) + self.output(torch.cat([*pooled, self.deep(flat)], 1))).squeeze(1)
+        for compress in self.compress:
+            products = maps.unsqueeze(3) * first_maps.unsqueeze(2)  # (N, d, maps, M)
+            maps = torch.relu(compress(products.flatten(2)))  # (N, d, next maps)
+            pooled.append(maps.sum(1))  # (N, next maps)
+        crossed_and_deep = torch.cat([*pooled, self.deep(flat)], 1)  # (N, all maps + hidden)
+        return (self.first(flat) + self.output(crossed_and_deep)).squeeze(1)  # (N,)
