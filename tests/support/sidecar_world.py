@@ -13,7 +13,9 @@ from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.features import FeatureLayout, History, schema_hash
 from kar_sidecar.ranking.affinity import affinity_columns
+from kar_sidecar.ranking.probe import probe_tensors
 from kar_sidecar.releases.manifest import Release, manifest_id, write_active
+from kar_sidecar.releases.registry import Releases
 from kar_sidecar.releases.serving_view import Mode, ServedRelease
 from kar_sidecar.scoring.memory import MemoryScorer
 from kar_sidecar.settings import Settings
@@ -208,6 +210,10 @@ class World:
 
     def served(self, mode: Mode = "prestored") -> ServedRelease:
         return ServedRelease(Release.load(self.folder, self.release_id), mode)
+
+    def releases(self, mode: Mode = "prestored") -> Releases:
+        """The releases of a server on this world; nothing is loaded yet."""
+        return Releases(self.folder, self.store, self.scorer, mode, probe_tensors=probe_tensors, warm_timeout_s=30)
 
     def settings(self, **changes) -> Settings:
         # Generous, so that a busy machine degrades nothing by itself.

@@ -1,1 +1,1 @@
-"""Owns experiments: which arm a user gets."""
+"""Owns experiments: the arms, and the assignment of each user to one of them."""

@@ -28,9 +28,8 @@ from kar_sidecar.launcher.supervisor import ChildProcess, RestartPolicy, Service
 from kar_sidecar.launcher.triton_process import LOOPBACK, Ports, TritonProcess, TritonRuntime, link_models
 from kar_sidecar.lock import held
 from kar_sidecar.releases.manifest import Release, list_releases, read_active, write_active
-from kar_sidecar.releases.registry import Releases
+from kar_sidecar.releases.registry import open_active
 from kar_sidecar.releases.serving_view import ServedRelease
-from kar_sidecar.scoring.memory import MemoryScorer
 from kar_sidecar.settings import Settings
 from kar_sidecar.store.open import open_store
 
@@ -69,7 +68,7 @@ def check(settings: Settings) -> None:
     """
     store = open_store(settings.store, aerospike=settings.aerospike, readonly=True)
     try:
-        asyncio.run(Releases(settings.releases, store, MemoryScorer({}), settings.mode, warm_timeout_s=0.0).open())
+        asyncio.run(open_active(settings.releases, store, settings.mode))
     finally:
         store.close()
 

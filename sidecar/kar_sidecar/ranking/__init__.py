@@ -1,1 +1,4 @@
-"""Owns the way of one ranking request: request, fetch, assembly, scores, response."""
+"""Owns one ranking request from its message to its response: read, fetch, assemble, score, respond.
+
+`ranker.Ranker.rank` lists these steps; each step is one module, which is entered once for a request.
+"""

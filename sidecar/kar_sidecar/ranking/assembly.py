@@ -1,11 +1,10 @@
-"""Owns the way from a query and its store records to the tensors that models read (`kar_sidecar.scoring`).
+"""Owns the tensors of a ranking request: a query and its store records become what models read (`kar_sidecar.scoring`).
 
-A damaged record costs the request that one record: its entity counts as unknown, and the assembly says why.
+A damaged record costs the request that one record: its entity counts as unknown, and `Assembly.faults` says why.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -16,132 +15,139 @@ from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import IntegrityError
 from kar_sidecar.features import History
 from kar_sidecar.ranking.affinity import affinity, centred
+from kar_sidecar.ranking.fetch import Fetched
 from kar_sidecar.ranking.request import Column, Query
 from kar_sidecar.releases.serving_view import ENCODED, ServedRelease
 from kar_sidecar.scoring import AFFINITY, Tensors
-from kar_sidecar.store import EntityKey, Record
 from kar_sidecar.store.records import NEUTRAL, STALE, VectorBatch, decode_vectors
 
-__all__ = ["Assembly", "UserView", "VectorProvenance", "assemble", "keys", "nothing_read", "rated_keys", "view_user"]
+__all__ = ["Assembly", "VectorProvenance", "assemble"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class UserView:
-    """What a query and the store know of its user: packed row [1], and the history that models read."""
-
-    row: NDArray[np.void]
-    history: History
-    inline: bool
-    """Whether the history came with the request."""
-    written_at_ms: int
-    """When the stored features were true; 0 for none."""
-    fault: str
-    """Why the stored features were not used; empty when all is well."""
-
-
-@dataclass(frozen=True, slots=True)
 class VectorProvenance:
-    """Knowledge vectors of some entities that the tensors hold: levels [n] uint8, and as in `VectorBatch` when written.
-
-    NEUTRAL stands for those that there is no vector of.
-    """
+    """Level and age of n knowledge vectors that the tensors hold."""
 
     entity: str
     """"user", "item", or "history" for the items that the user rated."""
     levels: NDArray[np.uint8]
+    """Knowledge level [n]; NEUTRAL where the entity has no vector."""
     written_at_ms: NDArray[np.int64]
+    """When each was written [n], milliseconds since 1970; 0 where the entity has no vector."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """One request's tensors, and what is worth telling about them.
-
-    `user_level` and `item_levels` [C] uint8 are 0 where no knowledge was asked for.
-    """
+    """The tensors of one request for C candidates, and what the response says about them."""
 
     tensors: Tensors
     user_level: int
+    """The user's knowledge level; 0 where the arm reads no knowledge."""
     item_levels: NDArray[np.uint8]
+    """Each candidate's knowledge level [C]; 0 where the arm reads no knowledge."""
     history_events: int
+    """How many events of the history the model sees."""
     missing_values: int
+    """How many numbers were absent, NaN or infinite, of the user and all candidates."""
     features_written_at_ms: int
+    """When the user's stored features were true, milliseconds since 1970; 0 where nothing is stored."""
     inline_history_used: bool
     faults: tuple[str, ...]
-    """Why records were not used; empty when all is well."""
-    given: tuple[VectorProvenance, ...]
-    """The knowledge vectors that the tensors hold; an item may have two, of knowledge and of affinity."""
+    """Why records were not used; empty when all were."""
+    provenance: tuple[VectorProvenance, ...]
+    """The knowledge vectors in the tensors; an item may have two, one of knowledge and one of affinity."""
 
     @property
-    def oldest_ms(self) -> int:
-        """When the oldest of them was written; 0 without any."""
-        times = [one.written_at_ms[one.levels != NEUTRAL] for one in self.given]
-        return int(min((t.min() for t in times if len(t)), default=0))
+    def oldest_vector_ms(self) -> int:
+        """When the oldest knowledge vector was written, milliseconds since 1970; 0 without any."""
+        times = [group.written_at_ms[group.levels != NEUTRAL] for group in self.provenance]
+        return int(min((written_at_ms.min() for written_at_ms in times if len(written_at_ms)), default=0))
 
 
-def keys(query: Query) -> list[EntityKey]:
-    """What one batch reads for a query: the user, then the candidates."""
-    return [EntityKey(USER, query.user_id), *(EntityKey(ITEM, item) for item in query.item_ids)]
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    """Decodes records as of `at_ms`. Records that cannot be decoded count as absent and leave a fault."""
+
+    at_ms: int
+    faults: list[str]
+
+    def decode(self, decode: Callable[[Sequence[bytes | None]], T], blobs: Sequence[bytes | None]) -> T:
+        """`decode(blobs)`, with None in the place of every damaged record."""
+        try:
+            return decode(blobs)
+        except IntegrityError as error:
+            self.faults.append(str(error))
+
+        def is_sound(blob: bytes | None) -> bool:
+            try:
+                decode([blob])
+            except IntegrityError:
+                return False
+            return True
+
+        return decode([blob if is_sound(blob) else None for blob in blobs])
+
+    def vectors(
+        self, space: records_pb2.VectorSpace, blobs: Sequence[bytes | None], neutral: NDArray[np.float32]
+    ) -> VectorBatch:
+        """Vectors of one space; `neutral` [dim] where there is none."""
+
+        def decode(parts: Sequence[bytes | None]) -> VectorBatch:
+            return decode_vectors(parts, space.space_id, space.dim, neutral, dtype=space.dtype, at_ms=self.at_ms)
+
+        return self.decode(decode, blobs)
 
 
-def rated_keys(history: History, served: ServedRelease) -> list[EntityKey]:
-    """The items of a history, oldest first, whose affinity vectors a release reads."""
-    if served.affinity_space is None or served.release.affinity is None:
-        return []
-    return [EntityKey(ITEM, item) for item in history.item_ids[-served.release.affinity.events :]]
+@dataclass(frozen=True, slots=True)
+class _Knowledge:
+    """What the knowledge arm reads beside features: tensors, levels [1 + C] of user and candidates, provenance."""
+
+    tensors: dict[str, NDArray]
+    levels: NDArray[np.uint8]
+    provenance: tuple[VectorProvenance, ...]
 
 
-def nothing_read(query: Query, parts: Sequence[str]) -> list[Record]:
-    """Records of a query whose entities are all unknown."""
-    return [(None,) * len(parts)] * (1 + len(query.item_ids))
-
-
-def view_user(query: Query, served: ServedRelease, features: bytes | None) -> UserView:
-    """Join a query with its user's stored features; a damaged record counts as none.
-
-    Inline values replace stored ones, an inline history the stored one unless that is newer.
-    """
-    fault = ""
-    layout = served.release.user_layout
-    try:
-        user = layout.decode_user(features)
-    except IntegrityError as error:
-        user, fault = layout.decode_user(None), str(error)
-    inline = query.history is not None and (
-        query.history_as_of_ms is None or query.history_as_of_ms >= user.written_at_ms
-    )
-    history = query.history if inline and query.history is not None else user.history
-    return UserView(_replace(user.row, query.user_columns), history, inline, user.written_at_ms, fault)
-
-
-def assemble(
-    query: Query,
-    served: ServedRelease,
-    user: UserView,
-    records: Sequence[Record],
-    rated: Sequence[bytes | None],
-    *,
-    at_ms: int,
-) -> Assembly:
+def assemble(query: Query, served: ServedRelease, fetched: Fetched, *, at_ms: int) -> Assembly:
     """Build the tensors of one request.
 
     Args:
         query: The request.
         served: Its release.
-        user: `view_user` of the first record.
-        records: Records of `keys(query)`, in that order; features and, for an arm with knowledge, vectors.
-        rated: Affinity vector parts of `rated_keys(user.history, served)`, in that order; without them all are
-            unknown.
-        at_ms: Decides what expired.
+        fetched: What `fetch` read for it.
+        at_ms: The time of day, milliseconds since 1970: vectors that expire until then are STALE.
     """
-    release, faults = served.release, [user.fault] if user.fault else []
-    parts = list(zip(*records, strict=True))
-    stored = _tolerant(release.item_layout.decode_items, parts[0][1:], faults)
-    item_rows = _replace(stored, query.item_columns)
-    encoder = release.encoder
+    user = fetched.user
+    decoder = _Decoder(at_ms, [user.fault] if user.fault else [])
+    features, *vectors = zip(*fetched.records, strict=True)  # one tuple a part: the user's, then the candidates'
+    tensors, missing_values = _feature_tensors(query, served, fetched, features[1:], decoder)
+    if vectors:
+        knowledge = _knowledge(served, fetched, vectors, decoder)
+    else:
+        knowledge = _Knowledge({}, np.zeros(len(fetched.records), np.uint8), ())
+    return Assembly(
+        tensors | knowledge.tensors,
+        user_level=int(knowledge.levels[0]),
+        item_levels=knowledge.levels[1:],
+        history_events=min(len(user.history.item_ids), served.release.encoder.history_length),
+        missing_values=missing_values,
+        features_written_at_ms=user.features_written_at_ms,
+        inline_history_used=user.inline_history,
+        faults=tuple(dict.fromkeys(decoder.faults)),
+        provenance=knowledge.provenance,
+    )
+
+
+def _feature_tensors(
+    query: Query, served: ServedRelease, fetched: Fetched, item_features: Sequence[bytes | None], decoder: _Decoder
+) -> tuple[dict[str, NDArray], int]:
+    """The tensors that every arm reads, and how many numbers were missing."""
+    release, encoder, user = served.release, served.release.encoder, fetched.user
+    user_row = _replace(user.row, query.user_columns)
+    item_rows = _replace(decoder.decode(release.item_layout.decode_items, item_features), query.item_columns)
     history_item, history_rating = encoder.history(user.history)
-    user_categorical, user_numeric, user_missing = encoder.rows(release.user_layout, user.row)
+    user_categorical, user_numeric, user_missing = encoder.rows(release.user_layout, user_row)
     item_categorical, item_numeric, item_missing = encoder.rows(release.item_layout, item_rows)
     tensors = {
         "history_item": history_item,
@@ -152,40 +158,11 @@ def assemble(
         "item_categorical": item_categorical,
         "item_numeric": item_numeric,
     }
-    levels, given = np.zeros(len(records), np.uint8), []
-    if len(parts) > 1:
-        levels, written_at_ms = _knowledge(served, parts[1], at_ms, tensors, faults)
-        given = [
-            VectorProvenance(USER, levels[:1], written_at_ms[:1]),
-            VectorProvenance(ITEM, levels[1:], written_at_ms[1:]),
-        ]
-        if release.affinity is not None:
-            count = len(query.item_ids)
-            vectors = parts[2][1:] if len(parts) > 2 else [None] * count
-            seen = _affinity(served, release.affinity, user.history, vectors, rated, at_ms, tensors, faults)
-            given += [
-                VectorProvenance(ITEM, seen.levels[:count], seen.written_at_ms[:count]),
-                VectorProvenance("history", seen.levels[count:], seen.written_at_ms[count:]),
-            ]
-            # A user whose own knowledge is not read is known as well as the best known item of the history.
-            best = int(seen.levels[count:].min(initial=NEUTRAL))
-            known = np.fromiter(chain([best], seen.levels[:count]), np.uint8, 1 + count)
-            levels = np.where(np.isin([USER] + [ITEM] * count, release.towers), levels, known)
-            levels[1:][known[1:] == STALE] = STALE
-    return Assembly(
-        tensors,
-        int(levels[0]),
-        levels[1:].astype(np.uint8),
-        min(len(user.history.item_ids), encoder.history_length),
-        user_missing + item_missing,
-        user.written_at_ms,
-        user.inline,
-        tuple(dict.fromkeys(faults)),
-        tuple(given),
-    )
+    return tensors, user_missing + item_missing
 
 
 def _replace(rows: NDArray[np.void], columns: Sequence[Column]) -> NDArray[np.void]:
+    """Packed rows [n] with the values of inline columns in place of the stored ones."""
     if not columns:
         return rows
     rows = rows.copy()
@@ -197,87 +174,92 @@ def _replace(rows: NDArray[np.void], columns: Sequence[Column]) -> NDArray[np.vo
     return rows
 
 
-def _tolerant(decode: Callable[[Sequence[bytes | None]], T], blobs: Sequence[bytes | None], faults: list[str]) -> T:
-    """`decode(blobs)`, or without those that cannot be decoded, which leave a fault."""
-    try:
-        return decode(blobs)
-    except IntegrityError as error:
-        faults.append(str(error))
-
-    def sound(blob: bytes | None) -> bool:
-        try:
-            decode([blob])
-        except IntegrityError:
-            return False
-        return True
-
-    return decode([blob if sound(blob) else None for blob in blobs])
-
-
-def _vectors(
-    space: records_pb2.VectorSpace,
-    blobs: Sequence[bytes | None],
-    neutral: NDArray[np.float32],
-    at_ms: int,
-    faults: list[str],
-) -> VectorBatch:
-    def decode(some: Sequence[bytes | None]) -> VectorBatch:
-        return decode_vectors(some, space.space_id, space.dim, neutral, dtype=space.dtype, at_ms=at_ms)
-
-    return _tolerant(decode, blobs, faults)
-
-
 def _knowledge(
-    served: ServedRelease,
-    blobs: Sequence[bytes | None],
-    at_ms: int,
-    tensors: dict[str, NDArray],
-    faults: list[str],
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Add the tensors of the adaptor's towers; returns levels [1 + C] of user and candidates, and when written."""
+    served: ServedRelease, fetched: Fetched, vectors: Sequence[Sequence[bytes | None]], decoder: _Decoder
+) -> _Knowledge:
+    """Knowledge of user and candidates from their vectors and, where the release reads it, from rated items.
+
+    `vectors` holds the knowledge vectors [1 + C] of user and candidates, then, where the release has an affinity space,
+    their affinity vectors.
+    """
+    adapted = _tower_knowledge(served, vectors[0], decoder)
+    if served.release.affinity is None:
+        return adapted
+    count = len(fetched.records) - 1
+    candidate_vectors = vectors[1][1:] if len(vectors) > 1 else [None] * count
+    tensors, batch = _affinity_tensors(
+        served, served.release.affinity, fetched.user.history, candidate_vectors, fetched.rated_vectors, decoder
+    )
+    candidates, rated = batch.levels[:count], batch.levels[count:]
+    levels = adapted.levels.copy()
+    if USER not in served.release.towers:
+        # The user's own knowledge is not read: its level is that of the best known item of the history.
+        levels[0] = rated.min(initial=NEUTRAL)
+    if ITEM not in served.release.towers:
+        levels[1:] = candidates
+    levels[1:][candidates == STALE] = STALE
+    return _Knowledge(
+        adapted.tensors | tensors,
+        levels,
+        (
+            *adapted.provenance,
+            VectorProvenance(ITEM, candidates, batch.written_at_ms[:count]),
+            VectorProvenance("history", rated, batch.written_at_ms[count:]),
+        ),
+    )
+
+
+def _tower_knowledge(served: ServedRelease, blobs: Sequence[bytes | None], decoder: _Decoder) -> _Knowledge:
+    """Knowledge from the vectors [1 + C] of user and candidates, for the adaptor's towers; NEUTRAL for the others."""
     towers = served.release.towers
-    batch = _vectors(served.space, blobs, served.neutral[1], at_ms, faults)
+    user_neutral, item_neutral = served.neutral
+    batch = decoder.vectors(served.space, blobs, item_neutral)
     vectors, levels = batch.vectors, batch.levels
     if levels[0] == NEUTRAL:
-        vectors[0] = served.neutral[0]
+        vectors[0] = user_neutral
     present = levels != NEUTRAL
-    user, items = (vectors[0], present[:1]), (vectors[1:], present[1:])
-    for kind, name, (own, known) in ((USER, "user", user), (ITEM, "item", items)):
+    tensors: dict[str, NDArray] = {}
+    for kind, own, own_present in ((USER, vectors[0], present[:1]), (ITEM, vectors[1:], present[1:])):
         if kind not in towers:
             levels[slice(1) if kind == USER else slice(1, None)] = NEUTRAL
         elif served.mode == ENCODED:
-            tensors |= {f"{name}_encoding": own, f"{name}_present": known}
+            tensors |= {f"{kind}_encoding": own, f"{kind}_present": own_present}
         else:
-            tensors[f"{name}_knowledge"] = own
-    return levels, batch.written_at_ms
+            tensors[f"{kind}_knowledge"] = own
+    provenance = (
+        VectorProvenance(USER, levels[:1], batch.written_at_ms[:1]),
+        VectorProvenance(ITEM, levels[1:], batch.written_at_ms[1:]),
+    )
+    return _Knowledge(tensors, levels, provenance)
 
 
-def _affinity(
+def _affinity_tensors(
     served: ServedRelease,
-    how: records_pb2.Affinity,
+    config: records_pb2.Affinity,
     history: History,
     candidates: Sequence[bytes | None],
     rated: Sequence[bytes | None],
-    at_ms: int,
-    tensors: dict[str, NDArray],
-    faults: list[str],
-) -> VectorBatch:
-    """Add the affinity tensors; returns the affinity vectors of the candidates, then of the rated items."""
-    ratings = history.ratings[-how.events :][None]
-    seen = np.ones(ratings.shape, bool)
-    space, count, rows = served.affinity_space, len(candidates), len(candidates) + ratings.shape[1]
+    decoder: _Decoder,
+) -> tuple[dict[str, NDArray], VectorBatch]:
+    """The affinity tensors, and the affinity vectors of the C candidates, then of the last H rated items."""
+    ratings = history.ratings[-config.events :][None]  # (1, H)
+    is_event = np.ones(ratings.shape, bool)
+    count, rows = len(candidates), len(candidates) + ratings.shape[1]
     batch = VectorBatch(np.zeros((rows, 0), np.float32), np.full(rows, NEUTRAL, np.uint8), np.zeros(rows, np.int64))
+    space = served.affinity_space
     if space is not None:
         parts = [*candidates, *(rated or [None] * ratings.shape[1])]
-        batch = _vectors(space, parts, np.zeros(space.dim, np.float32), at_ms, faults)
-    vectors, past = batch.vectors[:count], batch.vectors[count:]
-    if how.mean:
-        columns = affinity(vectors[None], past[None], ratings, seen, [segment.dim for segment in how.segments])[0]
-        mean, scale = (np.array(list(values), np.float32) for values in (how.mean, how.scale))
+        batch = decoder.vectors(space, parts, np.zeros(space.dim, np.float32))
+    candidate_vectors, rated_vectors = batch.vectors[:count], batch.vectors[count:]  # (C, V), (H, V)
+    tensors: dict[str, NDArray] = {}
+    if config.mean:
+        segments = [segment.dim for segment in config.segments]
+        columns = affinity(candidate_vectors[None], rated_vectors[None], ratings, is_event, segments)[0]  # (C, F)
+        mean, scale = (np.array(list(values), np.float32) for values in (config.mean, config.scale))
         tensors[AFFINITY] = (columns - mean) / scale
-    if how.learned:
-        padding = how.events - len(past)
-        tensors["item_vector"] = vectors
-        tensors["history_vector"] = np.pad(past, ((0, padding), (0, 0)))
-        tensors["history_weight"] = np.pad(centred(ratings, seen)[0], (0, padding))
-    return batch
+    if config.learned:
+        padding = config.events - len(rated_vectors)
+        tensors["item_vector"] = candidate_vectors
+        tensors["history_vector"] = np.pad(rated_vectors, ((0, padding), (0, 0)))
+        tensors["history_weight"] = np.pad(centred(ratings, is_event)[0], (0, padding))
+    return tensors, batch

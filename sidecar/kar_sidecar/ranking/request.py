@@ -1,6 +1,6 @@
-"""Owns what a well-formed ranking request is: a `RankRequest` becomes a `Query` or an error in one sentence."""
+"""Owns the check of a ranking request: a `RankRequest` becomes a `Query`, or an error that says what to correct."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,43 +8,47 @@ from numpy.typing import NDArray
 
 from kar.ranking.v1 import ranking_pb2
 from kar_sidecar.errors import InputError
-from kar_sidecar.experiments.assignment import Assignment, Experiment
 from kar_sidecar.features import NUMERIC, FeatureLayout, History, hash_value
 from kar_sidecar.releases.serving_view import ServedRelease
 
-__all__ = ["Column", "Query", "assign", "read_query"]
+__all__ = ["Column", "Query", "read_query"]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Inline values of one feature: float32 [n] or category hashes [n, width] uint64.
-
-    `present` [n] says which rows they replace; None: all.
-    """
+    """Values of one feature that the request sent for n rows."""
 
     name: str
     values: NDArray
+    """float32 [n], or category hashes uint64 [n, width]."""
     present: NDArray[np.bool_] | None
+    """Which rows take the value instead of the stored one [n]; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A well-formed ranking request for C candidates; `caller_scores` [C] float32."""
+    """A well-formed ranking request for C candidates."""
 
     user_id: str
     item_ids: tuple[str, ...]
+    """The candidates [C]."""
     caller_scores: NDArray[np.float32] | None
+    """The caller's own scores [C]; None where it sent none."""
     user_columns: tuple[Column, ...]
+    """User features that the request sent, one row each."""
     item_columns: tuple[Column, ...]
+    """Item features that the request sent, C rows each."""
     history: History | None
+    """The history that the request sent; None: the stored one is used."""
     history_as_of_ms: int | None
+    """When that history was true, milliseconds since 1970; None: not stated, so it is used in any case."""
 
 
 def read_query(request: ranking_pb2.RankRequest, served: ServedRelease, max_candidates: int) -> Query:
     """Check a request against a release's schema and pack its inline values.
 
     Raises:
-        InputError: what is wrong and what to send instead.
+        InputError: the request is malformed; the text says what to send instead.
     """
     user, candidates = request.user, request.candidates
     items = tuple(candidates.ids)
@@ -59,7 +63,7 @@ def read_query(request: ranking_pb2.RankRequest, served: ServedRelease, max_cand
     caller_scores = np.fromiter(candidates.caller_scores, np.float32) if candidates.caller_scores else None
     if caller_scores is not None and len(caller_scores) != len(items):
         raise InputError(
-            f"{len(caller_scores)} caller_scores for {len(items)} candidates: send one a candidate, or none"
+            f"{len(caller_scores)} caller_scores for {len(items)} candidates: send one per candidate, or none"
         )
     history = as_of_ms = None
     if user.HasField("history"):
@@ -70,44 +74,26 @@ def read_query(request: ranking_pb2.RankRequest, served: ServedRelease, max_cand
             try:
                 as_of_ms = user.history.as_of.ToMilliseconds()
             except ValueError as error:
-                raise InputError("user.history.as_of is no time: send seconds of the years 1 to 9999") from error
+                raise InputError("user.history.as_of is not a time: send seconds of the years 1 to 9999") from error
     return Query(
-        user.id,
-        items,
-        caller_scores,
-        _columns(user.features, served.release.user_layout, 1, "user"),
-        _columns(candidates.features, served.release.item_layout, len(items), "candidate"),
-        history,
-        as_of_ms,
+        user_id=user.id,
+        item_ids=items,
+        caller_scores=caller_scores,
+        user_columns=_columns(user.features, served.release.user_layout, 1, "user"),
+        item_columns=_columns(candidates.features, served.release.item_layout, len(items), "candidate"),
+        history=history,
+        history_as_of_ms=as_of_ms,
     )
-
-
-def assign(overrides: Mapping[str, str], experiment: Experiment, user_id: str) -> Assignment:
-    """The arm that a request forces, else the one that the user's hash gives.
-
-    Raises:
-        InputError: an unknown experiment or arm.
-    """
-    for key, arm in overrides.items():
-        if key != experiment.key:
-            raise InputError(
-                f"experiment {key!r} in experiment_overrides is unknown: the only one is {experiment.key!r}"
-            )
-        if arm not in experiment.arms:
-            raise InputError(
-                f"arm {arm!r} in experiment_overrides is unknown: send one of {', '.join(experiment.arms)}"
-            )
-    return Assignment(overrides[experiment.key], "") if overrides else experiment.assign(user_id)
 
 
 def _columns(
     columns: Iterable[ranking_pb2.FeatureColumn], layout: FeatureLayout, rows: int, entity: str
 ) -> tuple[Column, ...]:
-    read = tuple(_column(column, layout, rows, entity) for column in columns)
-    names = [column.name for column in read]
+    checked = tuple(_column(column, layout, rows, entity) for column in columns)
+    names = [column.name for column in checked]
     if len(set(names)) < len(names):
-        raise InputError(f"a {entity} feature is sent twice: send one column a feature")
-    return read
+        raise InputError(f"a {entity} feature is sent twice: send one column per feature")
+    return checked
 
 
 def _column(column: ranking_pb2.FeatureColumn, layout: FeatureLayout, rows: int, entity: str) -> Column:
@@ -115,20 +101,20 @@ def _column(column: ranking_pb2.FeatureColumn, layout: FeatureLayout, rows: int,
     if feature is None:
         known = ", ".join(layout.by_name) or "none"
         raise InputError(f"{entity} feature {column.name!r} is not in the schema (known: {known}): remove it")
-    kinds = ("numbers", "strings")
-    right, wrong = kinds if feature.type == NUMERIC else reversed(kinds)
-    values = getattr(column, right)
-    if getattr(column, wrong) or len(values) != rows:
+    numeric = feature.type == NUMERIC
+    expected, other = ("numbers", "strings") if numeric else ("strings", "numbers")
+    values = getattr(column, expected)
+    if getattr(column, other) or len(values) != rows:
         raise InputError(
-            f"{entity} feature {column.name!r} has {len(values)} {right} and {len(getattr(column, wrong))} {wrong}: "
-            f"send exactly {rows} {right}, one a {entity}"
+            f"{entity} feature {column.name!r} has {len(values)} {expected} and {len(getattr(column, other))} {other}: "
+            f"send exactly {rows} {expected}, one per {entity}"
         )
     if column.present and len(column.present) != rows:
         raise InputError(
             f"{entity} feature {column.name!r} has {len(column.present)} present flags: send {rows}, or none for all"
         )
     present = np.fromiter(column.present, np.bool_, rows) if column.present else None
-    if feature.type == NUMERIC:
+    if numeric:
         return Column(column.name, np.fromiter(values, np.float32, rows), present)
     return Column(column.name, _hashes([list(row.values) for row in values], feature.name, feature.width), present)
 

@@ -1,1 +1,1 @@
-"""Owns releases: the manifest on disk, a release as one serving mode sees it, the registry of loaded ones."""
+"""Owns releases: their files on disk, what one serving mode reads of them, and those that a server has loaded."""

@@ -1,72 +1,119 @@
-"""Owns the releases of a running server: which are loaded, which is active, and whether they can serve now."""
+"""Owns the releases of a running server: which are loaded, which one is active, and whether they can score now."""
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from kar.admin.v1 import admin_pb2
 from kar_sidecar.errors import KarError, PreconditionError, UnavailableError
 from kar_sidecar.experiments.assignment import ARMS
-from kar_sidecar.ranking.assembly import assemble, nothing_read, view_user
-from kar_sidecar.ranking.request import Query
 from kar_sidecar.releases.manifest import Release, list_releases, read_active, write_active
 from kar_sidecar.releases.serving_view import Mode, ServedRelease
-from kar_sidecar.scoring import Scorer
+from kar_sidecar.scoring import Scorer, Tensors
 from kar_sidecar.scoring.checked import checked_scores
 from kar_sidecar.store import Store, schema_meta, space_meta
 from kar_sidecar.store.async_read import call_store
 
-__all__ = ["Releases"]
+__all__ = ["ProbeTensors", "Releases", "open_active"]
 
 log = logging.getLogger(__name__)
 
-PROBE: Final = "warm-up"
-"""User and item id of the request that warms a model: unknown to every release."""
+ProbeTensors = Callable[[ServedRelease, str], Tensors]
+"""Builds the tensors of one request for a release and an arm; a model that scores them is warm."""
 
 
 @dataclass(slots=True)
-class _Loaded:
+class _LoadedRelease:
     served: ServedRelease
     fault: str = "its models are not loaded yet"
     """Why it cannot score now; empty when it can."""
 
 
+async def open_active(folder: Path, store: Store, mode: Mode) -> ServedRelease:
+    """Verify the active release below `folder`, file by file, and check that the store holds what it needs.
+
+    A store that does not answer is only logged: it may come back.
+
+    Raises:
+        PreconditionError: no release is active, or nothing was published for it.
+        IntegrityError: a file is missing or corrupt; the text names it.
+    """
+    served = await _load_verified(folder, read_active(folder), mode)
+    try:
+        await _check_published(store, served)
+    except UnavailableError as error:
+        log.warning("store_unavailable reason=%s", error)
+    return served
+
+
+async def _load_verified(folder: Path, release_id: str, mode: Mode) -> ServedRelease:
+    # Only ids of existing folders are accepted: an id such as "../elsewhere" must not become a path.
+    known = list_releases(folder)
+    if release_id not in known:
+        raise PreconditionError(
+            f"release {release_id!r} is not below {folder} (known: {', '.join(known) or 'none'}): export it first"
+        )
+    served = ServedRelease(await asyncio.to_thread(Release.load, folder, release_id), mode)
+    served.models()  # raises where a model is missing
+    return served
+
+
+async def _check_published(store: Store, served: ServedRelease) -> None:
+    """Raise PreconditionError unless vectors and features of the release are completely published."""
+    contents = {
+        space_meta(served.space.space_id): "vectors",
+        schema_meta(served.release.manifest.feature_schema_hash): "features",
+    }
+    if served.affinity_space is not None:
+        contents[space_meta(served.affinity_space.space_id)] = "affinity vectors"
+    for seal, content in contents.items():
+        if await call_store(store, store.read_meta, seal) is None:
+            raise PreconditionError(f"the store has no {content} for release {served.id} ({seal}): publish it first")
+
+
 class Releases:
     """Loaded releases by id, one of them active. Call `open` before anything else."""
 
-    def __init__(self, folder: Path, store: Store, scorer: Scorer, mode: Mode, *, warm_timeout_s: float) -> None:
-        """Serve the releases below `folder` in one mode."""
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        scorer: Scorer,
+        mode: Mode,
+        *,
+        probe_tensors: ProbeTensors,
+        warm_timeout_s: float,
+    ) -> None:
+        """Serve the releases below `folder` in one mode.
+
+        Args:
+            folder: One folder per release.
+            store: Holds their vectors and features.
+            scorer: Runs their models.
+            mode: Which vectors are read, and which models are called.
+            probe_tensors: Builds the request that warms a model.
+            warm_timeout_s: Longest wait for its scores, in seconds.
+        """
         self._folder = folder
         self._store = store
         self._scorer = scorer
         self._mode: Mode = mode
+        self._probe_tensors = probe_tensors
         self._warm_timeout_s = warm_timeout_s
-        self._loaded: dict[str, _Loaded] = {}
+        self._loaded: dict[str, _LoadedRelease] = {}
         self._active = ""
         self._lock = asyncio.Lock()
 
     async def open(self) -> None:
-        """Verify the active release, file by file, and that the store holds what it needs.
-
-        An unreachable store is left to `check`: it may come back.
-
-        Raises:
-            PreconditionError: no release is active, or the store has nothing of it.
-            IntegrityError: a missing or corrupt file, which the text names.
-        """
-        active = read_active(self._folder)
-        served = await self._verified(active)
-        try:
-            await self._check_store(served)
-        except UnavailableError as error:
-            log.warning("store_unavailable reason=%s", error)
-        self._loaded[active], self._active = _Loaded(served), active
+        """Load the active release; raises as `open_active` does."""
+        served = await open_active(self._folder, self._store, self._mode)
+        self._loaded[served.id], self._active = _LoadedRelease(served), served.id
 
     @property
     def active(self) -> ServedRelease:
-        """The release that requests go to by default."""
+        """The release of requests that name none."""
         return self._loaded[self._active].served
 
     def get(self, release_id: str) -> ServedRelease:
@@ -82,20 +129,20 @@ class Releases:
         return loaded.served
 
     async def check(self) -> None:
-        """Return when the active release can serve now.
+        """Check that the active release can serve now.
 
         Raises:
-            KarError: why it cannot.
+            KarError: it cannot; the text says why.
         """
         loaded = self._loaded[self._active]
-        await self._check_store(loaded.served)
+        await _check_published(self._store, loaded.served)
         if not loaded.fault and not await self._ready(loaded.served):
-            loaded.fault = "its models are not ready any more"
+            loaded.fault = "its models are no longer ready"
         if loaded.fault:
             raise UnavailableError(f"release {loaded.served.id} cannot score now: {loaded.fault}")
 
     async def restore(self) -> None:
-        """Load and warm what the scorer does not have (any more), the active release first."""
+        """Load and warm the models that the scorer has not loaded or has lost, the active release's first."""
         async with self._lock:
             for release_id in sorted(self._loaded, key=lambda id_: id_ != self._active):
                 loaded = self._loaded[release_id]
@@ -106,16 +153,18 @@ class Releases:
                         loaded.fault = str(error)
 
     async def activate(self, release_id: str) -> str:
-        """Load and warm a release beside the current one, then route to it; returns the id of the one before.
+        """Load and warm a release beside the active one, then make it the active one; returns the id of the former.
 
         Raises:
-            PreconditionError: there is no such release, or the store has no vectors or features for it.
-            IntegrityError: one of its files is missing or corrupt.
+            PreconditionError: there is no such release, or nothing was published for it.
+            IntegrityError: one of its files is missing or corrupt; the text names it.
             UnavailableError: its models cannot be loaded, or do not score.
         """
         async with self._lock:
-            loaded = self._loaded.get(release_id) or _Loaded(await self._verified(release_id))
-            await self._check_store(loaded.served)
+            loaded = self._loaded.get(release_id)
+            if loaded is None:
+                loaded = _LoadedRelease(await _load_verified(self._folder, release_id, self._mode))
+            await _check_published(self._store, loaded.served)
             await self._warm(loaded)
             try:
                 await asyncio.to_thread(write_active, self._folder, release_id)
@@ -130,11 +179,11 @@ class Releases:
         """All releases below the folder, newest first.
 
         Raises:
-            IntegrityError: one of them is not a release; the text names it.
+            IntegrityError: a folder holds no readable release; the text names the file.
         """
         ids = list_releases(self._folder)
-        found = await asyncio.to_thread(lambda: [Release.load(self._folder, id_, verify=False) for id_ in ids])
-        found.sort(key=lambda release: release.manifest.created_at.ToNanoseconds(), reverse=True)
+        releases = await asyncio.to_thread(lambda: [Release.load(self._folder, id_, verify=False) for id_ in ids])
+        releases.sort(key=lambda release: release.manifest.created_at.ToNanoseconds(), reverse=True)
         return [
             admin_pb2.ReleaseSummary(
                 release_id=release.release_id,
@@ -143,44 +192,19 @@ class Releases:
                 active=release.release_id == self._active,
                 loaded=release.release_id in self._loaded,
             )
-            for release in found
+            for release in releases
         ]
-
-    async def _verified(self, release_id: str) -> ServedRelease:
-        # Comparing with what lies there keeps ids such as "../elsewhere" out of paths.
-        known = list_releases(self._folder)
-        if release_id not in known:
-            raise PreconditionError(
-                f"release {release_id!r} is not below {self._folder} (known: {', '.join(known) or 'none'}): "
-                "export it first"
-            )
-        served = ServedRelease(await asyncio.to_thread(Release.load, self._folder, release_id), self._mode)
-        served.models()
-        return served
-
-    async def _check_store(self, served: ServedRelease) -> None:
-        needed = {
-            space_meta(served.space.space_id): "vectors",
-            schema_meta(served.release.manifest.feature_schema_hash): "features",
-        }
-        if served.affinity_space is not None:
-            needed[space_meta(served.affinity_space.space_id)] = "affinity vectors"
-        for name, what in needed.items():
-            if await call_store(self._store, self._store.read_meta, name) is None:
-                raise PreconditionError(f"the store has no {what} for release {served.id} ({name}): publish it first")
 
     async def _ready(self, served: ServedRelease) -> bool:
         return all([await self._scorer.ready(model) for model in served.models()])
 
-    async def _warm(self, loaded: _Loaded) -> None:
-        """Load every model, then send one real request through each arm: a model that loads may still not score."""
+    async def _warm(self, loaded: _LoadedRelease) -> None:
+        """Load every model, then score one request with each arm's model: a loaded model may still fail to score."""
         served = loaded.served
         for model in served.models():
             await self._scorer.load(model)
-        query = Query(PROBE, (PROBE,), None, (), (), None, None)
         for arm in ARMS:
-            user, records = view_user(query, served, None), nothing_read(query, served.parts(arm))
-            assembly = assemble(query, served, user, records, [], at_ms=0)
-            await checked_scores(self._scorer, served.model(arm), assembly.tensors, self._warm_timeout_s)
+            tensors = self._probe_tensors(served, arm)
+            await checked_scores(self._scorer, served.model(arm), tensors, self._warm_timeout_s)
         loaded.fault = ""
         log.info("release_warm release=%s models=%s", served.id, ",".join(served.models()))

@@ -23,6 +23,7 @@ from kar.knowledge.v1 import knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2_grpc
 from kar_sidecar.errors import KarError, PreconditionError
 from kar_sidecar.index.live import LiveIndexes
+from kar_sidecar.ranking.probe import probe_tensors
 from kar_sidecar.ranking.ranker import Ranker
 from kar_sidecar.releases.registry import Releases
 from kar_sidecar.scoring import Scorer
@@ -72,7 +73,12 @@ class Sidecar:
         self._reason = "starting"
         self._telemetry = Telemetry()
         self._releases = Releases(
-            settings.releases, store, scorer, settings.mode, warm_timeout_s=settings.warm_timeout_ms / 1e3
+            settings.releases,
+            store,
+            scorer,
+            settings.mode,
+            probe_tensors=probe_tensors,
+            warm_timeout_s=settings.warm_timeout_ms / 1e3,
         )
         self._indexes = LiveIndexes(settings.index)
         self._health = health.aio.HealthServicer()

@@ -50,6 +50,7 @@ from kar_sidecar.errors import InputError, PreconditionError, UnavailableError
 from kar_sidecar.features import FeatureLayout
 from kar_sidecar.index.config import IndexConfig
 from kar_sidecar.index.snapshot import open_snapshot, read_current
+from kar_sidecar.ranking.probe import probe_tensors
 from kar_sidecar.ranking.ranker import Ranker
 from kar_sidecar.releases.manifest import Release
 from kar_sidecar.releases.registry import Releases
@@ -125,7 +126,14 @@ class World:
         scorer = MemoryScorer(dict.fromkeys(served.models(), score))
 
         async def run() -> RankResponse:
-            releases = Releases(self.work / "releases", self.store, scorer, "prestored", warm_timeout_s=30)
+            releases = Releases(
+                self.work / "releases",
+                self.store,
+                scorer,
+                "prestored",
+                probe_tensors=probe_tensors,
+                warm_timeout_s=30,
+            )
             await releases.open()
             await releases.restore()
             generous = {"store_timeout_ms": 30_000, "score_timeout_ms": 30_000}

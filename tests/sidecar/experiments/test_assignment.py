@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kar_sidecar.errors import InputError
 from kar_sidecar.experiments.assignment import Assignment, Experiment, bucket_ranges, choose, fnv1a32, position
 
 pytestmark = pytest.mark.unit
@@ -111,3 +112,22 @@ def test_arms_come_out_in_their_shares():
     # Five standard deviations of a binomial.
     assert len(inside) / 20_000 == pytest.approx(0.5, abs=5 * (0.25 / 20_000) ** 0.5)
     assert inside.count("control") / len(inside) == pytest.approx(0.2, abs=5 * (0.16 / len(inside)) ** 0.5)
+
+
+def test_overrides_force_an_arm_outside_of_the_experiment():
+    experiment = Experiment(seed="seed")
+    assert experiment.assign("a", {}) == Assignment("control", "knowledge")
+    assert experiment.assign("a", {"knowledge": "knowledge"}) == Assignment("knowledge", "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"other": "control"}, "experiment 'other'.*'knowledge'"),
+        ({"knowledge": "best"}, "arm 'best'.*control, knowledge"),
+        ({"knowledge": "control", "other": "control"}, "experiment 'other'"),
+    ],
+)
+def test_unknown_overrides_are_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        Experiment().assign("a", overrides)

@@ -1,13 +1,11 @@
 """A snapshot is named by its content, checked when it is read, and kept for as long as somebody reads it."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.open_files import no_file_left
 
 from kar_sidecar.errors import IntegrityError, KarError, PreconditionError, UnavailableError
 from kar_sidecar.index.config import KINDS, IndexConfig
@@ -34,17 +32,6 @@ def publish(root: Path, at_ms: int = 1, **choices) -> str:
     index.close()
     make_current(root, snapshot_id, at_ms)
     return snapshot_id
-
-
-@contextmanager
-def no_file_left() -> Iterator[None]:
-    """Have this process open no file: EMFILE."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def snapshots(root: Path) -> set[str]:

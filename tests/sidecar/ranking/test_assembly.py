@@ -10,7 +10,8 @@ from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, History, RankR
 from kar.records.v1 import records_pb2
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.ranking.affinity import affinity, affinity_columns
-from kar_sidecar.ranking.assembly import assemble, keys, nothing_read, rated_keys, view_user
+from kar_sidecar.ranking.assembly import assemble
+from kar_sidecar.ranking.fetch import Fetched, entity_keys, rated_item_keys, view_user
 from kar_sidecar.ranking.request import read_query
 from kar_sidecar.scoring import ADAPTOR_INPUTS, BASE_INPUTS, KNOWLEDGE_INPUTS
 from kar_sidecar.store import FEATURES, EntityKey, vector_part
@@ -30,16 +31,10 @@ def build(world, *, user="u1", items=("i1", "i2", "i3", "i4", "stranger"), arm="
         candidates=Candidates(ids=items, **more),
     )
     query = read_query(request, served, 100)
-    records = world.store.read(keys(query), served.parts(arm))
+    records = world.store.read(entity_keys(query), served.parts(arm))
     user = view_user(query, served, records[0][0])
-    rated = [record[0] for record in world.store.read(rated_keys(user.history, served), served.parts(arm)[-1:])]
-    return assemble(query, served, user, records, rated, at_ms=2)
-
-
-def test_one_batch_reads_the_user_and_every_candidate(world):
-    query = read_query(RankRequest(user=User(id="u"), candidates=Candidates(ids=["a", "b", "a"])), world.served(), 9)
-    assert keys(query) == [EntityKey(USER, "u"), EntityKey(ITEM, "a"), EntityKey(ITEM, "b"), EntityKey(ITEM, "a")]
-    assert nothing_read(query, ("x", "y")) == [(None, None)] * 4
+    rated = [record[0] for record in world.store.read(rated_item_keys(user.history, served), served.parts(arm)[-1:])]
+    return assemble(query, served, Fetched(records, user, rated), at_ms=2)
 
 
 def test_stored_values_become_the_tensors_of_the_backbone(world):

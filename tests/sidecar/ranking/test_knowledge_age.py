@@ -1,18 +1,11 @@
 """The age of what is served is told, and whatever is past its expiry is marked, on every way to a vector."""
 
-import asyncio
-
 import numpy as np
 import pytest
+from tests.support.ranking import rank, rank_request, read_knowledge
 
-from kar.knowledge.v1 import knowledge_pb2
-from kar.ranking.v1.ranking_pb2 import Candidates, RankRequest, User
 from kar.records.v1 import records_pb2
 from kar_sidecar.entities import ITEM, USER
-from kar_sidecar.index.live import LiveIndexes
-from kar_sidecar.ranking.ranker import Ranker
-from kar_sidecar.releases.registry import Releases
-from kar_sidecar.server.services import KnowledgeService
 from kar_sidecar.store import EntityKey, vector_part
 from kar_sidecar.store.records import encode_vectors
 from kar_sidecar.telemetry import Telemetry
@@ -26,49 +19,15 @@ WRITTEN_MS = 1_000_000
 """When the tiny world's vectors were written; i3's have expired since 1970."""
 
 
-class Patient:
-    """A call without a deadline."""
-
-    def time_remaining(self):
-        return None
-
-
-def serve(world, call):
-    """What `call` gets of a loaded world, and the telemetry."""
+def rank_items(world, *items, at_ms, arm="knowledge"):
+    """What is answered for `items` at a time of day, and the telemetry."""
     telemetry = Telemetry()
-
-    async def run():
-        releases = Releases(world.folder, world.store, world.scorer, "prestored", warm_timeout_s=30)
-        await releases.open()
-        await releases.restore()
-        return await call(releases, telemetry)
-
-    return asyncio.run(run()), telemetry
-
-
-def rank(world, *items, at_ms, user="u1", arm="knowledge"):
-    request = RankRequest(
-        user=User(id=user),
-        candidates=Candidates(ids=items),
-        experiment_overrides={"knowledge": arm},
-        explain=True,
-    )
-
-    async def call(releases, telemetry):
-        ranker = Ranker(releases, world.store, world.scorer, world.settings(), telemetry, wall_ms=lambda: at_ms)
-        return await ranker.rank(request)
-
-    return serve(world, call)
+    return rank(world, rank_request(*items, arm=arm, explain=True), telemetry=telemetry, at_ms=at_ms), telemetry
 
 
 def batch(world, kind, *ids, at_ms):
-    async def call(releases, telemetry):
-        indexes = LiveIndexes(world.folder.parent / "index")
-        limits = {"max_ids": 10, "max_similar": 10, "timeout_s": 30}
-        service = KnowledgeService(releases, world.store, indexes, telemetry, wall_ms=lambda: at_ms, **limits)
-        return await service.BatchGetKnowledge(knowledge_pb2.BatchGetKnowledgeRequest(entity=kind, ids=ids), Patient())
-
-    return serve(world, call)
+    telemetry = Telemetry()
+    return read_knowledge(world, kind, *ids, telemetry=telemetry, at_ms=at_ms), telemetry
 
 
 def sample(telemetry, name, **labels):
@@ -80,7 +39,7 @@ def ages(telemetry, entity, hours):
 
 
 def test_ages_of_served_vectors_are_counted_by_hours(world):
-    answer, telemetry = rank(world, "i1", "i2", "i3", "i4", at_ms=WRITTEN_MS + 24 * HOUR_MS)
+    answer, telemetry = rank_items(world, "i1", "i2", "i3", "i4", at_ms=WRITTEN_MS + 24 * HOUR_MS)
     assert list(answer.item_levels) == [FULL, NEIGHBOUR, STALE, NEUTRAL]
     # i4 has no vector; a day is at most 24 hours.
     for entity, count in (("user", 1), ("item", 3)):
@@ -93,7 +52,7 @@ def test_ages_of_served_vectors_are_counted_by_hours(world):
 
 
 def test_the_control_arm_is_given_nothing(world):
-    answer, telemetry = rank(world, "i1", "i3", at_ms=WRITTEN_MS, arm="control")
+    answer, telemetry = rank_items(world, "i1", "i3", at_ms=WRITTEN_MS, arm="control")
     assert ages(telemetry, "item", "+Inf") == 0
     assert sample(telemetry, "kar_knowledge_expired_total", entity="item") == 0
     assert not answer.explanation.HasField("knowledge_written_at")
@@ -112,9 +71,9 @@ def test_an_item_is_stale_when_its_affinity_vector_alone_is(affine):
     part = vector_part("aaaaaaaaaaaa")
     [blob] = encode_vectors(np.ones((1, 2)), "aaaaaaaaaaaa", written_at_ms=WRITTEN_MS)
     affine.store.write(part, [(EntityKey(ITEM, "i3"), blob)])
-    answer, _ = rank(affine, "i1", "i3", at_ms=WRITTEN_MS + 9)
+    answer, _ = rank_items(affine, "i1", "i3", at_ms=WRITTEN_MS + 9)
     assert list(answer.item_levels) == [FULL, FULL]
-    answer, telemetry = rank(affine, "i1", "i3", at_ms=WRITTEN_MS + 10)
+    answer, telemetry = rank_items(affine, "i1", "i3", at_ms=WRITTEN_MS + 10)
     assert list(answer.item_levels) == [FULL, STALE]
     # Of u1's last two rated items one is i3, the other has no vector.
     assert sample(telemetry, "kar_knowledge_expired_total", entity="history") == 1
@@ -125,13 +84,13 @@ def test_an_item_is_stale_when_its_affinity_vector_alone_is(affine):
 
 
 def test_vectors_handed_out_tell_their_age_and_are_counted(world):
-    answer, telemetry = batch(world, ITEM.number, "i1", "i3", "i4", at_ms=WRITTEN_MS + 2 * HOUR_MS)
+    answer, telemetry = batch(world, ITEM, "i1", "i3", "i4", at_ms=WRITTEN_MS + 2 * HOUR_MS)
     assert list(answer.levels) == [FULL, STALE, NEUTRAL]
     assert list(answer.written_at_ms) == [WRITTEN_MS, WRITTEN_MS, 0]
     assert [ages(telemetry, "item", le) for le in ("1.0", "6.0")] == [0, 2]
     assert sample(telemetry, "kar_knowledge_expired_total", entity="item") == 1
     assert sample(telemetry, "kar_knowledge_levels_total", entity="item", level="stale") == 1
-    _, telemetry = batch(world, USER.number, "u1", at_ms=WRITTEN_MS)
+    _, telemetry = batch(world, USER, "u1", at_ms=WRITTEN_MS)
     assert sample(telemetry, "kar_knowledge_levels_total", entity="user", level="full") == 1
 
 

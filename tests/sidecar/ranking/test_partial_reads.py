@@ -5,16 +5,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
-from tests.sidecar.ranking.test_knowledge_age import Patient, serve
-from tests.sidecar.ranking.test_ranker import rank, request
+from tests.support.ranking import rank, rank_request, read_knowledge
 
-from kar.knowledge.v1 import knowledge_pb2
 from kar.ranking.v1 import ranking_pb2
 from kar.records.v1 import records_pb2
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import DeadlineError, IncompleteError, UnavailableError
-from kar_sidecar.index.live import LiveIndexes
-from kar_sidecar.server.services import KnowledgeService
 from kar_sidecar.store import EntityKey, Record, Store
 from kar_sidecar.store.memory import MemoryStore
 from kar_sidecar.telemetry import Telemetry
@@ -54,12 +50,12 @@ def answers(world, lost, *requests):
 
 
 def test_items_that_were_not_read_are_neutral_and_the_others_are_as_ever(world):
-    whole = rank(world, request())
-    answer, failures = answers(world, [EntityKey(ITEM, "i1")], request())
+    whole = rank(world, rank_request())
+    answer, failures = answers(world, [EntityKey(ITEM, "i1")], rank_request())
     assert answer.rung == ranking_pb2.RUNG_KNOWLEDGE
     assert answer.reason == "store: 1 of 4 records were not read: wait"
     assert failures == 1
-    at = list(request().candidates.ids).index("i1")
+    at = list(rank_request().candidates.ids).index("i1")
     assert [
         row for row, (ours, theirs) in enumerate(zip(answer.scores, whole.scores, strict=True)) if ours != theirs
     ] == [at]
@@ -70,18 +66,18 @@ def test_items_that_were_not_read_are_neutral_and_the_others_are_as_ever(world):
 
 
 def test_a_user_that_was_not_read_is_unknown_and_its_candidates_keep_their_knowledge(world):
-    whole = rank(world, request())
-    answer, failures = answers(world, [EntityKey(USER, "u1")], request())
-    stranger = rank(world, request(user="nobody"))
+    whole = rank(world, rank_request())
+    answer, failures = answers(world, [EntityKey(USER, "u1")], rank_request())
+    stranger = rank(world, rank_request(user="nobody"))
     assert list(answer.scores) == list(stranger.scores)
     assert list(answer.item_levels) == list(whole.item_levels)
     assert (answer.user_level, failures) == (NEUTRAL, 1)
 
 
 def test_rated_items_that_were_not_read_cost_their_affinity_alone(affine):
-    whole = rank(affine, request())
+    whole = rank(affine, rank_request())
     assert whole.user_level == records_pb2.KNOWLEDGE_LEVEL_FULL
-    answer, failures = answers(affine, [EntityKey(ITEM, "i3")], request())  # the last one that u1 rated
+    answer, failures = answers(affine, [EntityKey(ITEM, "i3")], rank_request())  # the last one that u1 rated
     assert answer.reason == "store: 1 of 2 records were not read: wait"
     assert failures == 1
     assert list(answer.item_levels) == list(whole.item_levels)
@@ -90,7 +86,7 @@ def test_rated_items_that_were_not_read_cost_their_affinity_alone(affine):
 
 def test_nothing_read_at_all_is_a_failed_read(world):
     answer, failures = answers(
-        world, [EntityKey(USER, "u1"), *(EntityKey(ITEM, f"i{n}") for n in range(1, 5))], request()
+        world, [EntityKey(USER, "u1"), *(EntityKey(ITEM, f"i{n}") for n in range(1, 5))], rank_request()
     )
     assert answer.reason == "store: the server did not answer: add capacity"
     assert set(answer.item_levels) == {NEUTRAL}
@@ -107,17 +103,9 @@ def test_nothing_read_at_all_is_a_failed_read(world):
     ],
 )
 def test_a_read_that_hands_out_knowledge_and_fails_is_counted_once(world, fault, told):
-    async def call(releases, telemetry):
-        indexes = LiveIndexes(world.folder.parent / "index")
-        limits = {"max_ids": 10, "max_similar": 10, "timeout_s": 30}
-        service = KnowledgeService(releases, world.store, indexes, telemetry, wall_ms=lambda: 0, **limits)
-        world.store.fault = fault
-        with told:
-            await service.BatchGetKnowledge(
-                knowledge_pb2.BatchGetKnowledgeRequest(entity=ITEM.number, ids=["i1"]), Patient()
-            )
-
-    _, telemetry = serve(world, call)
+    telemetry = Telemetry()
+    with told:
+        read_knowledge(world, ITEM, "i1", telemetry=telemetry, before=lambda: setattr(world.store, "fault", fault))
     assert telemetry.registry.get_sample_value("kar_backend_failures_total", {"backend": "store"}) == 1
 
 

@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 
 from kar.ranking.v1.ranking_pb2 import Candidates, FeatureColumn, History, RankRequest, StringList, User
 from kar_sidecar.errors import InputError
-from kar_sidecar.experiments.assignment import Assignment, Experiment
 from kar_sidecar.features import hash_value
-from kar_sidecar.ranking.request import assign, read_query
+from kar_sidecar.ranking.request import read_query
 
 pytestmark = pytest.mark.unit
 
@@ -128,22 +127,3 @@ def test_a_request_is_read_exactly_when_everything_is_aligned(
     else:
         with pytest.raises(InputError, match=r"^\S.*\S$"):
             read_query(request, world.served(), 5)
-
-
-def test_overrides_force_an_arm_outside_of_the_experiment():
-    experiment = Experiment(seed="seed")
-    assert assign({}, experiment, "a") == Assignment("control", "knowledge")
-    assert assign({"knowledge": "knowledge"}, experiment, "a") == Assignment("knowledge", "")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"other": "control"}, "experiment 'other'.*'knowledge'"),
-        ({"knowledge": "best"}, "arm 'best'.*control, knowledge"),
-        ({"knowledge": "control", "other": "control"}, "experiment 'other'"),
-    ],
-)
-def test_unknown_overrides_are_refused(overrides, message):
-    with pytest.raises(InputError, match=message):
-        assign(overrides, Experiment(), "a")

@@ -5,14 +5,13 @@ import pytest
 
 from kar_sidecar.errors import IntegrityError, PreconditionError, UnavailableError
 from kar_sidecar.releases.manifest import read_active, write_active
-from kar_sidecar.releases.registry import Releases
 
 pytestmark = pytest.mark.unit
 
 
 def with_releases(world, body, mode="prestored"):
     async def run():
-        return await body(Releases(world.folder, world.store, world.scorer, mode, warm_timeout_s=30))
+        return await body(world.releases(mode))
 
     return asyncio.run(run())
 
@@ -104,7 +103,7 @@ def test_models_that_the_scorer_lost_are_loaded_again(world):
         await releases.open()
         await releases.restore()
         world.scorer.loaded.clear()
-        with pytest.raises(UnavailableError, match="not ready any more"):
+        with pytest.raises(UnavailableError, match="no longer ready"):
             await releases.check()
         model = f"knowledge_{world.release_id}"
         world.scorer.down.add(model)

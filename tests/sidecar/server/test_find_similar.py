@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from tests.sidecar.index.test_snapshot import no_file_left
+from tests.support.open_files import no_file_left
 
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.records.v1 import records_pb2

@@ -1,0 +1,127 @@
+"""Owns what a ranking request reads from the store: which keys, in one or two batches, and what a failed read leaves.
+
+One batch reads the user and all candidates. Knowledge affinity also needs the vectors of the items that the user rated:
+they come with the same batch when the request names the history, and otherwise with a second one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kar_sidecar.entities import ITEM, USER
+from kar_sidecar.errors import IncompleteError, IntegrityError
+from kar_sidecar.experiments.assignment import KNOWLEDGE
+from kar_sidecar.features import History
+from kar_sidecar.ranking.request import Query
+from kar_sidecar.ranking.trace import RequestTrace
+from kar_sidecar.releases.serving_view import ServedRelease
+from kar_sidecar.store import EntityKey, Record, Store
+from kar_sidecar.store.async_read import STORE_SHARE, call_store
+
+__all__ = ["Fetched", "UserView", "entity_keys", "fetch", "nothing_read", "rated_item_keys", "view_user"]
+
+
+@dataclass(frozen=True, slots=True)
+class UserView:
+    """A user's stored features, and the history that models read."""
+
+    row: NDArray[np.void]
+    """Packed stored features [1]; missing values where nothing is stored."""
+    history: History
+    """The newer one of the request's and the stored history."""
+    inline_history: bool
+    """Whether the history came with the request."""
+    features_written_at_ms: int
+    """When the stored features were true, milliseconds since 1970; 0 where nothing is stored."""
+    fault: str
+    """Why the stored features are not used; empty when they are, and when there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What was read for one query."""
+
+    records: Sequence[Record]
+    """Of the user, then of each candidate: the parts `ServedRelease.parts`; None for what is absent or was not read."""
+    user: UserView
+    rated_vectors: Sequence[bytes | None]
+    """Affinity vectors of `rated_item_keys(user.history, ...)`, in that order; empty where they were not read."""
+
+
+def entity_keys(query: Query) -> list[EntityKey]:
+    """Keys of the user, then of the candidates."""
+    return [EntityKey(USER, query.user_id), *(EntityKey(ITEM, item) for item in query.item_ids)]
+
+
+def rated_item_keys(history: History, served: ServedRelease) -> list[EntityKey]:
+    """Keys of the last rated items, oldest first, whose affinity vectors are read; empty for a release without."""
+    if served.affinity_space is None or served.release.affinity is None:
+        return []
+    return [EntityKey(ITEM, item) for item in history.item_ids[-served.release.affinity.events :]]
+
+
+def view_user(query: Query, served: ServedRelease, features: bytes | None) -> UserView:
+    """Decode a user's stored features and choose the history; a damaged record counts as absent.
+
+    The request's history is used unless it states a time and the stored history is newer.
+    """
+    fault = ""
+    layout = served.release.user_layout
+    try:
+        stored = layout.decode_user(features)
+    except IntegrityError as error:
+        stored, fault = layout.decode_user(None), str(error)
+    if query.history is not None and (query.history_as_of_ms is None or query.history_as_of_ms >= stored.written_at_ms):
+        return UserView(stored.row, query.history, True, stored.written_at_ms, fault)
+    return UserView(stored.row, stored.history, False, stored.written_at_ms, fault)
+
+
+def nothing_read(query: Query, served: ServedRelease, arm: str) -> Fetched:
+    """What is known of a query whose entities are all unknown."""
+    absent: Record = (None,) * len(served.parts(arm))
+    return Fetched([absent] * (1 + len(query.item_ids)), view_user(query, served, None), [])
+
+
+async def fetch(
+    query: Query, served: ServedRelease, arm: str, store: Store, limit_ms: float, trace: RequestTrace
+) -> Fetched:
+    """Read what an arm needs for a query. A read that fails, wholly or in part, is recorded in `trace`.
+
+    Args:
+        query: The request.
+        served: Its release.
+        arm: The assigned arm; the control arm reads features only.
+        store: Where to read.
+        limit_ms: Longest wait for one batch, in milliseconds.
+        trace: Bounds the wait by the request's deadline, and takes the reasons of failures.
+    """
+    parts, keys = served.parts(arm), entity_keys(query)
+    # Without a stated time the request's history is used for sure, so its items can be read with the first batch.
+    known_history = query.history if query.history_as_of_ms is None else None
+    rated_keys = rated_item_keys(known_history, served) if known_history and arm == KNOWLEDGE else []
+    batch = await _read(store, [*keys, *rated_keys], parts, limit_ms, trace)
+    if batch is None:
+        return nothing_read(query, served, arm)
+    records, rated_records = batch[: len(keys)], batch[len(keys) :]
+    user = view_user(query, served, records[0][0])
+    if not rated_keys and arm == KNOWLEDGE and (rated_keys := rated_item_keys(user.history, served)):
+        rated_records = await _read(store, rated_keys, parts[-1:], limit_ms, trace) or []
+    return Fetched(records, user, [record[-1] for record in rated_records])
+
+
+async def _read(
+    store: Store, keys: Sequence[EntityKey], parts: Sequence[str], limit_ms: float, trace: RequestTrace
+) -> list[Record] | None:
+    """One batch in the order of `keys`; None when nothing could be read in time."""
+    left_s = trace.left_s(limit_ms)
+
+    async def read() -> list[Record]:
+        try:
+            return await call_store(store, store.read, keys, parts, STORE_SHARE * left_s)
+        except IncompleteError as error:
+            trace.record_failure("store", str(error))
+            return list(error.records)
+
+    return await trace.attempt("store", read(), left_s)
