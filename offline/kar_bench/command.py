@@ -39,7 +39,7 @@ from kar_bench.studies.quality_report import (
 from kar_bench.studies.quality_runs import Job, Protocol, default_jobs, possible_arms
 from kar_offline.check import facts_table
 from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
-from kar_offline.dataset.dataset import FOLDS
+from kar_offline.dataset.splits import FOLDS
 from kar_offline.encoders.huggingface import ENCODERS
 from kar_offline.generate.llama_cpp import MODEL, LocalChat
 from kar_offline.generate.pack import Pack

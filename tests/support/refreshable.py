@@ -11,7 +11,8 @@ import torch
 from tests.support.prose import prose
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.stage import Split, write_dataset
 from kar_offline.encode import encode
 from kar_offline.encoders.text_encoder import HashingEncoder

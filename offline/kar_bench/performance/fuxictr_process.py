@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 from torch import Tensor
 
-from kar_offline.dataset.dataset import SPLITS
+from kar_offline.dataset.splits import SPLITS
 from kar_offline.train.features import EncodedDataset
 from kar_offline.train.fit import TrainSettings
 from kar_sidecar.errors import UnavailableError

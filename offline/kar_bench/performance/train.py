@@ -20,7 +20,8 @@ from kar_bench.performance.fuxictr_process import FuxiCTR, Loader, install, writ
 from kar_bench.performance.per_sample import score_seconds, train_seconds
 from kar_bench.studies.quality_runs import Protocol, split_dataset
 from kar_kernels.benchmark.machine import machine, others_busy
-from kar_offline.dataset.dataset import TEST, TRAIN, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TEST, TRAIN
 from kar_offline.evaluate.metrics import auc
 from kar_offline.train.arms import ARMS
 from kar_offline.train.batches import BatchFeed

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from kar_bench.studies.quality_runs import Job, Protocol, run_job, split_dataset
 from kar_kernels.benchmark.machine import machine
-from kar_offline.dataset.dataset import TEST, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TEST
 from kar_offline.evaluate.metrics import auc, bootstrap_weights, gauc, interval, logloss, resampled_auc
 from kar_offline.generate.collective import HEAD, Plan, event_counts, plan
 from kar_offline.knowledge.imputation import LENDERS, lend

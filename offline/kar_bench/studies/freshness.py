@@ -33,7 +33,9 @@ from numpy.typing import NDArray
 from kar_bench.studies.freshness_inputs import Mornings
 from kar_bench.studies.freshness_simulation import Call, Month, SimulatedHistory, live, taste
 from kar_kernels.benchmark.machine import machine
-from kar_offline.dataset.dataset import PROMPT_EVENTS, SPLITS, TEST, TRAIN, VALIDATION, Dataset, Entity
+from kar_offline.dataset.dataset import PROMPT_EVENTS, Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import SPLITS, TEST, TRAIN, VALIDATION
 from kar_offline.encode.stage import SOURCES, lent_ids
 from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.evaluate.metrics import auc, bootstrap_weights, gauc, interval, logloss, resampled_auc

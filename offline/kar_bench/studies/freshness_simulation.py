@@ -14,7 +14,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kar_offline.dataset.dataset import TEST, TRAIN, VALIDATION, Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.refresh.policy import Policy, Reason, State, due, most_valuable
 from kar_sidecar.errors import InputError, PreconditionError
 

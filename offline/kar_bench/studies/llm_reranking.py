@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from kar_bench.studies.quality_runs import Protocol, split_dataset
 from kar_kernels.benchmark.machine import machine
-from kar_offline.dataset.dataset import TEST, Dataset
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import LIST_LENGTH, rerank_lists
+from kar_offline.dataset.splits import TEST
 from kar_offline.evaluate.ranking import average_precision, hit, ndcg
 from kar_offline.generate.provider import Failure, PendingBatch, Provider, Question
 from kar_offline.prompts.rendering import Renderer

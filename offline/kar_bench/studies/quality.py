@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from kar_bench.studies.quality_runs import RUNGS, Job, Protocol, run_job, split_dataset, train_ranker
 from kar_kernels.benchmark.machine import machine
-from kar_offline.dataset.dataset import TEST, TRAIN, Dataset
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
+from kar_offline.dataset.splits import TEST, TRAIN
 from kar_offline.evaluate.caveats import caveats_of
 from kar_offline.evaluate.metrics import (
     auc,

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kar_kernels import Tower
-from kar_offline.dataset.dataset import TEST, TRAIN, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TEST, TRAIN
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.stage_runner import StageResult, folder_hash, run_stage
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from kar_offline.check.facts import FactsTable, Film
 from kar_offline.check.name_matching import Names, fold, person_forms, runs, title_forms, title_parts, year_of
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.prompts.scenario import Scenario
 from kar_sidecar.entities import ITEM, USER, EntityKind
 

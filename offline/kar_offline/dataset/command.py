@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
-from kar_offline.dataset.dataset import FOLDS, SEED
 from kar_offline.dataset.movielens import build_dataset
+from kar_offline.dataset.splits import FOLDS, SEED
 from kar_offline.dataset.stage import Split
 from kar_offline.stage_runner import StageResult
 from kar_sidecar.errors import InputError

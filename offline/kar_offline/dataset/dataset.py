@@ -1,11 +1,10 @@
 """Owns the leakage-safe dataset: events in time order, prompt cut-offs, samples and their split.
 
-The first `cutoff` events of a user may feed prompts and are never samples; every later event is one. Prompts show the
-last `PROMPT_EVENTS` of them. A cut-off only ever moves on (`advanced`), and new events never move one back
-(`extended`), so what a text was written from cannot become a sample.
+The first `cutoff` events of a user may be shown in prompts and are never samples; every later event is a sample.
+Prompts show the last `PROMPT_EVENTS` events before the cut-off. Neither a refresh (`advanced`) nor new events
+(`extended`) move a cut-off back, so an event that a text was written from never becomes a sample.
 """
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
@@ -19,65 +18,30 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
-from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
+from kar_offline.dataset.entities import Entity, EntityTables, load_entities, save_entities
+from kar_offline.dataset.splits import FOLDS, SEED, SPLITS, TRAIN, hash_fraction, split_by_time, split_by_user
+from kar_sidecar.entities import ITEM, USER
+from kar_sidecar.errors import IntegrityError, PreconditionError
 
-__all__ = [
-    "FOLDS",
-    "PROMPT_EVENTS",
-    "SEED",
-    "SPLITS",
-    "TEST",
-    "TRAIN",
-    "VALIDATION",
-    "Dataset",
-    "Entity",
-    "hash_fraction",
-    "split_of",
-]
+__all__ = ["PROMPT_EVENTS", "Dataset"]
 
-TRAIN: Final = 0
-VALIDATION: Final = 1
-TEST: Final = 2
-SPLITS: Final = ("train", "validation", "test")
-SEED: Final = 2024
-SHARE_SEED: Final = 7919
-"""Of the split of users."""
-FOLDS: Final = 5
-"""Folds of the split of users: one of them is the test split."""
-VALIDATION_SHARE: Final = 0.1
-"""Of the users that are not in the test split."""
+SUBSET_SEED: Final = 7919
+"""Seed of the choice of training users in `Dataset.with_less_training`; another one than that of the splits."""
 PROMPT_EVENTS: Final = 30
-"""The most events of a user that prompts may show."""
-
-
-def hash_fraction(seed: int, user_id: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    digest = hashlib.blake2b(f"{seed}:{user_id}".encode(), digest_size=6).digest()
-    return int.from_bytes(digest, "little") / 2**48
-
-
-def split_of(seed: int, user_id: str, fold: int = 0, folds: int = FOLDS) -> int:
-    """The split of a user; other users never move it. Each fold tests on its own interval of hashes."""
-    place = (hash_fraction(seed, user_id) - fold / folds) % 1
-    if place < 1 / folds:
-        return TEST
-    return VALIDATION if place < 1 / folds + VALIDATION_SHARE * (1 - 1 / folds) else TRAIN
-
-
-@dataclass(frozen=True, slots=True)
-class Entity:
-    """A user or an item: its id, its model features (as in the schema) and facts that prompts may show."""
-
-    id: str
-    features: dict[str, Any]
-    facts: dict[str, Any]
+"""Maximal number of a user's events in a prompt."""
+HEADER: Final = "dataset.json"
+EVENTS: Final = "events.npz"
+EVENT_ARRAYS: Final = ("offsets", "event_item", "event_rating", "event_time", "cutoff", "event_split")
+"""Fields of `Dataset` in `EVENTS`."""
+HEADER_VALUES: Final = ("name", "positive_above", "split", "shared_clock")
+"""Fields of `Dataset` in `HEADER`, beside the feature schema."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Users, items and their events. Row i of an id list has row number i everywhere.
+    """U users, I items and E events. An entity's row number is its place in `users` or `items`.
 
-    Events are sorted by user row, then (timestamp, item row); user u owns events `offsets[u]:offsets[u + 1]`.
+    Events are sorted by user row, then time, then item row; user u has the events `offsets[u]:offsets[u + 1]`.
     """
 
     name: str
@@ -88,20 +52,20 @@ class Dataset:
     event_item: NDArray[np.int32]  # [E] item row
     event_rating: NDArray[np.float32]  # [E]
     event_time: NDArray[np.int64]  # [E] seconds since the epoch
-    cutoff: NDArray[np.int32]  # [U] first events that texts may be written from
+    cutoff: NDArray[np.int32]  # [U] number of first events that texts may be written from
     event_split: NDArray[np.uint8]  # [E] TRAIN, VALIDATION or TEST
     positive_above: float
     """A sample is positive when its rating is greater than this."""
     split: str = "given"
-    """How `event_split` was made, in words."""
+    """How the events were split, in words."""
     shared_clock: bool = True
-    """Whether times of different users can be compared; False where time is only each user's own order."""
+    """Whether times of different users can be compared; False if a time is only a place in its user's order."""
 
     def __post_init__(self) -> None:
-        """Check that the arrays belong together and that events are in order.
+        """Check the sizes of the arrays, their ranges and the order of events.
 
         Raises:
-            IntegrityError: they do not.
+            IntegrityError: a check fails.
         """
         users, events = len(self.users), len(self.event_item)
         lengths = np.diff(self.offsets)
@@ -133,10 +97,20 @@ class Dataset:
         positive_above: float,
         shared_clock: bool = True,
     ) -> "Dataset":
-        """Sort raw events, cut off what prompts may show and split by user (fold 0).
+        """Sort raw events, set the cut-offs and split by user (fold 0).
 
-        `user` and `item` are rows [E], `time` is in seconds [E], any order; items should be sorted by id, since
-        events of the same second are ordered by item row.
+        Args:
+            name: What reports call the data.
+            schema: The features that models read.
+            users: The users.
+            items: The items, sorted by id: events of one second are ordered by item row.
+            user: User row of each event [E], in any order of events.
+            item: Item row of each event [E].
+            rating: Ratings [E].
+            time: Seconds since the epoch [E].
+            seed: Seed of the split.
+            positive_above: A sample is positive when its rating is greater than this.
+            shared_clock: Whether times of different users can be compared.
         """
         order = np.lexsort((item, time, user))
         counts = np.bincount(user, minlength=len(users))
@@ -145,7 +119,7 @@ class Dataset:
             schema=schema,
             users=users,
             items=items,
-            offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+            offsets=_offsets(counts),
             event_item=item[order].astype(np.int32),
             event_rating=rating[order].astype(np.float32),
             event_time=time[order].astype(np.int64),
@@ -165,79 +139,94 @@ class Dataset:
         rating: NDArray[np.floating],
         time: NDArray[np.integer],
     ) -> "Dataset":
-        """The same with more users, items and events; rows stay, and what texts were written from.
+        """A dataset with more users, items and events. Rows of known entities and cut-off events stay.
 
-        An event that comes late, before one that a text was written from, falls before the cut-off, too. New users'
-        cut-off is 0. New events have the split TRAIN until the dataset is split again.
+        A new event that is older than an event before the cut-off falls before the cut-off, too. New users have a
+        cut-off of 0. New events have the split TRAIN until the dataset is split again.
 
         Args:
-            users: They follow those that are there.
-            items: Likewise.
-            user: Rows [N], counted through old and new users.
-            item: Rows [N].
-            rating: [N]
+            users: New users; their rows follow the known ones.
+            items: New items; their rows follow the known ones.
+            user: User row of each new event [N].
+            item: Item row of each new event [N].
+            rating: Ratings [N].
             time: Seconds since the epoch [N].
         """
         known = len(self.event_item)
         users, items = (*self.users, *users), (*self.items, *items)
-        columns = (self.event_user, user), (self.event_item, item), (self.event_rating, rating), (self.event_time, time)
-        of, which, how, when = (np.concatenate(column) for column in columns)
-        order = np.lexsort((which, when, of))
-        of, which, how, when = (column[order] for column in (of, which, how, when))
-        counts = np.bincount(of, minlength=len(users))
-        offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-        place = np.arange(len(of)) - offsets[of]
-        written_from = np.zeros(len(of), np.bool_)
-        written_from[:known] = np.arange(known) - self.offsets[self.event_user] < self.cutoff[self.event_user]
-        written_from = written_from[order]
+        user = np.concatenate((self.event_user, user))
+        item = np.concatenate((self.event_item, item))
+        rating = np.concatenate((self.event_rating, rating))
+        time = np.concatenate((self.event_time, time))
+        split = np.concatenate((self.event_split, np.full(len(user) - known, TRAIN, np.uint8)))
+        before_cutoff = np.zeros(len(user), np.bool_)
+        before_cutoff[:known] = np.arange(known) - self.offsets[self.event_user] < self.cutoff[self.event_user]
+        order = np.lexsort((item, time, user))
+        user, before_cutoff = user[order], before_cutoff[order]
+        offsets = _offsets(np.bincount(user, minlength=len(users)))
+        place = np.arange(len(user)) - offsets[user]
         cutoff = np.zeros(len(users), np.int32)
-        np.maximum.at(cutoff, of[written_from], place[written_from].astype(np.int32) + 1)
-        split = np.concatenate((self.event_split, np.full(len(of) - known, TRAIN, np.uint8)))[order]
+        np.maximum.at(cutoff, user[before_cutoff], place[before_cutoff].astype(np.int32) + 1)
         return replace(
             self,
             users=users,
             items=items,
             offsets=offsets,
             cutoff=cutoff,
-            event_item=which.astype(np.int32),
-            event_rating=how.astype(np.float32),
-            event_time=when.astype(np.int64),
-            event_split=split,
+            event_item=item[order].astype(np.int32),
+            event_rating=rating[order].astype(np.float32),
+            event_time=time[order].astype(np.int64),
+            event_split=split[order],
         )
 
     def advanced(self, users: NDArray[np.integer]) -> "Dataset":
-        """The same with the cut-offs of some users, by row, after all their events: texts are written from them now."""
+        """A dataset in which the cut-offs of `users`, given by row, lie after all their events."""
         cutoff = np.zeros_like(self.cutoff)
         cutoff[users] = np.diff(self.offsets)[users]
         return self.advanced_to(cutoff)
 
     def advanced_to(self, cutoff: NDArray[np.integer]) -> "Dataset":
-        """The same with cut-offs of at least `cutoff` [U] events, where there are so many."""
-        most = np.minimum(np.maximum(self.cutoff, cutoff), np.diff(self.offsets))
-        return replace(self, cutoff=most.astype(np.int32))
+        """A dataset whose cut-offs are at least `cutoff` [U], or the user's number of events if that is less."""
+        advanced = np.minimum(np.maximum(self.cutoff, cutoff), np.diff(self.offsets))
+        return replace(self, cutoff=advanced.astype(np.int32))
 
     def split_by_user(self, fold: int = 0, folds: int = FOLDS, seed: int = SEED) -> "Dataset":
-        """The same events, all of a user's in one split: the users of one fold are the test split.
+        """A dataset with all events of a user in one split; the users of one fold are the test split.
 
         Raises:
             InputError: there is no such fold.
         """
-        if not (0 <= fold < folds and folds > 1):
-            raise InputError(f"fold {fold} of {folds} does not exist: give at least 2 folds, and count them from 0")
-        of_user = np.array([split_of(seed, user.id, fold, folds) for user in self.users], dtype=np.uint8)
-        said = f"users, fold {fold} of {folds}, seed {seed}"
-        return replace(self, event_split=of_user[self.event_user], split=said)
+        user_split = split_by_user([user.id for user in self.users], fold, folds, seed)
+        description = f"users, fold {fold} of {folds}, seed {seed}"
+        return replace(self, event_split=user_split[self.event_user], split=description)
+
+    def split_by_time(self, test_share: float = 0.2, validation_share: float = 0.08) -> "Dataset":
+        """A dataset whose latest samples are the test split; see `kar_offline.dataset.splits.split_by_time`.
+
+        Raises:
+            PreconditionError: times of different users cannot be compared, or a split would be empty.
+        """
+        if not self.shared_clock:
+            raise PreconditionError(f"{self.name} has no times, only each user's order of events: split it by user")
+        event_split = split_by_time(self.event_time, self.sample_events, test_share, validation_share)
+        shares = f"last {test_share:.0%} of samples for test and {validation_share:.0%} before for validation"
+            f"time, last {test_share:.0%} of samples for test and {validation_share:.0%} before for validation"
+        )
+        dataset = replace(self, event_split=event_split, split=description)
+        if empty := [name for number, name in enumerate(SPLITS) if not len(dataset.samples(number))]:
+            raise PreconditionError(f"a split by time leaves no {empty[0]} samples in {self.name}: split it by user")
+        return dataset
 
     def with_less_training(self, share: float) -> "Dataset":
-        """The same without the events of some training users: about `share` of them stay, those of less among them."""
-        trains = np.zeros(len(self.users), np.bool_)
-        trains[self.event_user[self.event_split == TRAIN]] = True
-        stays = np.array([hash_fraction(SHARE_SEED, user.id) < share for user in self.users]) | ~trains
-        kept = stays[self.event_user]
+        """A dataset with the events of about `share` of the training users; a smaller share keeps a subset of them."""
+        in_training = np.zeros(len(self.users), np.bool_)
+        in_training[self.event_user[self.event_split == TRAIN]] = True
+        kept_user = np.array([hash_fraction(SUBSET_SEED, user.id) < share for user in self.users]) | ~in_training
+        kept = kept_user[self.event_user]
         return replace(
             self,
-            offsets=np.concatenate(([0], np.cumsum(np.where(stays, np.diff(self.offsets), 0)))),
-            cutoff=np.where(stays, self.cutoff, 0).astype(np.int32),
+            offsets=np.concatenate(([0], np.cumsum(np.where(kept_user, np.diff(self.offsets), 0)))),
+            cutoff=np.where(kept_user, self.cutoff, 0).astype(np.int32),
             event_item=self.event_item[kept],
             event_rating=self.event_rating[kept],
             event_time=self.event_time[kept],
@@ -245,25 +234,10 @@ class Dataset:
             split=f"{self.split}, {share:.0%} of the training users",
         )
 
-    def split_by_time(self, test_share: float = 0.2, validation_share: float = 0.08) -> "Dataset":
-        """The same events, those of the last `test_share` of samples and later ones as the test split.
-
-        Shares are of samples; events of one second stay together, in the later split.
-
-        Raises:
-            PreconditionError: users have no clock in common, or a split would be empty.
-        """
-        if not self.shared_clock:
-            raise PreconditionError(f"{self.name} has no times, only each user's order of events: split it by user")
-        times = np.sort(self.event_time[self.sample_events])
-        shares = (1 - test_share - validation_share, 1 - test_share)
-        starts = [times[min(round(share * len(times)), len(times) - 1)] for share in shares if len(times)]
-        split = np.searchsorted(starts, self.event_time, side="right").astype(np.uint8)
-        said = f"time, last {test_share:.0%} of samples for test and {validation_share:.0%} before for validation"
-        dataset = replace(self, event_split=split, split=said)
-        if empty := [name for number, name in enumerate(SPLITS) if not len(dataset.samples(number))]:
-            raise PreconditionError(f"a split by time leaves no {empty[0]} samples in {self.name}: split it by user")
-        return dataset
+    @property
+    def entities(self) -> EntityTables:
+        """Users and items by kind of entity."""
+        return {USER: self.users, ITEM: self.items}
 
     @cached_property
     def event_user(self) -> NDArray[np.int32]:
@@ -272,12 +246,12 @@ class Dataset:
 
     @cached_property
     def sample_events(self) -> NDArray[np.int64]:
-        """Event numbers [S] of all samples: every event at or after its user's cut-off."""
+        """Event numbers [S] of all samples, the events at or after their user's cut-off."""
         position = np.arange(len(self.event_item)) - self.offsets[self.event_user]
         return np.flatnonzero(position >= self.cutoff[self.event_user])
 
     def samples(self, split: int) -> NDArray[np.int64]:
-        """Event numbers of the samples of one split."""
+        """Event numbers of the samples of one split, such as `TEST`."""
         return self.sample_events[self.event_split[self.sample_events] == split]
 
     @cached_property
@@ -286,65 +260,64 @@ class Dataset:
         return (self.event_rating > self.positive_above).astype(np.float32)
 
     def written_from(self, user: int) -> slice:
-        """The events of a user row before its cut-off."""
+        """The events before the cut-off of a user, given by row."""
         start = int(self.offsets[user])
         return slice(start, start + int(self.cutoff[user]))
 
     def prompt_events(self, user: int) -> slice:
-        """The events of a user row that prompts show: the last `PROMPT_EVENTS` before its cut-off."""
-        before = self.written_from(user)
-        return slice(max(before.start, before.stop - PROMPT_EVENTS), before.stop)
+        """The events that prompts show of a user, given by row: the last `PROMPT_EVENTS` before the cut-off."""
+        before_cutoff = self.written_from(user)
+        return slice(max(before_cutoff.start, before_cutoff.stop - PROMPT_EVENTS), before_cutoff.stop)
 
     def history(self, event: int, length: int) -> slice:
-        """The events that a model may see for a sample: the last `length` of its user's before it."""
+        """The history of a sample: the last `length` events of its user before it."""
         start = int(self.offsets[self.event_user[event]])
         return slice(max(start, event - length), event)
 
     def history_windows(
         self, events: NDArray[np.integer], length: int
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """`history` of many sample events [S] at once: item rows [S, L] and ratings [S, L], oldest first.
+        """Histories of many samples at once, oldest event first and padded on the right.
 
-        Right-padded, as the models read them: item row -1 and rating 0 where the history is shorter than L.
+        Args:
+            events: Event numbers [S].
+            length: Events L of a history.
+
+        Returns:
+            Item rows [S, L] and ratings [S, L]; where padded, the item row is -1 and the rating 0.
         """
         first = np.maximum(self.offsets[self.event_user[events]], events - length)
-        window = first[:, None] + np.arange(length)
-        seen = window < events[:, None]
-        window = np.where(seen, window, 0)
-        items = np.where(seen, self.event_item[window], -1).astype(np.int32)
-        return items, np.where(seen, self.event_rating[window], 0).astype(np.float32)
+        window = first[:, None] + np.arange(length)  # [S, L]
+        in_history = window < events[:, None]
+        window = np.where(in_history, window, 0)
+        items = np.where(in_history, self.event_item[window], -1).astype(np.int32)
+        return items, np.where(in_history, self.event_rating[window], 0).astype(np.float32)
 
     def save(self, folder: Path) -> None:
         """Write `dataset.json`, `users.jsonl`, `items.jsonl` and `events.npz` into a folder."""
         schema = json_format.MessageToDict(self.schema, preserving_proto_field_name=True)
-        header = {**{name: getattr(self, name) for name in self._VALUES}, "schema": schema}
-        (folder / "dataset.json").write_text(json.dumps(header, indent=2) + "\n")
-        for name, entities in (("users", self.users), ("items", self.items)):
-            lines = ({"id": e.id, "features": e.features, "facts": e.facts} for e in entities)
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        arrays = {name: getattr(self, name) for name in self._ARRAYS}
-        np.savez(folder / "events.npz", **arrays)
+        header = {**{name: getattr(self, name) for name in HEADER_VALUES}, "schema": schema}
+        (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n")
+        save_entities(folder, self.entities)
+        np.savez(folder / EVENTS, **{name: getattr(self, name) for name in EVENT_ARRAYS})
 
     @staticmethod
     def load(folder: Path) -> "Dataset":
-        """Read what `save` wrote.
+        """Read the files of `save`.
 
         Raises:
             PreconditionError: there is no dataset in the folder.
             IntegrityError: a file is missing or corrupt.
         """
-        if not (folder / "dataset.json").is_file():
+        if not (folder / HEADER).is_file():
             raise PreconditionError(f"no dataset in {folder}: run `kar dataset` first")
         try:
-            header = json.loads((folder / "dataset.json").read_text())
+            header = json.loads((folder / HEADER).read_text())
             schema = json_format.ParseDict(header["schema"], records_pb2.FeatureSchema())
-            users, items = (
-                [Entity(**json.loads(line)) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-                for name in ("users", "items")
-            )
-            with np.load(folder / "events.npz", allow_pickle=False) as arrays:
-                events: dict[str, Any] = {name: arrays[name] for name in Dataset._ARRAYS}
-            values = {name: header[name] for name in Dataset._VALUES}
+            entities = load_entities(folder)
+            with np.load(folder / EVENTS, allow_pickle=False) as file:
+                arrays: dict[str, Any] = {name: file[name] for name in EVENT_ARRAYS}
+            values = {name: header[name] for name in HEADER_VALUES}
         except (
             OSError,
             EOFError,
@@ -357,7 +330,9 @@ class Dataset:
             raise IntegrityError(
                 f"the dataset in {folder} is corrupt ({error}): remove it and build it again"
             ) from error
-        return Dataset(schema=schema, users=users, items=items, **values, **events)
+        return Dataset(schema=schema, users=entities[USER], items=entities[ITEM], **values, **arrays)
 
-    _ARRAYS = ("offsets", "event_item", "event_rating", "event_time", "cutoff", "event_split")
-    _VALUES = ("name", "positive_above", "split", "shared_clock")
+
+def _offsets(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """First event of each user [U + 1], from the users' numbers of events [U]."""
+    return np.concatenate(([0], np.cumsum(counts))).astype(np.int64)

@@ -19,7 +19,9 @@ import httpx
 import numpy as np
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import SEED, SPLITS, Dataset, Entity, hash_fraction, split_of
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import SEED, SPLITS, hash_fraction, split_of
 from kar_offline.dataset.stage import Split, write_dataset
 from kar_offline.stage_runner import StageResult
 from kar_sidecar.errors import InputError, IntegrityError, KarError, UnavailableError

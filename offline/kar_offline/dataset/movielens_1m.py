@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from kar_offline.dataset.dataset import SEED, Dataset
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import Movie, MovieLens, Person, Rating, to_dataset
+from kar_offline.dataset.splits import SEED
 from kar_offline.dataset.stage import Split, write_dataset
 from kar_offline.stage_runner import StageResult
 from kar_sidecar.content_hash import file_sha256

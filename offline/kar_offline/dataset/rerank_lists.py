@@ -12,7 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kar_offline.dataset.dataset import TRAIN, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TRAIN
 from kar_sidecar.errors import InputError
 
 __all__ = ["LIST_LENGTH", "Lists", "rerank_lists"]

@@ -9,7 +9,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from kar_offline.dataset.dataset import FOLDS, SEED, SPLITS, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import FOLDS, SEED, SPLITS
 from kar_offline.stage_runner import RECORD, StageResult, run_stage
 from kar_sidecar.errors import InputError
 

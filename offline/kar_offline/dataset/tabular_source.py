@@ -20,7 +20,8 @@ from pyarrow import csv, parquet
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.stage import Split, write_dataset
 from kar_offline.stage_runner import StageResult
 from kar_sidecar.content_hash import file_sha256

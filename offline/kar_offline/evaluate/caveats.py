@@ -4,7 +4,8 @@ from typing import Final
 
 import numpy as np
 
-from kar_offline.dataset.dataset import TEST, TRAIN, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TEST, TRAIN
 
 __all__ = ["caveats_of"]
 

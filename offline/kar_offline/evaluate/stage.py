@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kar_offline.dataset.dataset import TEST, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TEST
 from kar_offline.evaluate.caveats import caveats_of
 from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
 from kar_offline.stage_runner import StageResult, run_stage

@@ -20,7 +20,8 @@ from google.protobuf import json_format
 from kar.records.v1 import records_pb2
 from kar_kernels import PRECISIONS, FrozenAdaptor, HybridExpertAdaptor, Precision, Tower
 from kar_model_repository.render import TARGETS, Backbone, Sizes, is_current, render
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.encode.stage import lent_ids
 from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.models import BACKBONES, RERANKERS

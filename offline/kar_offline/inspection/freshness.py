@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.prompts import read_renderer
 from kar_offline.refresh.knowledge_state import entities_of, read_records, states
 from kar_offline.refresh.policy import Policy, Reason, State, due

@@ -24,7 +24,8 @@ from jinja2 import (
 )
 from jinja2.sandbox import SandboxedEnvironment
 
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.prompts.scenario import Scenario, Season, load_scenario, own_templates
 from kar_offline.prompts.untrusted import (
     WITHHELD,

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import read_knowledge
 from kar_offline.prompts import Renderer
 from kar_offline.refresh.policy import State

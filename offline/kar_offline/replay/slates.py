@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kar_offline.dataset.dataset import TEST, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TEST
 
 __all__ = ["Slate", "slates"]
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 
-from kar_offline.dataset.dataset import TRAIN, Dataset, hash_fraction
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TRAIN, hash_fraction
 
 __all__ = ["CollaborativeVectors", "collaborative_vectors"]
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import TRAIN, Dataset
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
+from kar_offline.dataset.splits import TRAIN
 from kar_offline.models.inputs import REQUEST_OF_ROW, Field, InputSpec
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.features import NUMERIC, PADDING, RESERVED, FeatureEncoder, FeatureLayout, rating_bucket

@@ -10,7 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kar_offline.dataset.dataset import TRAIN, VALIDATION, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TRAIN, VALIDATION
 from kar_offline.knowledge.records import read_knowledge
 from kar_offline.models import BACKBONES, RERANKERS, CTRModel
 from kar_offline.stage_runner import StageResult, draft_of, folder_hash, run_stage

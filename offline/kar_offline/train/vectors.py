@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kar_kernels import Tower
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.train.arms import Texts
 from kar_sidecar.errors import IntegrityError, PreconditionError
 

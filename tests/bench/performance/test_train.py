@@ -12,7 +12,8 @@ from kar_bench.performance.fuxictr_process import FuxiCTR, write_task
 from kar_bench.performance.per_sample import PerSample, score_seconds, train_seconds
 from kar_bench.performance.train import Options, measure_training
 from kar_bench.studies.quality_report import training_table
-from kar_offline.dataset.dataset import TRAIN, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TRAIN
 from kar_offline.train.arms import ARMS
 from kar_offline.train.batches import BatchFeed
 from kar_offline.train.features import encode_dataset

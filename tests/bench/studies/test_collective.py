@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from kar_bench.command import bench
 from kar_bench.studies.collective import OWN, WAYS, Line, Options, lend_texts, lines, measure_collective
 from kar_bench.studies.quality_runs import Job, Protocol
-from kar_offline.dataset.dataset import TEST, Dataset
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.splits import TEST
 from kar_offline.evaluate.metrics import auc
 from kar_offline.generate.collective import HEAD
 from kar_offline.knowledge.imputation import LENDERS

@@ -13,7 +13,9 @@ from kar_bench.command import bench
 from kar_bench.studies.freshness import Line, Options, measure_freshness
 from kar_bench.studies.freshness_inputs import Mornings
 from kar_bench.studies.freshness_simulation import DAY_S, NEVER, Call, Month, SimulatedHistory, live, taste
-from kar_offline.dataset.dataset import TEST, TRAIN, VALIDATION, Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.encode import encode
 from kar_offline.encoders.text_encoder import HashingEncoder
 from kar_offline.evaluate.metrics import auc

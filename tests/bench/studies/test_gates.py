@@ -10,7 +10,8 @@ from kar.records.v1 import records_pb2
 from kar_bench.studies.gates import CORRUPTIONS, gates_table, measure_gates
 from kar_offline.check import DUPLICATE_GATE, GATES
 from kar_offline.check.facts import FactsTable, Film
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import write_knowledge, write_quarantine
 from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import PreconditionError

@@ -5,8 +5,9 @@ import pytest
 
 from kar_bench.studies.llm_reranking import Lists, measure_direct, read_order
 from kar_bench.studies.quality_report import direct_table
-from kar_offline.dataset.dataset import TEST, Dataset
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
+from kar_offline.dataset.splits import TEST
 from kar_offline.generate import ScriptedModel
 from kar_offline.train.fit import TrainSettings
 

@@ -12,8 +12,9 @@ from kar_bench.command import bench
 from kar_bench.studies.quality import BUCKETS, measure, train_jobs
 from kar_bench.studies.quality_report import quality_table, write_quality_report
 from kar_bench.studies.quality_runs import RUNGS, Job, Protocol, default_jobs, possible_arms
-from kar_offline.dataset.dataset import TEST, TRAIN, Dataset
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
+from kar_offline.dataset.splits import TEST, TRAIN
 from kar_offline.evaluate.metrics import auc, gauc
 from kar_offline.evaluate.ranking import average_precision
 from kar_offline.knowledge.records import write_knowledge

@@ -4,7 +4,8 @@ import pytest
 from kar.records.v1 import records_pb2
 from kar_offline.check.facts import FactsTable, Film
 from kar_offline.check.gate_context import subjects
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.prompts.scenario import load_scenario
 
 pytestmark = pytest.mark.unit

@@ -7,17 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import (
-    PROMPT_EVENTS,
-    SPLITS,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    Dataset,
-    Entity,
-    hash_fraction,
-    split_of,
-)
+from kar_offline.dataset.dataset import PROMPT_EVENTS, Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import SPLITS, TEST, TRAIN, VALIDATION, hash_fraction, split_of
 from kar_offline.prompts import Renderer, load_scenario
 from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
 

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from kar_offline.dataset.command import dataset as dataset_command
-from kar_offline.dataset.dataset import SPLITS, Dataset, split_of
+from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import (
     Movie,
     MovieLens,
@@ -27,6 +27,7 @@ from kar_offline.dataset.movielens import (
     to_dataset,
     verify,
 )
+from kar_offline.dataset.splits import SPLITS, split_of
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, UnavailableError
 from kar_sidecar.features import FeatureLayout

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import TEST, TRAIN, Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.rerank_lists import LIST_LENGTH, rerank_lists
+from kar_offline.dataset.splits import TEST, TRAIN
 from kar_sidecar.errors import InputError
 
 pytestmark = pytest.mark.unit

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.encode import HashingEncoder, encode
 from kar_offline.encode import stage as encode_stage
 from kar_offline.encoders.text_encoder import Encoded, gather

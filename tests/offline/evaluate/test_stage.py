@@ -6,7 +6,9 @@ import pytest
 from rich.console import Console
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import TEST, TRAIN, VALIDATION, Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.evaluate import evaluate, evaluation_table
 from kar_offline.train import TrainSettings, train
 from kar_sidecar.entities import USER

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
 from kar_kernels.cpu import has_bfloat16
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.export import export
 from kar_offline.export.command import export as export_command
 from kar_offline.train.checkpoint import build_model, load_trained, run_folder, save_trained

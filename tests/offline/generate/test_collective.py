@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.generate import collective
 from kar_offline.generate.collective import cluster, duplicates, event_counts, plan
 from kar_offline.knowledge import imputation

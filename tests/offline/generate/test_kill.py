@@ -17,7 +17,8 @@ from tests.support.hostile import Hostile
 from tests.support.prose import prose
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.prompts import render_prompts
 
 pytestmark = pytest.mark.service

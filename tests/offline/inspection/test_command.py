@@ -10,7 +10,8 @@ from tests.support.prose import prose
 from typer.testing import CliRunner, Result
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.encode import HashingEncoder, encode
 from kar_offline.generate import ScriptedModel, generate
 from kar_offline.inspection.command import knowledge

@@ -9,7 +9,8 @@ import typer
 from typer.testing import CliRunner
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.prompts import (
     Renderer,
     load_scenario,

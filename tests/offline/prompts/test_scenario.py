@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.prompts import Renderer, load_scenario, read_prompts, render_prompts
 from kar_offline.prompts.scenario import Scenario, Season, known_scenarios
 

@@ -16,7 +16,8 @@ from google.protobuf import json_format
 from tests.offline.publish.test_stage import ENCODED, NOW_MS, schema_of
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import record_line
 from kar_offline.publish.stage import paced, publish_meta, publish_release
 from kar_sidecar.entities import ITEM, USER

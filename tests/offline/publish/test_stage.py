@@ -15,7 +15,8 @@ from google.protobuf import json_format
 from typer.testing import CliRunner
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import record_line
 from kar_offline.publish import publish, publish_features
 from kar_offline.publish.command import publish as publish_command

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import PROMPT_EVENTS, TRAIN, Dataset, Entity
+from kar_offline.dataset.dataset import PROMPT_EVENTS, Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import TRAIN
 from kar_offline.prompts import Renderer, load_scenario
 
 pytestmark = pytest.mark.unit

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.refresh.ingest import read_arrivals
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import TEST, TRAIN, Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import TEST, TRAIN
 from kar_offline.replay.slates import slates
 
 pytestmark = pytest.mark.unit

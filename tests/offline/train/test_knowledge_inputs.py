@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import TEST, TRAIN, VALIDATION, Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.train.arms import ARMS, Arm
 from kar_offline.train.batches import BatchFeed
 from kar_offline.train.features import encode_dataset

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kar.records.v1 import records_pb2
-from kar_offline.dataset.dataset import Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
 from kar_offline.train import TrainSettings, load_trained, train
 from kar_sidecar.entities import USER
 from kar_sidecar.errors import PreconditionError

@@ -7,7 +7,9 @@ import torch
 
 from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
-from kar_offline.dataset.dataset import TEST, TRAIN, VALIDATION, Dataset, Entity
+from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.entities import Entity
+from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.train import TrainSettings, load_trained, train
 from kar_offline.train.arms import ARMS
 from kar_offline.train.batches import BatchFeed
