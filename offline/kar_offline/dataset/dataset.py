@@ -210,9 +210,7 @@ class Dataset:
             raise PreconditionError(f"{self.name} has no times, only each user's order of events: split it by user")
         event_split = split_by_time(self.event_time, self.sample_events, test_share, validation_share)
         shares = f"last {test_share:.0%} of samples for test and {validation_share:.0%} before for validation"
-            f"time, last {test_share:.0%} of samples for test and {validation_share:.0%} before for validation"
-        )
-        dataset = replace(self, event_split=event_split, split=description)
+        dataset = replace(self, event_split=event_split, split=f"time, {shares}")
         if empty := [name for number, name in enumerate(SPLITS) if not len(dataset.samples(number))]:
             raise PreconditionError(f"a split by time leaves no {empty[0]} samples in {self.name}: split it by user")
         return dataset
