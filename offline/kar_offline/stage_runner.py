@@ -1,13 +1,23 @@
-"""Owns how stages run: each writes one folder atomically, remembers its sources, and is skipped when fresh."""
+"""Owns how a stage runs: it fills one folder as a whole, records its sources there, and is skipped while they stay.
+
+WORK/<stage>/                 the finished folder
+WORK/<stage>/stage.json       its record: sources, seconds, report, content hash
+WORK/.<stage>.draft/          what a running or killed stage has written so far
+WORK/.<stage>.source.json     the sources that the draft is made from
+WORK/.<stage>.former/         the folder that is being replaced
+WORK/.<stage>.lock            held while the stage runs
+"""
 
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Generic, TypeVar, overload
+
+from pydantic import TypeAdapter
 
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.errors import PreconditionError
@@ -15,27 +25,36 @@ from kar_sidecar.lock import held
 
 __all__ = ["RECORD", "StageResult", "draft_of", "folder_hash", "run_stage", "settle", "stage_seconds"]
 
-RECORD = "stage.json"
+RECORD: Final = "stage.json"
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class StageResult:
-    """What became of a stage: its folder, whether it ran, how long it took, and what it reports."""
+class StageResult(Generic[R]):
+    """The result of a stage, which ran now or earlier.
+
+    Attributes:
+        name: the stage as users know it, such as `encode`.
+        folder: the folder that the stage fills.
+        ran: False if the folder was up to date already.
+        seconds: duration of the run that filled the folder.
+        report: the stage's figures, as they were when it ran.
+    """
 
     name: str
     folder: Path
     ran: bool
     seconds: float
-    report: dict[str, Any]
+    report: R
 
     @property
     def outcome(self) -> str:
-        """What became of it, in words."""
+        """`written in 1.5 s`, or `up to date`."""
         return f"written in {self.seconds:.1f} s" if self.ran else "up to date"
 
 
 def folder_hash(folder: Path) -> str:
-    """Content hash of a finished stage's folder, from its record; of any other path, from its files."""
+    """SHA-256 of a folder's file names and contents, hexadecimal; a finished stage's folder has it in its record."""
     record = folder / RECORD
     if record.is_file():
         return str(json.loads(record.read_text())["content"])
@@ -46,21 +65,22 @@ def folder_hash(folder: Path) -> str:
 
 
 def stage_seconds(folder: Path) -> float:
-    """How long a finished stage took."""
+    """Duration of the run that filled a finished stage's folder."""
     return float(json.loads((folder / RECORD).read_text())["seconds"])
 
 
 def draft_of(folder: Path) -> Path:
-    """Where a stage works before `folder` is ready."""
+    """The folder that a stage writes to until it is renamed to `folder`."""
     return folder.parent / f".{folder.name}.draft"
 
 
 def settle(folder: Path) -> None:
-    """Put a stage's finished folder in its place, where a kill came just after the former one was taken away."""
+    """Rename a finished draft to `folder` if the stage was killed between removing the former folder and renaming."""
     if not folder.exists() and (draft_of(folder) / RECORD).is_file():
         draft_of(folder).replace(folder)
 
 
+@overload
 def run_stage(
     name: str,
     folder: Path,
@@ -69,53 +89,96 @@ def run_stage(
     inputs: Mapping[str, Path],
     params: Mapping[str, Any],
     version: int,
-) -> StageResult:
-    """Run `build` into a draft folder and move it to `folder`, unless the same inputs and parameters made it before.
+) -> StageResult[dict[str, Any]]: ...
+@overload
+def run_stage(
+    name: str,
+    folder: Path,
+    build: Callable[[Path], R],
+    *,
+    inputs: Mapping[str, Path],
+    params: Mapping[str, Any],
+    version: int,
+    report_type: type[R],
+) -> StageResult[R]: ...
+def run_stage(
+    name: str,
+    folder: Path,
+    build: Callable[[Path], Any],
+    *,
+    inputs: Mapping[str, Path],
+    params: Mapping[str, Any],
+    version: int,
+    report_type: type[Any] = dict,
+) -> StageResult[Any]:
+    """Fill `folder` with `build`, unless it was filled from the same inputs, parameters and version before.
 
-    `build` gets the draft folder and returns a JSON-able report. `inputs` are folders of earlier stages, `version`
-    rises when the code of the stage changes what it writes. A killed run leaves the former folder untouched; what
-    a stage wants to resume from lies in the draft `.<folder>.draft`, which `build` finds as it was left when
-    inputs, parameters and version are the same, and empty otherwise.
+    `build` writes to a draft folder, which then replaces `folder` with one rename: a run that is killed leaves the
+    former folder untouched. The next run with the same sources finds the draft as the killed one left it, and can
+    resume; with other sources it finds an empty draft.
+
+    Args:
+        name: the stage as users know it.
+        folder: the folder to fill.
+        build: gets the draft folder and returns the report: a mapping that JSON can hold, or a `report_type`.
+        inputs: folders of earlier stages, by name; their content hashes are sources.
+        params: settings that change what the stage writes, as JSON can hold them.
+        version: rises when the stage's code changes what it writes.
+        report_type: a dataclass; the report of a skipped run is read from the record as this type.
 
     Raises:
-        PreconditionError: another process is making this folder.
+        PreconditionError: another process is filling this folder.
     """
     source = {
         "inputs": {key: folder_hash(path) for key, path in sorted(inputs.items())},
         "params": json.loads(json.dumps(dict(params), sort_keys=True)),
         "version": version,
     }
-    record = folder / RECORD
-    if record.is_file():
-        known = json.loads(record.read_text())
-        if known["source"] == source:
-            return StageResult(name, folder, False, known["seconds"], known["report"])
+    record_file = folder / RECORD
+    if record_file.is_file():
+        record = json.loads(record_file.read_text())
+        if record["source"] == source:
+            return StageResult(name, folder, False, record["seconds"], _typed(record["report"], report_type))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    taken = PreconditionError(f"another process is making {folder}: wait until it is done")
-    with held(folder.parent / f".{folder.name}.lock", taken):
-        return _make(name, folder, build, source)
+    locked = PreconditionError(f"another process is making {folder}: wait until it is done")
+    with held(folder.parent / f".{folder.name}.lock", locked):
+        draft = _open_draft(folder, source)
+        started_s = time.perf_counter()
+        report = json.loads(json.dumps(_as_mapping(build(draft))))
+        seconds = time.perf_counter() - started_s
+        record = {"source": source, "seconds": seconds, "report": report, "content": folder_hash(draft)}
+        (draft / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        _replace_by_draft(folder)
+    return StageResult(name, folder, True, seconds, _typed(report, report_type))
 
 
-def _make(
-    name: str, folder: Path, build: Callable[[Path], Mapping[str, Any]], source: Mapping[str, Any]
-) -> StageResult:
-    draft = draft_of(folder)
-    marker = folder.parent / f".{folder.name}.source.json"
-    if not (marker.is_file() and json.loads(marker.read_text()) == source):
+def _open_draft(folder: Path, source: Mapping[str, Any]) -> Path:
+    """The draft folder, emptied unless a killed run with the same sources left it."""
+    draft, source_file = draft_of(folder), _source_file(folder)
+    if not (source_file.is_file() and json.loads(source_file.read_text()) == source):
         shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(source))
-    began = time.perf_counter()
-    report = json.loads(json.dumps(dict(build(draft))))
-    seconds = time.perf_counter() - began
-    content = folder_hash(draft)
-    made = {"source": source, "seconds": seconds, "report": report, "content": content}
-    (draft / RECORD).write_text(json.dumps(made, indent=2) + "\n")
+    source_file.write_text(json.dumps(source))
+    return draft
+
+
+def _replace_by_draft(folder: Path) -> None:
     former = folder.parent / f".{folder.name}.former"
     shutil.rmtree(former, ignore_errors=True)
     if folder.exists():
         folder.replace(former)
-    draft.replace(folder)
+    draft_of(folder).replace(folder)
     shutil.rmtree(former, ignore_errors=True)
-    marker.unlink()
-    return StageResult(name, folder, True, seconds, report)
+    _source_file(folder).unlink()
+
+
+def _source_file(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.source.json"
+
+
+def _as_mapping(report: Any) -> Mapping[str, Any]:
+    return asdict(report) if is_dataclass(report) and not isinstance(report, type) else dict(report)
+
+
+def _typed(report: dict[str, Any], report_type: type[Any]) -> Any:
+    return report if report_type is dict else TypeAdapter(report_type).validate_python(report)

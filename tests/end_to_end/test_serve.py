@@ -246,7 +246,7 @@ def test_a_killed_supervisor_leaves_nothing_and_the_next_one_starts(work):
         await_gone(pids)
     (work / "ready.json").unlink()
     port = ready["grpc"].split(":")[1]
-    with serving(work, "--port", port) as (_, again):
+    with serving(work, "--port", port, "--metrics-port", "0") as (_, again):
         assert again["grpc"] == ready["grpc"]
         assert_scores(again["grpc"], again["release"])
 

@@ -1,10 +1,12 @@
 """Stages run once for the same sources, again for others, and never leave half a folder."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from kar_offline.stage_runner import folder_hash, run_stage
+from kar_offline.stage_runner import draft_of, folder_hash, run_stage, settle
 from kar_sidecar.errors import PreconditionError
 
 pytestmark = pytest.mark.unit
@@ -96,3 +98,30 @@ def test_two_processes_never_make_the_same_folder(tmp_path):
 
     with pytest.raises(PreconditionError, match="another process is making"):
         run_stage("numbers", tmp_path / "numbers", make_it_again, inputs={}, params={}, version=1)
+
+
+@dataclass(frozen=True)
+class Part:
+    rows: int
+
+
+@dataclass(frozen=True)
+class Report:
+    parts: dict[str, Part]
+    ratio: float | None = None
+
+
+def test_a_typed_report_is_the_same_from_a_run_and_from_the_record(tmp_path):
+    report = Report({"user": Part(3), "item": Part(4)}, ratio=0.5)
+    options = {"inputs": {}, "params": {}, "version": 1, "report_type": Report}
+    results = [run_stage("counts", tmp_path / "counts", lambda draft: report, **options) for _ in range(2)]
+    assert [(result.ran, result.report) for result in results] == [(True, report), (False, report)]
+    record = json.loads((tmp_path / "counts" / "stage.json").read_text())
+    assert record["report"] == {"parts": {"user": {"rows": 3}, "item": {"rows": 4}}, "ratio": 0.5}
+
+
+def test_a_finished_draft_is_settled_where_its_folder_is_missing(tmp_path):
+    run_stage("numbers", tmp_path / "numbers", write_number(1), inputs={}, params={}, version=1)
+    (tmp_path / "numbers").rename(draft_of(tmp_path / "numbers"))
+    settle(tmp_path / "numbers")
+    assert (tmp_path / "numbers" / "number.txt").read_text() == "1"
