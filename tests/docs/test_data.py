@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from kar_offline.dataset.command import dataset as dataset_command
 from kar_offline.dataset.dataset import Dataset
+from kar_offline.dataset.mapping import load_mapping
 from kar_offline.dataset.splits import SPLITS
-from kar_offline.dataset.tabular_source import load_mapping, read_tables
+from kar_offline.dataset.tabular_source import read_tables
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.provider import Question, Reply
 from kar_offline.prompts import Prompt, read_prompts, render_prompts

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Final, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from kar_offline.dataset.columns import HIGHEST_RATING, LATEST_S, TITLE, UNSTORABLE
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
-from kar_offline.dataset.tabular_source import HIGHEST_RATING, LATEST_S, TITLE, UNSTORABLE
 from kar_offline.jsonl import each_line
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from kar_offline.dataset.command import dataset as dataset_command
 from kar_offline.dataset.dataset import Dataset
-from kar_offline.dataset.tabular_source import build_tables, load_mapping, read_tables
+from kar_offline.dataset.mapping import load_mapping
+from kar_offline.dataset.tabular_source import build_tables, read_tables
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, NotFoundError
 from kar_sidecar.features import FeatureLayout
