@@ -24,8 +24,8 @@ from kar_kernels.benchmark.machine import machine
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.splits import TEST
 from kar_offline.evaluate.metrics import auc, bootstrap_weights, gauc, interval, logloss, resampled_auc
-from kar_offline.generate.collective import HEAD, Plan, event_counts, plan
-from kar_offline.knowledge.imputation import LENDERS, lend
+from kar_offline.generate.collective import HEAD, CallPlan, event_counts, plan_calls
+from kar_offline.knowledge.imputation import NEIGHBOURS, mean_of_neighbours
 from kar_offline.prompts import read_prompts
 from kar_offline.stage_runner import run_stage
 from kar_offline.train.fit import TrainSettings
@@ -38,9 +38,9 @@ __all__ = ["OWN", "WAYS", "Line", "Options", "lend_texts", "lines", "measure_col
 OWN: Final = "own"
 WAYS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        "nearest": {"head": 0.0, "lenders": 1},
-        "clusters": {"head": 0.0, "lenders": LENDERS},
-        "head": {"head": HEAD, "lenders": LENDERS},
+        "nearest": {"head": 0.0, "neighbours": 1},
+        "clusters": {"head": 0.0, "neighbours": NEIGHBOURS},
+        "head": {"head": HEAD, "neighbours": NEIGHBOURS},
     }
 )
 """How calls are shared: each borrows from its own cluster, from the nearest ones, or from these and frequent items."""
@@ -100,7 +100,7 @@ def lend_texts(work: Path, base: str, line: Line, seed: int) -> Mapping[str, int
             digests = zip(ids, header["text_sha256"], strict=True)
             header["text_sha256"] = [None if id_ in lent else digest for id_, digest in digests]
             texts = [prompts.get(id_, "") for id_ in ids]
-            found = plan(ids, texts, raw, line.share, counts=counts[kind], seed=seed, **WAYS[line.way])
+            found = plan_calls(ids, texts, raw, line.share, counts=counts[kind], seed=seed, **WAYS[line.way])
             np.save(draft / f"knowledge_{kind}.npy", _lent(found, ids, own))
             (draft / f"knowledge_{kind}.json").write_text(json.dumps(header))
             for suffix in ("npy", "json"):
@@ -114,10 +114,12 @@ def lend_texts(work: Path, base: str, line: Line, seed: int) -> Mapping[str, int
     return run_stage(f"lend {folder.name}", folder, build, inputs=inputs, params=params, version=2).report
 
 
-def _lent(found: Plan, ids: Sequence[str], own: NDArray[np.float32]) -> NDArray[np.float32]:
+def _lent(found: CallPlan, ids: Sequence[str], own: NDArray[np.float32]) -> NDArray[np.float32]:
     """Vectors [n, D] as the stage `encode` would make them: medoids' own ones [n, D] stand for their clusters'."""
     row_of = dict(zip(ids, range(len(ids)), strict=True)) | {id_: int(rows[0]) for id_, rows in found.clusters.items()}
-    vectors = lend(own[np.array([row_of[id_] for id_ in found.lender_ids])[found.lenders]], found.weights)
+    vectors = mean_of_neighbours(
+        own[np.array([row_of[id_] for id_ in found.record_ids])[found.neighbours]], found.weights
+    )
     vectors[found.own] = own[found.own]
     return vectors
 

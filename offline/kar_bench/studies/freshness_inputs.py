@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kar_bench.studies.freshness_simulation import NEVER, Month, SimulatedHistory
-from kar_offline.knowledge.imputation import borrow
+from kar_offline.knowledge.imputation import impute_from_neighbours
 from kar_offline.train.arms import Arm
 from kar_offline.train.features import EncodedDataset, Samples
 from kar_offline.train.knowledge_inputs import TEXT, WIDTH, AffinityInput, Components, KnowledgeInputs
@@ -96,7 +96,7 @@ class Mornings:
         if not lending:
             return torch.from_numpy(vectors), torch.from_numpy(own)
         seen = self.month.item_day < day
-        found, lent = borrow(np.where(seen[:, None], self.raw, np.float32(0)), own, vectors)
+        found, lent = impute_from_neighbours(np.where(seen[:, None], self.raw, np.float32(0)), own, vectors)
         return torch.from_numpy(found), torch.from_numpy(own | lent)
 
     @cached_property

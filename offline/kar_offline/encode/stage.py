@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.encoders.text_encoder import TextEncoder
-from kar_offline.knowledge.imputation import borrow, lend
+from kar_offline.knowledge.imputation import impute_from_neighbours, mean_of_neighbours
 from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.prompts import read_prompts
 from kar_offline.stage_runner import StageResult, run_stage
@@ -190,7 +190,7 @@ def _write(path: Path, table: _Table, vectors: Vectors, encoder: TextEncoder) ->
             array[row] = vectors[known]
     for row, loans in table.loans.items():
         lenders = np.stack([vectors[loan.text_sha256] for loan in loans])
-        array[row] = lend(lenders, np.array([loan.weight for loan in loans]))
+        array[row] = mean_of_neighbours(lenders, np.array([loan.weight for loan in loans]))
         digests[row] = _sha256(json.dumps(loans))
     array.flush()
     about = {
@@ -216,7 +216,7 @@ def _lend_by_content(folder: Path, kind: str) -> None:
     bare = np.array([not digest for digest in digests], dtype=bool)
     array = np.load(path.with_suffix(".npy"), mmap_mode="r+")
     content = np.where((own | bare)[:, None], np.load(folder / f"raw_{kind}.npy", mmap_mode="r"), np.float32(0))
-    found, lent = borrow(content, own, array)
+    found, lent = impute_from_neighbours(content, own, array)
     for row in np.flatnonzero(lent):
         array[row] = found[row]
         digests[row] = hashlib.sha256(found[row].tobytes()).hexdigest()

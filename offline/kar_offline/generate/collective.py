@@ -1,17 +1,17 @@
-"""Owns collective knowledge: which prompts are asked when calls are fewer than entities, and who lends to whom.
+"""Owns collective knowledge: which prompts are asked when there are fewer calls than entities.
 
-Where a catalogue is too large to ask about each entity, entities that are alike share texts (the idea of collective
-knowledge in REKI, Xi et al., arXiv 2408.10520). What is alike is told by cheap content vectors: the entity's own facts
+In a catalogue that is too large to ask about each entity, similar entities share texts (the idea of collective
+knowledge in REKI, Xi et al., arXiv 2408.10520). Similarity is the cosine of content vectors: each entity's own facts
 through a text encoder.
 
     near-duplicates   almost equal vectors and almost the same words: they share the text of the first of them
-    head              the entities with the most events ask their own prompts, with the share `HEAD` of the calls
-    clusters          spherical k-means over the rest, one prompt a cluster; a cluster of one asks its own prompt
-    loans             an entity without a text of its own borrows from the nearest entities of the head and clusters,
-                      weighted by softmax(cosine to the entity, or to the cluster's centre, / TEMPERATURE)
+    head              the entities with the most events, with the share `HEAD` of the calls; each has its own prompt
+    clusters          spherical k-means over the rest, one prompt a cluster; a cluster of one has its own prompt
+    imputation        an entity without a text of its own gets a vector from its nearest neighbours among the head and
+                      the clusters, by its cosine to the entity or to the cluster's centre
 
-The constants were chosen on users of one fold that do not test there; docs/results.md has what calls are worth. All of
-it is deterministic on one machine, so a killed run that starts again asks the same prompts.
+The constants were chosen on users of one fold that do not test there; docs/results.md has what calls are worth. Results
+are deterministic on one machine, so a killed run that starts again asks the same prompts.
 """
 
 import re
@@ -26,25 +26,25 @@ from numpy.typing import NDArray
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
-from kar_offline.knowledge.imputation import LENDERS, nearest_by_cosine, nearest_lenders, normalised
-from kar_sidecar.entities import ITEM, USER
+from kar_offline.knowledge.imputation import NEIGHBOURS, nearest_by_cosine, neighbour_weights, normalised
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError
 from kar_sidecar.index import unit_rows
 from kar_sidecar.index.faiss import faiss_threads
 
-__all__ = ["HEAD", "PREFIX", "Clusters", "Plan", "cluster", "duplicates", "event_counts", "plan"]
+__all__ = ["CLUSTER_PREFIX", "HEAD", "CallPlan", "Clusters", "cluster", "duplicates", "event_counts", "plan_calls"]
 
 HEAD: Final = 0.8
-PREFIX: Final = "cluster/"
-"""What ids of records about clusters begin with."""
+CLUSTER_PREFIX: Final = "cluster/"
+"""First characters of the ids of records about clusters."""
 SAME_COSINE: Final = 0.98
 SAME_WORDS: Final = 0.95
 """Share of both texts' words that near-duplicates have in common."""
 CANDIDATES: Final = 8
-"""Neighbours of an entity that are looked at as near-duplicates."""
+"""Neighbours of an entity that are compared with it as possible near-duplicates."""
 ITERATIONS: Final = 20
 DIRECT: Final = 1024
-"""More clusters than these are found in two steps: clusters, then clusters within each."""
+"""Above this number of clusters they are found in two steps: clusters, then clusters within each."""
 WORD: Final = re.compile(r"\w+")
 
 
@@ -54,47 +54,47 @@ class Clusters(NamedTuple):
     centres: NDArray[np.float32]
     """[k, D] of unit length."""
     members: list[NDArray[np.int64]]
-    """Rows of each, the nearest to the centre (the medoid) first."""
+    """The rows of each cluster; the row nearest to the centre (the medoid) comes first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Which prompts about n entities are asked, and whose texts stand for the others."""
+class CallPlan:
+    """Which prompts about n entities are asked, and from which records the other entities' vectors are imputed."""
 
     own: NDArray[np.int64]
     """Rows of the entities that are asked about by themselves, rising."""
     clusters: Mapping[str, NDArray[np.int64]]
-    """By record id, such as "cluster/12", the rows that one prompt is about, the most typical first."""
-    lender_ids: Sequence[str]
-    """Ids of the records that lend: entities' or clusters'."""
-    lenders: NDArray[np.int64]
-    """[n, m] numbers in `lender_ids`, the nearest first."""
+    """Rows that one prompt is about, by record id such as "cluster/12"; the most typical row first."""
+    record_ids: Sequence[str]
+    """Ids of the records that can be neighbours: entities' or clusters'."""
+    neighbours: NDArray[np.int64]
+    """[n, m] indices into `record_ids`, the nearest first."""
     weights: NDArray[np.float32]
-    """[n, m] their shares; 0: none."""
+    """[n, m] weights of the neighbours; 0: no neighbour."""
 
     @property
     def calls(self) -> int:
         """How many prompts are asked."""
         return len(self.own) + len(self.clusters)
 
-    def loans(self, row: int) -> list[records_pb2.Loan]:
-        """What stands for an entity without a text, weights summing to 1; empty: nothing does.
+    def neighbour_weights(self, row: int) -> list[records_pb2.Loan]:
+        """The records from which an entity's vector is imputed, with weights that sum to 1; empty where none is.
 
-        Entities that are asked about by themselves have loans too, of others: for the case that their own text is
-        refused. Nothing is lent where there are calls for all.
+        Entities that are asked about by themselves have neighbours too, for the case that their own text is refused.
+        Where there are calls for all, only near-duplicates have one.
         """
-        pairs = zip(self.lenders[row].tolist(), self.weights[row].tolist(), strict=True)
-        return [records_pb2.Loan(id=self.lender_ids[lender], weight=weight) for lender, weight in pairs if weight > 0]
+        pairs = zip(self.neighbours[row].tolist(), self.weights[row].tolist(), strict=True)
+        return [records_pb2.Loan(id=self.record_ids[record], weight=weight) for record, weight in pairs if weight > 0]
 
 
-def event_counts(dataset: Dataset) -> dict[str, NDArray[np.int64]]:
-    """How many events there are of each item and user, by dataset row: those that prompts may show, no sample."""
-    place = np.arange(len(dataset.event_item)) - dataset.offsets[dataset.event_user]
-    shown = dataset.event_item[place < dataset.cutoff[dataset.event_user]]
-    return {ITEM: np.bincount(shown, minlength=len(dataset.items)), USER: dataset.cutoff.astype(np.int64)}
+def event_counts(dataset: Dataset) -> dict[EntityKind, NDArray[np.int64]]:
+    """The number of events of each item and user that prompts may show, by dataset row."""
+    position = np.arange(len(dataset.event_item)) - dataset.offsets[dataset.event_user]
+    shown_items = dataset.event_item[position < dataset.cutoff[dataset.event_user]]
+    return {ITEM: np.bincount(shown_items, minlength=len(dataset.items)), USER: dataset.cutoff.astype(np.int64)}
 
 
-def plan(
+def plan_calls(
     ids: Sequence[str],
     texts: Sequence[str],
     vectors: NDArray[np.float32],
@@ -103,23 +103,23 @@ def plan(
     counts: NDArray[np.integer] | None = None,
     seed: int = 0,
     head: float = HEAD,
-    lenders: int = LENDERS,
+    neighbours: int = NEIGHBOURS,
     threads: int = 1,
-) -> Plan:
+) -> CallPlan:
     """Share at most `share` x n calls among n entities of one kind.
 
-    Near-duplicates share a text first. What remains asks for itself where the calls suffice, as with a share of 1;
-    else there is a head and there are clusters.
+    Near-duplicates share a text first. Where the calls suffice for the remaining entities, as with a share of 1, each
+    of them is asked about by itself; else there are a head and clusters.
 
     Args:
         ids: The entities' ids [n].
-        texts: What the vectors were made of [n].
+        texts: The texts that the vectors were made of [n].
         vectors: Content vectors [n, D] of any length.
         share: Calls by entities, above 0 and at most 1; one call is made in any case.
-        counts: How many events there are of each entity [n]; None: not known, so there are clusters alone.
+        counts: The number of events of each entity [n]; None: not known, so there is no head.
         seed: Of k-means.
-        head: Of the calls, those for the entities with the most events, each by itself.
-        lenders: From how many records an entity borrows, at most.
+        head: Share of the calls that goes to the entities with the most events, each by itself.
+        neighbours: From how many records a vector is imputed, at most.
         threads: Cores to use.
 
     Raises:
@@ -127,65 +127,64 @@ def plan(
     """
     if not 0 < share <= 1:
         raise InputError(f"{share:g} is no share of calls: give one above 0 and at most 1")
-    if taken := [id_ for id_ in ids if id_.startswith(PREFIX)]:
-        raise InputError(f"the id {taken[0]!r} is one of a cluster: ids must not begin with {PREFIX!r}")
+    if reserved := [id_ for id_ in ids if id_.startswith(CLUSTER_PREFIX)]:
+        raise InputError(f"the id {reserved[0]!r} is one of a cluster: ids must not begin with {CLUSTER_PREFIX!r}")
     count = len(ids)
-    first = duplicates(vectors, texts, threads=threads)
-    rows = np.flatnonzero(first == np.arange(count))
+    first = duplicates(vectors, texts, threads=threads)  # (n,) the row whose text an entity shares
+    is_copy = first != np.arange(count)
+    distinct = np.flatnonzero(~is_copy)
     calls = max(1, round(share * count))
-    if calls >= len(rows):
-        copies = (first != np.arange(count)).astype(np.float32)
-        return Plan(rows, {}, ids, first[:, None], copies[:, None])
+    if calls >= len(distinct):
+        return CallPlan(distinct, {}, ids, first[:, None], is_copy.astype(np.float32)[:, None])
 
+    head_calls = min(int(head * calls), calls - 1) if counts is not None else 0
     events = np.bincount(first, counts, count) if counts is not None else np.zeros(count)
-    most = min(int(head * calls), calls - 1) if counts is not None else 0
-    often = rows[np.argsort(-events[rows], kind="stable")][:most]
-    rest = np.setdiff1d(rows, often)
-    found = cluster(vectors[rest], calls - most, seed=seed, threads=threads)
-    members = [rest[at] for at in found.members]
-    lender_ids = [ids[row] for row in often]
-    # By row, the number of the lender that is the entity itself, or its near-duplicate; -1 where there is none.
-    itself = np.full(count, -1)
-    itself[often] = np.arange(most)
-    clusters = {}
-    for number, at in enumerate(members):
-        if len(at) == 1:
-            itself[at] = most + number
-            lender_ids.append(ids[at[0]])
-        else:
-            clusters[f"{PREFIX}{number}"] = at
-            lender_ids.append(f"{PREFIX}{number}")
-    itself = itself[first]
+    head_rows = distinct[np.argsort(-events[distinct], kind="stable")][:head_calls]
+    rest = np.setdiff1d(distinct, head_rows)
+    found = cluster(vectors[rest], calls - head_calls, seed=seed, threads=threads)
 
-    nearest, weights = nearest_lenders(
-        vectors[first], np.concatenate([unit_rows(vectors[often]), found.centres]), lenders, threads
-    )
-    own = np.flatnonzero((itself >= 0) & (first == np.arange(count)))
-    weights[own] = normalised(np.where(nearest[own] == itself[own, None], 0, weights[own]))
-    copies = np.flatnonzero((itself >= 0) & (first != np.arange(count)))
-    nearest[copies, 0] = itself[copies]
+    record_ids = [ids[row] for row in head_rows]
+    own_record = np.full(count, -1)  # (n,) index into `record_ids` of the entity's own text; -1: it has none
+    own_record[head_rows] = np.arange(head_calls)
+    clusters = {}
+    for number, members in enumerate(rest[rows] for rows in found.members):
+        if len(members) == 1:
+            own_record[members] = head_calls + number
+            record_ids.append(ids[members[0]])
+        else:
+            clusters[f"{CLUSTER_PREFIX}{number}"] = members
+            record_ids.append(f"{CLUSTER_PREFIX}{number}")
+    own_record = own_record[first]
+
+    record_vectors = np.concatenate([unit_rows(vectors[head_rows]), found.centres])
+    nearest, weights = neighbour_weights(vectors[first], record_vectors, neighbours, threads=threads)
+    own = np.flatnonzero((own_record >= 0) & ~is_copy)
+    # An entity is no neighbour of its own; a near-duplicate of an entity with its own text has that text alone.
+    weights[own] = normalised(np.where(nearest[own] == own_record[own, None], 0, weights[own]))
+    copies = np.flatnonzero((own_record >= 0) & is_copy)
+    nearest[copies, 0] = own_record[copies]
     weights[copies] = np.eye(1, weights.shape[1])
-    return Plan(own, clusters, lender_ids, nearest, weights)
+    return CallPlan(own, clusters, record_ids, nearest, weights)
 
 
 def duplicates(vectors: NDArray[np.float32], texts: Sequence[str], *, threads: int = 1) -> NDArray[np.int64]:
-    """For each of n entities the row [n] of the first of its near-duplicates: its own where there is none before.
+    """For each of n entities the row [n] of its first near-duplicate; its own row where no earlier one exists.
 
-    Two entities are near-duplicates when their vectors [n, D] have a cosine of `SAME_COSINE` and their texts are made
-    of nearly the same words, whatever their order and case, and of the very same numbers: a sequel is another film.
-    So are those that a chain of near-duplicates connects.
+    Two entities are near-duplicates when their vectors [n, D] have a cosine of at least `SAME_COSINE` and their texts
+    have nearly the same words, in any order and case, and exactly the same numbers: a sequel is another film. A chain
+    of near-duplicates is one group.
     """
     first = np.arange(len(texts))
     if len(texts) < 2:
         return first
     rows = unit_rows(vectors)
     with faiss_threads(threads) as faiss:
-        cosine, found = nearest_by_cosine(faiss, rows, rows, CANDIDATES + 1)
-    near, column = np.nonzero((cosine >= SAME_COSINE) & (found >= 0))
-    pairs = np.sort(np.stack([near, found[near, column]], 1), 1)
-    for one, other in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist():
-        if _same(texts[one], texts[other]):
-            low, high = sorted((_root(first, one), _root(first, other)))
+        cosine, nearest = nearest_by_cosine(faiss, rows, rows, CANDIDATES + 1)
+    row, column = np.nonzero((cosine >= SAME_COSINE) & (nearest >= 0))
+    pairs = np.sort(np.stack([row, nearest[row, column]], 1), 1)  # (pairs, 2)
+    for left, right in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist():
+        if _same_words(texts[left], texts[right]):
+            low, high = sorted((_root(first, left), _root(first, right)))
             first[high] = low
     return np.array([_root(first, row) for row in range(len(first))], dtype=np.int64)
 
@@ -197,11 +196,11 @@ def _root(first: NDArray[np.int64], row: int) -> int:
     return row
 
 
-def _same(one: str, other: str) -> bool:
-    """Whether two texts are made of nearly the same words and of the same numbers."""
-    a, b = (Counter(WORD.findall(text.casefold())) for text in (one, other))
-    differing = list(((a - b) + (b - a)).elements())
-    return len(differing) <= (1 - SAME_WORDS) * (a.total() + b.total()) and not any(
+def _same_words(left: str, right: str) -> bool:
+    """Whether two texts have nearly the same words and the same numbers."""
+    left_words, right_words = (Counter(WORD.findall(text.casefold())) for text in (left, right))
+    differing = list(((left_words - right_words) + (right_words - left_words)).elements())
+    return len(differing) <= (1 - SAME_WORDS) * (left_words.total() + right_words.total()) and not any(
         character.isdigit() for word in differing for character in word
     )
 
@@ -209,7 +208,7 @@ def _same(one: str, other: str) -> bool:
 def cluster(vectors: NDArray[np.float32], calls: int, *, seed: int = 0, threads: int = 1) -> Clusters:
     """Put n vectors [n, D] of any length into at most `calls` clusters by the cosine: fewer where vectors are equal.
 
-    With as many calls as vectors each is a cluster of its own.
+    With at least as many calls as vectors, each vector is a cluster of its own.
 
     Args:
         vectors: Content vectors.
@@ -222,17 +221,17 @@ def cluster(vectors: NDArray[np.float32], calls: int, *, seed: int = 0, threads:
         return Clusters(rows, list(np.arange(len(rows))[:, None]))
     with faiss_threads(threads) as faiss:
         centres = _centres(faiss, rows, calls, seed)
-        cosine, nearest = (found[:, 0] for found in nearest_by_cosine(faiss, centres, rows, 1))
+        cosine, nearest = (column[:, 0] for column in nearest_by_cosine(faiss, centres, rows, 1))
     order = np.lexsort((-cosine, nearest))
     members = np.split(order, np.flatnonzero(np.diff(nearest[order])) + 1)
-    return Clusters(centres[[nearest[rows_of[0]] for rows_of in members]], members)
+    return Clusters(centres[[nearest[cluster_rows[0]] for cluster_rows in members]], members)
 
 
 def _centres(faiss: Any, rows: NDArray[np.float32], k: int, seed: int) -> NDArray[np.float32]:
     """k unit centres [k, D] of unit vectors [n, D], n > k."""
     if k <= DIRECT:
         return _k_means(faiss, rows, k, seed)
-    # One step takes n x k products, two take n x 2 x sqrt(k): a million vectors would need hours instead of minutes.
+    # One step takes n x k products, two steps n x 2 x sqrt(k): for a million vectors minutes instead of hours.
     coarse = _k_means(faiss, rows, isqrt(k), seed)
     part = nearest_by_cosine(faiss, coarse, rows, 1)[1][:, 0]
     sizes = np.bincount(part, minlength=len(coarse))
@@ -240,13 +239,17 @@ def _centres(faiss: Any, rows: NDArray[np.float32], k: int, seed: int) -> NDArra
     order = np.argsort(part, kind="stable")
     parts = np.split(order, np.cumsum(sizes)[:-1])
     return np.concatenate(
-        [_k_means(faiss, rows[at], quota, seed) for at, quota in zip(parts, quotas.tolist(), strict=True) if quota]
+        [
+            _k_means(faiss, rows[part_rows], quota, seed)
+            for part_rows, quota in zip(parts, quotas.tolist(), strict=True)
+            if quota
+        ]
     )
 
 
 def _k_means(faiss: Any, rows: NDArray[np.float32], k: int, seed: int) -> NDArray[np.float32]:
-    # FAISS warns of few points a cluster, which is what is asked for here.
-    found = faiss.Kmeans(rows.shape[1], k, niter=ITERATIONS, spherical=True, seed=seed, min_points_per_centroid=1)
-    found.train(rows)
-    centres: NDArray[np.float32] = found.centroids
+    # Clusters of few points are wanted here; by default FAISS warns of them.
+    k_means = faiss.Kmeans(rows.shape[1], k, niter=ITERATIONS, spherical=True, seed=seed, min_points_per_centroid=1)
+    k_means.train(rows)
+    centres: NDArray[np.float32] = k_means.centroids
     return centres

@@ -15,7 +15,7 @@ from kar.records.v1 import records_pb2
 from kar_offline.check import GATES_VERSION, FactsTable, Rules, Subject, subjects
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.generate.batch import OpenAIBatch
-from kar_offline.generate.collective import PREFIX as CLUSTER
+from kar_offline.generate.collective import CLUSTER_PREFIX
 from kar_offline.generate.estimate import Estimate, estimate
 from kar_offline.generate.ledger import LEDGER, CachedAnswer, Ledger
 from kar_offline.generate.pack import Pack
@@ -86,7 +86,7 @@ def _judged(work: Path, scenario: Scenario, facts: FactsTable | None) -> Callabl
 
     def case_of(prompt: Prompt) -> GenerationTask:
         # Nothing is known of a cluster that a text about it could contradict.
-        of_cluster = prompt.id.startswith(CLUSTER)
+        of_cluster = prompt.id.startswith(CLUSTER_PREFIX)
         subject = Subject(prompt.entity, prompt.id) if of_cluster else known[prompt.entity, prompt.id]
         return GenerationTask(prompt, subject, rules[prompt.entity])
 
@@ -403,7 +403,7 @@ def _record(case: GenerationTask, provenance: str) -> records_pb2.KnowledgeRecor
 
 
 def _is_cluster(case: GenerationTask) -> bool:
-    return case.prompt.id.startswith(CLUSTER)
+    return case.prompt.id.startswith(CLUSTER_PREFIX)
 
 
 def _borrowers(
@@ -416,7 +416,7 @@ def _borrowers(
     own = {(record.entity, record.id) for record in records}
     lenders = {(record.entity, record.id) for record in (*records, *clusters)}
     found = []
-    for (kind, id_), loans in shared.loans.items():
+    for (kind, id_), loans in shared.neighbours.items():
         entity = kind.number
         usable = [loan for loan in loans if (entity, loan.id) in lenders]
         if (entity, id_) not in own and usable:

@@ -1,10 +1,15 @@
-"""Owns vectors for entities without a text: those that are most like them by their facts lend theirs.
+"""Owns imputation: knowledge vectors for entities without a text, from the entities that are most like them.
 
-Weighted by softmax(cosine / temperature), as the loans of collective knowledge are.
+An imputed vector is the weighted mean of the vectors of its nearest neighbours, scaled to unit length. Neighbours are
+nearest by the cosine of content vectors (encoded facts). The weight of a neighbour is softmax(cosine / temperature).
+
+    neighbour_weights          who the neighbours are, and what each one counts
+    mean_of_neighbours         the weighted mean of their vectors
+    impute_from_neighbours     both, for all entities without knowledge
 """
 
 from math import isqrt
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,83 +17,107 @@ from numpy.typing import NDArray
 from kar_sidecar.index import unit_rows
 from kar_sidecar.index.faiss import faiss_threads
 
-__all__ = ["LENDERS", "TEMPERATURE", "borrow", "lend", "nearest_by_cosine", "nearest_lenders", "normalised"]
+__all__ = [
+    "NEIGHBOURS",
+    "TEMPERATURE",
+    "Imputation",
+    "NeighbourWeights",
+    "impute_from_neighbours",
+    "mean_of_neighbours",
+    "nearest_by_cosine",
+    "neighbour_weights",
+    "normalised",
+]
 
-LENDERS: Final = 8
+NEIGHBOURS: Final = 8
 TEMPERATURE: Final = 0.1
-EXACT: Final = 1 << 14
-"""Among more vectors than these, neighbours are searched in the nearest `PROBES` of 4 x sqrt(vectors) lists."""
+EXACT_SEARCH: Final = 1 << 14
+"""Up to this number of vectors the search is exact; above, it looks into the nearest `PROBES` of 4 x sqrt(n) lists."""
 PROBES: Final = 8
 LIST_POINTS: Final = 64
-"""Vectors a list that the lists are learned from."""
+"""Number of vectors per list from which the lists' centres are learned."""
+CHUNK_ROWS: Final = 4096
+"""Number of entities whose neighbours' vectors are in memory at a time."""
 
-CHUNK: Final = 4096
-"""Borrowers whose lenders' vectors are in memory together."""
+
+class Imputation(NamedTuple):
+    """Knowledge vectors of n entities after imputation."""
+
+    vectors: NDArray[np.float32]
+    """[n, D]; the imputed ones have unit length, the others are as they were."""
+    imputed: NDArray[np.bool_]
+    """[n] True where the vector was imputed."""
 
 
-def lend(vectors: NDArray[np.float32], weights: NDArray[np.floating]) -> NDArray[np.float32]:
-    """The unit vectors [..., D] of who borrows those of m lenders [..., m, D] with weights [..., m]."""
-    mean = (vectors * weights[..., None]).sum(-2)
+class NeighbourWeights(NamedTuple):
+    """The neighbours of n entities, the nearest first."""
+
+    rows: NDArray[np.int64]
+    """[n, m] rows of the neighbours; -1 where the search found fewer than m."""
+    weights: NDArray[np.float32]
+    """[n, m] each row sums to 1; 0 where there is no neighbour."""
+
+
+def impute_from_neighbours(
+    content: NDArray[np.float32],
+    has_knowledge: NDArray[np.bool_],
+    vectors: NDArray[np.float32],
+    *,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> Imputation:
+    """Impute the knowledge vectors of entities without knowledge from their nearest neighbours with knowledge.
+
+    Args:
+        content: Content vectors [n, D] of any length. An entity with a row of zeros has no content: its vector is not
+            imputed, and it is nobody's neighbour.
+        has_knowledge: [n] whether an entity has a knowledge vector of its own.
+        vectors: Knowledge vectors [n, D2]; rows of entities without knowledge are ignored.
+        neighbours: The most neighbours of one entity.
+        temperature: Of the softmax over cosines.
+    """
+    vectors = np.array(vectors, dtype=np.float32)
+    has_content = np.any(content, axis=1)
+    known_rows = np.flatnonzero(has_knowledge & has_content)
+    imputed = ~has_knowledge & has_content & bool(len(known_rows))
+    imputed_rows = np.flatnonzero(imputed)
+    if not len(imputed_rows):
+        return Imputation(vectors, imputed)
+    known_content, known_vectors = unit_rows(content[known_rows]), vectors[known_rows]
+    for rows in np.split(imputed_rows, range(CHUNK_ROWS, len(imputed_rows), CHUNK_ROWS)):
+        nearest, weights = neighbour_weights(content[rows], known_content, neighbours, temperature=temperature)
+        vectors[rows] = mean_of_neighbours(known_vectors[nearest], weights)
+    return Imputation(vectors, imputed)
+
+
+def mean_of_neighbours(vectors: NDArray[np.float32], weights: NDArray[np.floating]) -> NDArray[np.float32]:
+    """The mean [..., D] of the vectors of m neighbours [..., m, D] with weights [..., m], scaled to unit length."""
+    mean = (vectors * weights[..., None]).sum(-2)  # (..., D)
     return (mean / np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
 
 
-def borrow(
+def neighbour_weights(
     content: NDArray[np.float32],
-    knows: NDArray[np.bool_],
-    vectors: NDArray[np.float32],
+    known_content: NDArray[np.float32],
+    neighbours: int,
     *,
-    lenders: int = LENDERS,
-    temperature: float = TEMPERATURE,
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Have those of n entities that know nothing borrow from the nearest that do.
-
-    Args:
-        content: Content vectors [n, D] of any length; a row of zeros has no content, lends nothing and borrows nothing.
-        knows: [n] whether an entity has knowledge.
-        vectors: Knowledge vectors [n, D2]; rows of those that know nothing do not matter.
-        lenders: From how many an entity borrows, at most.
-        temperature: Of the softmax over cosines.
-
-    Returns:
-        Knowledge vectors [n, D2], lent ones of unit length, and [n] which are lent.
-    """
-    found = np.array(vectors, dtype=np.float32)
-    has_content = np.any(content, axis=1)
-    able = np.flatnonzero(knows & has_content)
-    lent = ~knows & has_content & bool(len(able))
-    rows = np.flatnonzero(lent)
-    if not len(rows):
-        return found, lent
-    at, known = unit_rows(content[able]), found[able]
-    for some in np.split(rows, range(CHUNK, len(rows), CHUNK)):
-        nearest, weights = nearest_lenders(content[some], at, lenders, 1, temperature)
-        found[some] = lend(known[nearest], weights)
-    return found, lent
-
-
-def nearest_lenders(
-    vectors: NDArray[np.float32],
-    at: NDArray[np.float32],
-    lenders: int,
     threads: int = 1,
     temperature: float = TEMPERATURE,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """From whom n entities [n, D] borrow, and how much.
+) -> NeighbourWeights:
+    """Find the nearest neighbours of n entities, and what each neighbour counts.
 
     Args:
-        vectors: The entities' content vectors, of any length.
-        at: Where those stand that lend, [l, D] of unit length.
-        lenders: From how many an entity borrows, at most.
+        content: The entities' content vectors [n, D] of any length.
+        known_content: Content vectors [k, D], of unit length, of the entities that can be neighbours.
+        neighbours: The most neighbours of one entity.
         threads: Cores to use.
         temperature: Of the softmax over cosines.
-
-    Returns:
-        Rows of `at` [n, m], the nearest first, and their weights [n, m], which sum to 1.
     """
     with faiss_threads(threads) as faiss:
-        cosine, nearest = nearest_by_cosine(faiss, at, unit_rows(vectors), lenders)
-    # An approximate search may find too few: -1, which weighs nothing.
-    return nearest, normalised(np.where(nearest >= 0, np.exp((cosine - cosine[:, :1]) / temperature), 0))
+        cosine, rows = nearest_by_cosine(faiss, known_content, unit_rows(content), neighbours)
+    # Cosines are taken relative to the largest one, so that no exponential overflows.
+    weights = np.where(rows >= 0, np.exp((cosine - cosine[:, :1]) / temperature), 0)
+    return NeighbourWeights(rows, normalised(weights))
 
 
 def nearest_by_cosine(
@@ -97,16 +126,16 @@ def nearest_by_cosine(
     """Cosines and rows [n, k] of the nearest of `base` [b, D] to unit vectors [n, D], best first; -1 where none."""
     dim = base.shape[1]
     index = faiss.IndexFlatIP(dim)
-    if len(base) > EXACT:
+    if len(base) > EXACT_SEARCH:
         index = faiss.IndexIVFFlat(index, dim, 4 * isqrt(len(base)), faiss.METRIC_INNER_PRODUCT)
         index.nprobe, index.cp.max_points_per_centroid = PROBES, LIST_POINTS
         index.train(base)
     index.add(base)
-    cosine, found = index.search(queries, min(k, len(base)))
-    return cosine, found
+    cosine, rows = index.search(queries, min(k, len(base)))
+    return cosine, rows
 
 
 def normalised(weights: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Weights [n, m] that sum to 1, or are all 0."""
+    """Weights [n, m] scaled so that each row sums to 1; a row of zeros stays zero."""
     total = weights.sum(1, keepdims=True)
     return (weights / np.where(total > 0, total, 1)).astype(np.float32)

@@ -14,7 +14,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.splits import TEST
 from kar_offline.evaluate.metrics import auc
 from kar_offline.generate.collective import HEAD
-from kar_offline.knowledge.imputation import LENDERS
+from kar_offline.knowledge.imputation import NEIGHBOURS
 from kar_offline.prompts import Prompt
 from kar_offline.train.fit import TrainSettings
 
@@ -64,7 +64,7 @@ def test_the_lines():
         (0.3, "head"),
         (0.1, "head"),
     ]
-    assert dict(WAYS["head"]) == {"head": HEAD, "lenders": LENDERS}  # what `kar generate --share` does
+    assert dict(WAYS["head"]) == {"head": HEAD, "neighbours": NEIGHBOURS}  # what `kar generate --share` does
     assert len(set(found)) == len(found)
 
 
