@@ -1,4 +1,4 @@
-"""Owns files of one JSON object a line that people write: each line checked, a wrong one named by its number."""
+"""Owns the reading of files that people write with one JSON object a line: each line is checked on its own."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,27 +10,28 @@ from kar_sidecar.errors import InputError
 
 __all__ = ["each_line"]
 
-L = TypeVar("L", bound=BaseModel)
-T = TypeVar("T")
+Line = TypeVar("Line", bound=BaseModel)
+Value = TypeVar("Value")
 
 
-def each_line(path: Path, line_type: type[L], take: Callable[[L], T], untouched: str) -> Iterator[T]:
-    """What `take` makes of each line of a file; empty lines are passed over.
+def each_line(path: Path, line_type: type[Line], convert: Callable[[Line], Value], consequence: str) -> Iterator[Value]:
+    """Read a file, check each line against `line_type`, and yield what `convert` makes of it; skip empty lines.
 
     Raises:
-        InputError: a line is wrong, or `take` says so; the text has its number, and `untouched` at its end.
+        InputError: a line does not fit `line_type`, or `convert` refuses it. The text names the line's number and ends
+            with `consequence`, such as "nothing was changed".
     """
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                taken = take(line_type.model_validate_json(line))
+                value = convert(line_type.model_validate_json(line))
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
-                where = ".".join(map(str, first["loc"]))
-                complaint = f"{where}: {first['msg']}" if where else first["msg"]
-                raise InputError(f"{path} line {number}: {complaint}; {untouched}") from error
+                field = ".".join(map(str, first["loc"]))
+                complaint = f"{field}: {first['msg']}" if field else first["msg"]
+                raise InputError(f"{path} line {number}: {complaint}; {consequence}") from error
             except (InputError, UnicodeEncodeError) as error:
-                raise InputError(f"{path} line {number}: {error}; {untouched}") from error
-            yield taken
+                raise InputError(f"{path} line {number}: {error}; {consequence}") from error
+            yield value

@@ -1,4 +1,4 @@
-"""docs/architecture.md lists the rooms that exist, on the floors that import-linter enforces, and functions that exist."""
+"""docs/architecture.md lists the rooms that exist, each on its floor by import-linter; its picture shows them all."""
 
 import importlib
 import re
@@ -68,6 +68,12 @@ def test_the_floors_are_those_of_the_contracts(package):
         assert set(floors.values()) == {1}
     else:
         assert floors == floors_of_contract(package)
+
+
+@pytest.mark.parametrize("package", ["sidecar/kar_sidecar", "offline/kar_offline"])
+def test_the_picture_shows_every_room(package):
+    shown = re.findall(r">(\w+)</text>", (DOCS / "architecture.svg").read_text())
+    assert rooms_on_disk(package) - set(shown) == set()
 
 
 @pytest.mark.parametrize("trip", TRIPS)
