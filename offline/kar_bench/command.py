@@ -47,6 +47,7 @@ from kar_offline.generate.stage import cases_of, utc_now
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import InputError
 from kar_sidecar.index.config import KINDS, STORAGES
@@ -58,6 +59,9 @@ bench = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exception
 
 
 PREPARED: Final = "prepared"
+
+
+QUALITY_WORK: Final = WorkFolder(Path("var/quality"))
 
 
 class By(StrEnum):
@@ -85,7 +89,7 @@ def quality(
     folder: Annotated[Path | None, typer.Option("--from", help="ml-1m: the folder that holds it and texts.")] = None,
     encoder: Annotated[str, typer.Option(help="Of minilm, mpnet.")] = "minilm",
     words: Annotated[int | None, typer.Option(min=1, help="Encode so many words of each text; default: all.")] = None,
-    work: Work = Path("var/quality"),
+    work: Work = QUALITY_WORK,
     model: Annotated[list[str] | None, typer.Option(help="Models to train; default: all.")] = None,
     arm: Annotated[
         list[str] | None,
@@ -130,7 +134,7 @@ def quality(
     began = time.perf_counter()
     if dataset != PREPARED:
         encodings = prepare(work, dataset, folder, encoder, words, console=console)
-    jobs = default_jobs(models, arms, chosen, seeds, ranker, possible_arms(work / encodings))
+    jobs = default_jobs(models, arms, chosen, seeds, ranker, possible_arms(work.root / encodings))
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as progress:
@@ -162,7 +166,7 @@ def quality(
 @bench.command()
 def collective(
     dataset: Annotated[str, typer.Option(help="ml-100k; or 'prepared': WORK already holds the stages.")] = "ml-100k",
-    work: Work = Path("var/quality"),
+    work: Work = QUALITY_WORK,
     model: Annotated[str, typer.Option(help="The model to train.")] = Collective().model,
     share: Annotated[
         list[float] | None, typer.Option(min=0.001, max=0.999, help="Calls by entities; default: 0.3, 0.1 and 0.03.")
@@ -203,7 +207,7 @@ def collective(
 @bench.command()
 def freshness(
     dataset: Annotated[str, typer.Option(help="ml-100k; or 'prepared': WORK already holds the stages.")] = "ml-100k",
-    work: Work = Path("var/quality"),
+    work: Work = QUALITY_WORK,
     arm: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(READERS)}, each beside the control; default: all.")
     ] = None,
@@ -276,7 +280,7 @@ def train(
         str, typer.Option(help=f"Of {', '.join(DATASETS)}; or 'prepared': WORK already holds dataset and vectors.")
     ] = "ml-100k",
     folder: Annotated[Path | None, typer.Option("--from", help="ml-1m: the folder that holds it and texts.")] = None,
-    work: Work = Path("var/quality"),
+    work: Work = QUALITY_WORK,
     model: Annotated[list[str] | None, typer.Option(help="Models to train; default: dcnv2 and din.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Samples of a turn.")] = Options().rows,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each; one more warms up.")] = Options().rounds,
@@ -301,7 +305,7 @@ def train(
         task = progress.add_task("train", total=None)
         report = measure_training(
             work,
-            work / encodings,
+            work.root / encodings,
             options,
             on_turn=lambda name, turn, turns: progress.update(
                 task, description=name, completed=turn, total=turns or None
@@ -350,7 +354,7 @@ def throughput(
 
 @bench.command()
 def direct(
-    work: Work = Path("var/quality"),
+    work: Work = QUALITY_WORK,
     model: Annotated[str, typer.Option(help="The reranker to compare with.")] = "prm",
     users: Annotated[int, typer.Option(min=1, help="Test users, one list of ten each.")] = 50,
     json_file: JsonFile = None,
@@ -369,7 +373,7 @@ def direct(
         trained = progress.add_task("train", total=None)
         report = measure_direct(
             work,
-            work / encodings,
+            work.root / encodings,
             llm,
             model=model,
             users=users,

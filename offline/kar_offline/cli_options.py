@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 import typer
 from annotated_types import Ge
 from pydantic.fields import FieldInfo
 
 from kar_offline.settings import CommandLine, EncoderOptions, OptionTable, ProviderOptions
+from kar_offline.work_folder import DEFAULT_WORK, WorkFolder
 from kar_sidecar.errors import InputError
 from kar_sidecar.settings import Settings
 
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigFile",
     "JsonFile",
     "Offered",
+    "OptionalWork",
     "Work",
     "command_line",
     "once",
@@ -30,8 +32,11 @@ __all__ = [
     "write_json",
 ]
 
-DEFAULT_WORK: Final = Path("var/demo")
-Work = Annotated[Path, typer.Option(help="Work folder.")]
+Work = Annotated[WorkFolder, typer.Option(parser=WorkFolder.at, metavar="PATH", help="Work folder.")]
+OptionalWork = Annotated[
+    WorkFolder | None,
+    typer.Option("--work", parser=WorkFolder.at, metavar="PATH", help="Work folder.", show_default="var/demo"),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")]
 ConfigFile = Annotated[
     Path | None, typer.Option(help="TOML file of settings: tables llm and encoder, and those of `kar sidecar`.")
@@ -122,7 +127,7 @@ def _typed(field: FieldInfo) -> Any:
     return field.annotation
 
 
-def work_of(work: Path | None, config: Path | None) -> Path:
+def work_of(work: WorkFolder | None, config: Path | None) -> WorkFolder:
     """The work folder: as given, else as the environment or a settings file says, else the demo's.
 
     Raises:
@@ -132,7 +137,7 @@ def work_of(work: Path | None, config: Path | None) -> Path:
         return work or DEFAULT_WORK
     for table in (ProviderOptions, EncoderOptions):
         table.read(config)
-    return Settings.read(config, work=work).work
+    return WorkFolder(Settings.read(config, work=work and work.root).work)
 
 
 def once(values: Sequence[T] | None) -> list[T]:

@@ -19,6 +19,7 @@ from kar_offline.generate.provider import Question, Reply
 from kar_offline.prompts import Prompt, read_prompts, render_prompts
 from kar_offline.prompts import scenario as scenarios
 from kar_offline.prompts.command import prompts as prompts_command
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import IntegrityError, KarError, PreconditionError
 
 pytestmark = pytest.mark.unit
@@ -147,7 +148,7 @@ def test_the_page_lists_the_keys_of_a_scenario() -> None:
 def test_the_knowledge_texts_answer_the_prompts_of_the_example(folder: Path) -> None:
     (folder / "dataset").mkdir()
     read(folder).save(folder / "dataset")
-    render_prompts(folder)
+    render_prompts(WorkFolder(folder))
     prompts = read_prompts(folder / "prompts")
     notes = folder / "notes"
     notes.mkdir()

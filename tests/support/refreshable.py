@@ -26,6 +26,7 @@ from kar_offline.train.checkpoint import build_model, run_folder, save_trained
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.knowledge_inputs import AffinityInput, principal
 from kar_offline.train.vectors import load_text_vectors
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.ranking.affinity import affinity_columns
 from kar_sidecar.releases.manifest import Release
@@ -121,17 +122,17 @@ def _dataset() -> Dataset:
     )
 
 
-def build_dataset(work: Path) -> None:
+def build_dataset(work: WorkFolder) -> None:
     """Write the data set as it comes from its source, whatever was there."""
     write_dataset(work, lambda: (_dataset(), {"source": "made"}), split=Split(), history_length=3, params={})
 
 
-def _train(work: Path) -> None:
+def _train(work: WorkFolder) -> None:
     """Two models with weights of chance; the knowledge model has the item tower and affinity of texts."""
     torch.manual_seed(1)
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     data = encode_dataset(dataset)
-    texts = load_text_vectors(work / "encoding", "knowledge", dataset)
+    texts = load_text_vectors(work.encoding, "knowledge", dataset)
     components = principal(texts.item, texts.item_present, WIDTH)
     affinity = AffinityInput((("text", WIDTH),), components, torch.zeros(COLUMNS), torch.ones(COLUMNS))
     adaptor = {"dim": texts.dim, "hidden": 5, "out": KNOWLEDGE, "shared": 1, "dedicated": 2, "towers": ("item",)}
@@ -149,27 +150,27 @@ def _train(work: Path) -> None:
         )
 
 
-def make_work(work: Path) -> str:
+def make_work(work: WorkFolder) -> str:
     """Everything up to a release; returns its id."""
-    work.mkdir()
-    (work.parent / "films.toml").write_text(SCENARIO)
+    work.root.mkdir()
+    (work.root.parent / "films.toml").write_text(SCENARIO)
     build_dataset(work)
-    render_prompts(work, work.parent / "films.toml", NOON.date())
+    render_prompts(work, work.root.parent / "films.toml", NOON.date())
     generate(work, model(), now=at(NOON))
     encode(work, HashingEncoder())
     _train(work)
     return str(export(work, BACKBONE, now_s=NOON.timestamp).report["release_id"])
 
 
-def published(work: Path, release_id: str, store: Store | None = None) -> Store:
+def published(work: WorkFolder, release_id: str, store: Store | None = None) -> Store:
     """A store with the release; default: in memory."""
     store = store or MemoryStore()
-    release = Release.load(work / "releases", release_id)
-    publish_release(release, Dataset.load(work / "dataset"), store, work / "index" / release_id)
+    release = Release.load(work.releases, release_id)
+    publish_release(release, work.read(Dataset), store, work.index / release_id)
     return store
 
 
-def refreshed(work: Path, provider: Any, store: Store, release_id: str, **options: Any) -> dict[str, Any]:
+def refreshed(work: WorkFolder, provider: Any, store: Store, release_id: str, **options: Any) -> dict[str, Any]:
     """One refresh; texts of users are due after two events unless told otherwise."""
     chosen = {"policy": Policy(2), "budget": Budget(), "now": at(LATER), **options}
     return refresh(work, provider, HashingEncoder, release_id=release_id, store=lambda: store, **chosen)

@@ -9,6 +9,7 @@ import pytest
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER
 
 DIM = 5
@@ -47,13 +48,13 @@ def work(tmp_path):
                 "text_sha256": ["0"] * len(vectors),
             }
             (tmp_path / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
-    return tmp_path
+    return WorkFolder(tmp_path)
 
 
 @pytest.fixture
 def titled(work):
     """The same with titles: item 3 is Film 3."""
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     named = [Entity(item.id, item.features, {"title": f"Film {at}"}) for at, item in enumerate(dataset.items)]
-    replace(dataset, items=named).save(work / "dataset")
+    replace(dataset, items=named).save(work.dataset)
     return work

@@ -22,6 +22,7 @@ from kar_offline.generate.llama_cpp import LocalChat
 from kar_offline.generate.openai_chat import OpenAIChat, Price
 from kar_offline.generate.runner import GenerationTask, work_through
 from kar_offline.generate.stage import utc_now
+from kar_offline.work_folder import WorkFolder
 
 __all__ = ["generation_contenders"]
 
@@ -84,7 +85,7 @@ def _check(answer: dict[str, Any]) -> None:
 
 def _ours(chat: OpenAIChat, cases: Sequence[GenerationTask]) -> None:
     fresh = [GenerationTask(case.prompt, case.subject, case.rules) for case in cases]
-    with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder), utc_now) as ledger:
+    with tempfile.TemporaryDirectory() as folder, Ledger.open(WorkFolder(Path(folder)), utc_now) as ledger:
         tally = asyncio.run(work_through(fresh, chat, ledger, retries=0))
     if tally.output_tokens != TOKENS * len(cases):
         raise RuntimeError(f"answers have {tally.output_tokens} tokens, not {TOKENS * len(cases)}")

@@ -30,6 +30,7 @@ from kar_offline.replay.online import TIMEOUT_S
 from kar_offline.replay.serving import ServingAddresses, serving
 from kar_offline.replay.slates import slates
 from kar_offline.train.checkpoint import run_folder
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.client import KarClient
 from kar_sidecar.errors import InputError, KarError, PreconditionError, UnavailableError
 from kar_sidecar.experiments.assignment import CONTROL, KNOWLEDGE
@@ -133,15 +134,15 @@ class _Site:
     """The work folder that one mode serves from."""
 
     mode: Mode
-    work: Path
+    work: WorkFolder
 
     @staticmethod
-    def make(folder: Path, mode: Mode, source: Path) -> "_Site":
+    def make(folder: Path, mode: Mode, source: WorkFolder) -> "_Site":
         """Borrow the stages of the work folder `source`; there is no release yet."""
-        site = _Site(mode, folder)
+        site = _Site(mode, WorkFolder(folder))
         site.releases.mkdir(parents=True)
         for stage in STAGES:
-            (folder / stage).symlink_to((source / stage).resolve(), target_is_directory=True)
+            (folder / stage).symlink_to(source.folder(stage).resolve(), target_is_directory=True)
         return site
 
     def take(self, release: Release) -> None:
@@ -151,26 +152,26 @@ class _Site:
 
     @property
     def releases(self) -> Path:
-        return self.work / "releases"
+        return self.work.releases
 
     @property
     def store(self) -> Path:
-        return self.work / "store"
+        return self.work.store
 
     def publish(self, release_id: str) -> _Published:
         """What `kar publish` does, metered."""
         began = time.perf_counter()
         release = Release.load(self.releases, release_id)
-        dataset = Dataset.load(self.work / "dataset")
+        dataset = self.work.read(Dataset)
         store = MeteredStore(LmdbStore(self.store))
         try:
-            publish_release(release, dataset, store, self.work / "index" / release_id)
+            publish_release(release, dataset, store, self.work.index / release_id)
         finally:
             store.close()
         return _Published(time.perf_counter() - began, store.parts)
 
 
-def next_model(work: Path, served: str, recipe: str, asked: str = "") -> str:
+def next_model(work: WorkFolder, served: str, recipe: str, asked: str = "") -> str:
     """The model that comes to life: one trained with the same arm as the served one, and with the control.
 
     Raises:
@@ -326,7 +327,7 @@ class _Live:
 
     def _activate(self, new: Release, first: Request) -> None:
         """Return when the `first` request was answered by the new release."""
-        links = [self.site.work / "serving" / "models" / name for name in new.triton_models()]
+        links = [self.site.work.serving / "models" / name for name in new.triton_models()]
         began = time.monotonic()
         while not all(link.is_dir() for link in links):
             if time.monotonic() - began > LINK_TIMEOUT_S:
@@ -343,14 +344,14 @@ class _Live:
             raise UnavailableError(f"release {new.release_id} does not answer: {answer.response.reason}")
 
 
-def _export(work: Path, release: Release, model: str) -> str:
+def _export(work: WorkFolder, release: Release, model: str) -> str:
     """Export a model with the arm and precision of `release`; returns its release id."""
     precision = HybridExpertAdaptor.load(release.folder / "adaptor.safetensors").precision
     made = export(work, model, release.model(KNOWLEDGE).recipe or KNOWLEDGE, precision=precision)
     return str(made.report["release_id"])
 
 
-def measure_modes(work: Path, options: Options, *, on_step: Callable[[str, int, int], None]) -> dict[str, Any]:
+def measure_modes(work: WorkFolder, options: Options, *, on_step: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Measure both modes on the active release of `work`, which stays as it is.
 
     `rows` of the report has `{mode, candidates, p50_ms, p95_ms, p99_ms, errors}` of one client; `bytes_per_entity`, by
@@ -365,10 +366,10 @@ def measure_modes(work: Path, options: Options, *, on_step: Callable[[str, int, 
         InputError: the model asked for is served already, or there are too few items for so many candidates.
         UnavailableError: serving does not start or does not answer.
     """
-    release = Release.load(work / "releases", read_active(work / "releases"))
+    release = Release.load(work.releases, read_active(work.releases))
     served = release.model(KNOWLEDGE)
     model = next_model(work, served.backbone, served.recipe or KNOWLEDGE, options.model)
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     traffic = {candidates: _requests(dataset, candidates) for candidates in options.candidates}
     total = len(MODES) * options.requests * len(options.candidates)
     on_step("look at the machine", 0, total)

@@ -29,6 +29,7 @@ from kar_offline.train.features import EncodedDataset, encode_dataset
 from kar_offline.train.fit import TrainSettings, fit, predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
 from kar_offline.train.stage import Run, new_model, train_run
+from kar_offline.work_folder import WorkFolder
 
 __all__ = ["Options", "measure_training"]
 
@@ -147,7 +148,7 @@ def _fit_all(
 
 
 def measure_training(
-    work: Path, encodings: Path, options: Options, *, on_turn: Callable[[str, int, int], None]
+    work: WorkFolder, encodings: Path, options: Options, *, on_turn: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Time all implementations on fold 0 of `work`/dataset.
 
@@ -160,7 +161,7 @@ def measure_training(
         PreconditionError: the dataset or the encodings are missing.
         UnavailableError: FuxiCTR cannot be installed or broke down.
     """
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     data = encode_dataset(split_dataset(dataset, Protocol(), 0))
     busy = others_busy()
     versions = {"torch": str(torch.__version__)}

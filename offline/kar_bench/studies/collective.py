@@ -30,6 +30,7 @@ from kar_offline.prompts import read_prompts
 from kar_offline.stage_runner import run_stage
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.processes import in_processes
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import EntityKind
 
@@ -85,16 +86,16 @@ def lines(options: Options) -> list[Line]:
     return found
 
 
-def lend_texts(work: Path, base: str, line: Line, seed: int) -> Mapping[str, int]:
+def lend_texts(work: WorkFolder, base: str, line: Line, seed: int) -> Mapping[str, int]:
     """Write the encodings folder of a line as a stage, and return how many calls each kind of entity takes."""
 
     def build(draft: Path) -> dict[str, Any]:
-        counts = event_counts(Dataset.load(work / "dataset"))
+        counts = event_counts(work.read(Dataset))
         calls: dict[str, int] = {}
         for kind in EntityKind:
-            prompts = {prompt.id: prompt.raw_text for prompt in read_prompts(work / "prompts") if prompt.entity == kind}
-            header = json.loads((work / base / f"knowledge_{kind}.json").read_text())
-            raw, own = (np.load(work / base / f"{source}_{kind}.npy") for source in ("raw", "knowledge"))
+            prompts = {prompt.id: prompt.raw_text for prompt in read_prompts(work.prompts) if prompt.entity == kind}
+            header = json.loads((work.root / base / f"knowledge_{kind}.json").read_text())
+            raw, own = (np.load(work.root / base / f"{source}_{kind}.npy") for source in ("raw", "knowledge"))
             ids, lent = header["ids"], set(header.pop("lent", ()))
             own[np.isin(ids, list(lent))] = 0
             digests = zip(ids, header["text_sha256"], strict=True)
@@ -104,13 +105,13 @@ def lend_texts(work: Path, base: str, line: Line, seed: int) -> Mapping[str, int
             np.save(draft / f"knowledge_{kind}.npy", _lent(found, ids, own))
             (draft / f"knowledge_{kind}.json").write_text(json.dumps(header))
             for suffix in ("npy", "json"):
-                shutil.copyfile(work / base / f"raw_{kind}.{suffix}", draft / f"raw_{kind}.{suffix}")
+                shutil.copyfile(work.root / base / f"raw_{kind}.{suffix}", draft / f"raw_{kind}.{suffix}")
             calls[kind] = found.calls
         return calls
 
     params = {"share": line.share, "seed": seed, **WAYS[line.way]}
-    inputs = {"dataset": work / "dataset", "encoding": work / base, "prompts": work / "prompts"}
-    folder = work / line.encodings(base, seed)
+    inputs = {"dataset": work.dataset, "encoding": work.root / base, "prompts": work.prompts}
+    folder = work.root / line.encodings(base, seed)
     return run_stage(f"lend {folder.name}", folder, build, inputs=inputs, params=params, version=2).report
 
 
@@ -135,7 +136,7 @@ class _Scored(NamedTuple):
 
 
 def measure_collective(
-    work: Path,
+    work: WorkFolder,
     base: str,
     options: Options,
     settings: TrainSettings,
@@ -182,7 +183,7 @@ def measure_collective(
 
     in_processes(run_job, tasks, workers, hear)
 
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     scored: dict[Line, list[_Scored]] = {line: [] for line in chosen}
     rows, users = [], 0
     for fold in range(options.folds):

@@ -50,6 +50,7 @@ from kar_offline.train.fit import STATE, TrainSettings, fit, predict_logits
 from kar_offline.train.processes import in_processes
 from kar_offline.train.stage import Run, new_model
 from kar_offline.train.vectors import load_text_vectors
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import ITEM, EntityKind
 from kar_sidecar.errors import PreconditionError
@@ -142,7 +143,7 @@ def _kinds(arm: str) -> list[str]:
 class _Study(NamedTuple):
     """Where a study takes place."""
 
-    work: Path
+    work: WorkFolder
     base: str
     """Folder in `work` with the vectors of released and raw texts."""
     options: Options
@@ -150,7 +151,7 @@ class _Study(NamedTuple):
     @property
     def folder(self) -> Path:
         """Where its stages write."""
-        return self.work / "freshness" / f"{self.options.days}_days_from_{self.options.share:g}"
+        return self.work.root / "freshness" / f"{self.options.days}_days_from_{self.options.share:g}"
 
     def job_folder(self, job: Job) -> Path:
         """Where one training writes."""
@@ -160,12 +161,12 @@ class _Study(NamedTuple):
 
     def month(self) -> tuple[Month, EncodedDataset]:
         """The log and its arrays."""
-        folder = self.work / "dataset"
+        folder = self.work.dataset
         return _month(folder, folder_hash(folder), self.options.share, self.options.days)
 
     def life(self, arm: str, budget: int | None) -> SimulatedHistory:
         """What a budget buys for an arm."""
-        folder = self.work / "dataset"
+        folder = self.work.dataset
         return _life(folder, folder_hash(folder), self.options.share, self.options.days, arm, budget)
 
     def mornings(self, arm: str, budget: int | None, *, on_loans: bool = False) -> Mornings:
@@ -175,8 +176,8 @@ class _Study(NamedTuple):
             PreconditionError: texts about users and about items were encoded by different encoders.
         """
         (month, data), life = self.month(), self.life(arm, budget)
-        released, raw = (load_text_vectors(self.work / self.base, source, month.dataset) for source in SOURCES)
-        lent = lent_ids(self.work / self.base, "knowledge", "item")
+        released, raw = (load_text_vectors(self.work.root / self.base, source, month.dataset) for source in SOURCES)
+        lent = lent_ids(self.work.root / self.base, "knowledge", "item")
         own = torch.tensor([item.id not in lent for item in month.dataset.items])
         released = replace(released, item_present=released.item_present & own)
         versions = np.zeros((0, released.dim), np.float32)
@@ -184,7 +185,7 @@ class _Study(NamedTuple):
             about = self.user_texts()
             if about["encoder_id"] != released.encoder_id:
                 raise PreconditionError(
-                    f"{self.work / self.base} is of {released.encoder_id}, texts about users are of "
+                    f"{self.work.root / self.base} is of {released.encoder_id}, texts about users are of "
                     f"{about['encoder_id']}: encode both with one encoder"
                 )
             number = {key: at for at, key in enumerate(about["prompt_chars"])}
@@ -230,7 +231,7 @@ def _encode_user_texts(study: _Study, encoder: Callable[[], TextEncoder]) -> Sta
     about = {_key(call): call for life in lives.values() for call in life.versions}
 
     def build(draft: Path) -> dict[str, Any]:
-        dataset, renderer, made = study.month()[0].dataset, read_renderer(study.work / "prompts"), encoder()
+        dataset, renderer, made = study.month()[0].dataset, read_renderer(study.work.prompts), encoder()
         prompt_chars = {}
         for key, call in about.items():
             shown = _known(dataset, call)[-PROMPT_EVENTS:]
@@ -241,7 +242,7 @@ def _encode_user_texts(study: _Study, encoder: Callable[[], TextEncoder]) -> Sta
         (draft / "about.json").write_text(json.dumps(header) + "\n")
         return {"texts": len(about)}
 
-    inputs = {name: study.work / name for name in ("dataset", "prompts")}
+    inputs = {name: study.work.root / name for name in ("dataset", "prompts")}
     params = {"versions": sorted(about)}
     return run_stage("user texts", study.folder / USER_TEXTS, build, inputs=inputs, params=params, version=VERSION)
 
@@ -276,7 +277,7 @@ def run_job(task: Task, notify: Callable[[tuple[Job, int]], None]) -> StageResul
         (draft / STATE).unlink()
         return {"validation_loss": fitted.best.validation_loss, "best_epoch": fitted.best.number}
 
-    inputs = {"dataset": study.work / "dataset", "encoding": study.work / study.base}
+    inputs = {"dataset": study.work.dataset, "encoding": study.work.root / study.base}
     if "user" in _kinds(job.arm):
         inputs[USER_TEXTS] = study.folder / USER_TEXTS
     params = {"model": study.options.model, **job._asdict(), **settings.to_json()}
@@ -296,7 +297,7 @@ class _Scored(NamedTuple):
 
 
 def measure_freshness(
-    work: Path,
+    work: WorkFolder,
     base: str,
     options: Options,
     settings: TrainSettings,
@@ -417,10 +418,10 @@ class _Spending:
     @staticmethod
     def of(study: _Study) -> "_Spending":
         answers = {
-            kind: {record.id: len(record.text) for record in read_knowledge(study.work / "knowledge", kind)}
+            kind: {record.id: len(record.text) for record in read_knowledge(study.work.knowledge, kind)}
             for kind in EntityKind
         }
-        prompts = {one.id: len(one.prompt) for one in read_prompts(study.work / "prompts") if one.entity == "item"}
+        prompts = {one.id: len(one.prompt) for one in read_prompts(study.work.prompts) if one.entity == "item"}
         users = (study.folder / USER_TEXTS).is_dir()
         return _Spending(
             prompts,

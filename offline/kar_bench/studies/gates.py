@@ -38,6 +38,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.generate.pack import Pack
 from kar_offline.knowledge.records import read_knowledge, read_quarantine
 from kar_offline.prompts.scenario import Scenario, load_scenario
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 
 __all__ = ["CORRUPTIONS", "Corruption", "Material", "gates_table", "measure_gates"]
@@ -337,7 +338,7 @@ def _row(name: str, half: str, verdicts: Sequence[Sequence[records_pb2.Verdict]]
 
 
 def measure_gates(
-    work: Path,
+    work: WorkFolder,
     *,
     records: Path | None = None,
     pack: str = "ml-100k",
@@ -365,7 +366,7 @@ def measure_gates(
         PreconditionError: there is no dataset, or no knowledge in `records`.
     """
     scenario = scenario or load_scenario()
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     known = subjects(dataset, scenario, facts)
     released = Pack.load(pack)
     texts = {

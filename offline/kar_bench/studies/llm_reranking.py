@@ -32,6 +32,7 @@ from kar_offline.train.batches import BatchFeed
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.fit import Epoch, TrainSettings, knowledge_vectors, predict_logits
 from kar_offline.train.stage import Run, train_run
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER
 
 __all__ = ["ARMS_BESIDE", "Lists", "measure_direct", "read_order"]
@@ -129,7 +130,7 @@ async def _ask(llm: Provider, prompts: Sequence[str], on_answer: Callable[[], No
 
 
 def measure_direct(
-    work: Path,
+    work: WorkFolder,
     encodings: Path,
     llm: Provider,
     *,
@@ -149,7 +150,7 @@ def measure_direct(
         PreconditionError: the dataset or the encodings are missing.
         UnavailableError: the language model does not answer.
     """
-    dataset = split_dataset(Dataset.load(work / "dataset"), Protocol(), 0)
+    dataset = split_dataset(work.read(Dataset), Protocol(), 0)
     lists = Lists.of(dataset, users)
     answers = asyncio.run(_ask(llm, lists.prompts, on_answer))
     orders = [read_order(text, LIST_LENGTH) for text, _ in answers]

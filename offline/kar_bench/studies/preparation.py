@@ -12,6 +12,7 @@ from kar_offline.encode import encode
 from kar_offline.encoders.huggingface import ENCODERS
 from kar_offline.generate import Pack, generate
 from kar_offline.prompts import render_prompts
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, EntityKind
 from kar_sidecar.errors import InputError
 
@@ -21,7 +22,7 @@ DATASETS: Final = ("ml-100k", "ml-1m")
 
 
 def prepare(
-    work: Path, dataset: str, folder: Path | None, encoder: str, words: int | None = None, *, console: Console
+    work: WorkFolder, dataset: str, folder: Path | None, encoder: str, words: int | None = None, *, console: Console
 ) -> str:
     """Bring the stages of `dataset` in `work` up to date and return the name of the folder with the vectors.
 
@@ -42,7 +43,7 @@ def prepare(
             f"dataset {dataset!r} or encoder {encoder!r} is not known: choose from {', '.join(DATASETS)} and "
             f"{', '.join(ENCODERS)}"
         )
-    if (work / "dataset").is_dir() and (held := Dataset.load(work / "dataset").name) != dataset:
+    if work.dataset.is_dir() and (held := work.read(Dataset).name) != dataset:
         raise InputError(f"{work} holds {held}: name another folder for {dataset} with --work")
     if dataset == "ml-100k":
         build_dataset(work)

@@ -39,6 +39,7 @@ from kar_offline.stage_runner import stage_seconds
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.processes import in_processes
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.errors import PreconditionError
 
@@ -72,7 +73,7 @@ BROKEN_DOWN: Final = ("control", "raw_text", "knowledge", "neutral", "cf", "cf_k
 
 
 def train_jobs(
-    work: Path,
+    work: WorkFolder,
     protocol: Protocol,
     encodings: str,
     jobs: Sequence[Job],
@@ -87,7 +88,7 @@ def train_jobs(
         PreconditionError: the dataset or the encodings are missing, or a fold has nobody to test.
         UnavailableError: a worker process was killed; the next call goes on.
     """
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     for fold in sorted({job.fold for job in jobs}):
         if not len(split_dataset(dataset, protocol, fold).samples(TEST)):
             raise PreconditionError(f"fold {fold} has no test samples: deal users into fewer folds, or bring more")
@@ -169,7 +170,7 @@ class _Scored:
 
 
 def measure(
-    work: Path,
+    work: WorkFolder,
     protocol: Protocol,
     encodings: str,
     jobs: Sequence[Job],
@@ -186,7 +187,7 @@ def measure(
     where others have AUC, LogLoss, GAUC and ECE. Differences (in AUC, for rerankers in MAP) carry `mean`, `low`,
     `high`, the two-sided `p` and `p_holm`, corrected for all comparisons of the report.
     """
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     folds: dict[int, _Fold] = {}
     scored: dict[tuple[str, str], list[_Scored]] = {}
     confidence = _confidence(work)
@@ -254,11 +255,11 @@ def _metrics(test: _Fold | _Lists, scores: NDArray) -> dict[str, Any]:
     }
 
 
-def _confidence(work: Path) -> dict[str, str]:
+def _confidence(work: WorkFolder) -> dict[str, str]:
     """How sure the writer of an item's text was, by item id, where a text says so."""
-    if not (work / "knowledge").is_dir():
+    if not work.knowledge.is_dir():
         return {}
-    records = read_knowledge(work / "knowledge", "item")
+    records = read_knowledge(work.knowledge, "item")
     return {record.id: record.confidence for record in records if record.confidence in CONFIDENCES}
 
 

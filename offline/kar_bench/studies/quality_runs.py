@@ -28,6 +28,7 @@ from kar_offline.train.features import EncodedDataset, encode_dataset
 from kar_offline.train.fit import STATE, TrainSettings, predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
 from kar_offline.train.stage import InitialRanker, Run, new_model, rows, train_run
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError
 
 __all__ = [
@@ -89,10 +90,10 @@ class Job:
         arm = ARMS[self.arm]
         return COSTS.get(self.model, 1) * (1 + 0.5 * bool(arm.towers) + 2 * arm.learned_affinity)
 
-    def folder(self, work: Path, protocol: Protocol, encodings: str) -> Path:
+    def folder(self, work: WorkFolder, protocol: Protocol, encodings: str) -> Path:
         """Where its stage writes."""
         run = f"{self.model}_{self.arm}" + (f"_after_{self.ranker}" if self.ranker else "")
-        return work / "quality" / encodings / protocol.name / f"fold{self.fold}_seed{self.seed}" / run
+        return work.root / "quality" / encodings / protocol.name / f"fold{self.fold}_seed{self.seed}" / run
 
 
 def possible_arms(encodings: Path) -> list[str]:
@@ -149,15 +150,15 @@ def fold_data(folder: Path, content: str, protocol: Protocol, fold: int) -> Enco
     return encode_dataset(split_dataset(Dataset.load(folder), protocol, fold))
 
 
-Task = tuple[Path, Protocol, str, Job, TrainSettings]
+Task = tuple[WorkFolder, Protocol, str, Job, TrainSettings]
 """Work folder, protocol, name of the encodings' folder, the job, and settings whose seed is the job's."""
 
 
-def _data(work: Path, protocol: Protocol, fold: int) -> EncodedDataset:
-    return fold_data(work / "dataset", folder_hash(work / "dataset"), protocol, fold)
+def _data(work: WorkFolder, protocol: Protocol, fold: int) -> EncodedDataset:
+    return fold_data(work.dataset, folder_hash(work.dataset), protocol, fold)
 
 
-def _ranker_folder(work: Path, protocol: Protocol, job: Job) -> Path:
+def _ranker_folder(work: WorkFolder, protocol: Protocol, job: Job) -> Path:
     return Job(job.ranker, "initial", job.fold, job.seed).folder(work, protocol, "")
 
 
@@ -168,19 +169,21 @@ def train_ranker(task: Task, notify: Callable[[Any], None]) -> StageResult:
 
     def build(draft: Path) -> dict[str, Any]:
         run = Run(job.ranker, "control")
-        trained = train_run(_data(work, protocol, job.fold), work, run, settings, folder=draft)
+        trained = train_run(_data(work, protocol, job.fold), work.root, run, settings, folder=draft)
         save_file({name: value.contiguous() for name, value in trained.model.state_dict().items()}, draft / RANKER)
         (draft / STATE).unlink()
         return {"best_epoch": trained.fitted.best.number}
 
-    folder, inputs = _ranker_folder(work, protocol, job), {"dataset": work / "dataset"}
+    folder, inputs = _ranker_folder(work, protocol, job), {"dataset": work.dataset}
     params = {"protocol": protocol.name, "model": job.ranker, "fold": job.fold, **settings.to_json()}
     return run_stage(f"initial {job.ranker}", folder, build, inputs=inputs, params=params, version=VERSION)
 
 
-def _ranker(work: Path, protocol: Protocol, job: Job, data: EncodedDataset, settings: TrainSettings) -> InitialRanker:
+def _ranker(
+    work: WorkFolder, protocol: Protocol, job: Job, data: EncodedDataset, settings: TrainSettings
+) -> InitialRanker:
     run = Run(job.ranker, "control")
-    given = KnowledgeInputs.of(ARMS[run.arm], data, data.samples(TRAIN), work, seed=settings.seed)
+    given = KnowledgeInputs.of(ARMS[run.arm], data, data.samples(TRAIN), work.root, seed=settings.seed)
     model = new_model(run, data, given, settings)
     model.load_state_dict(load_file(_ranker_folder(work, protocol, job) / RANKER))
     return InitialRanker(model.eval(), given)
@@ -201,7 +204,7 @@ def run_job(task: Task, notify: Callable[[tuple[Job, int]], None]) -> StageResul
         ranker = _ranker(work, protocol, job, data, settings) if job.ranker else None
         trained = train_run(
             data,
-            work / encodings,
+            work.root / encodings,
             run,
             settings,
             folder=draft,
@@ -222,7 +225,7 @@ def run_job(task: Task, notify: Callable[[tuple[Job, int]], None]) -> StageResul
         fitted = trained.fitted
         return {"validation_loss": fitted.best.validation_loss, "best_epoch": fitted.best.number, **trained.sizes}
 
-    inputs = {"dataset": work / "dataset"} | ({"encoding": work / encodings} if arm.texts else {})
+    inputs = {"dataset": work.dataset} | ({"encoding": work.root / encodings} if arm.texts else {})
     params = {"protocol": protocol.name, "model": job.model, "arm": job.arm, "fold": job.fold, **settings.to_json()}
     params |= {"ranker": job.ranker} if job.ranker else {}
     folder = job.folder(work, protocol, encodings)

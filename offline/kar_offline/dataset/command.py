@@ -13,6 +13,7 @@ from kar_offline.dataset.movielens import build_dataset
 from kar_offline.dataset.splits import FOLDS, SEED
 from kar_offline.dataset.stage import Split
 from kar_offline.stage_runner import StageResult
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError
 
 __all__ = ["dataset"]
@@ -76,7 +77,7 @@ def dataset(
 
 
 def _build(
-    work: Path,
+    work: WorkFolder,
     name: Name,
     folder: Path | None,
     own: tuple[Path | None, Path | None, Path | None, Path | None],

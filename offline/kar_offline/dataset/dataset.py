@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from google.protobuf import json_format
@@ -43,6 +43,9 @@ class Dataset:
 
     Events are sorted by user row, then time, then item row; user u has the events `offsets[u]:offsets[u + 1]`.
     """
+
+    FOLDER: ClassVar[str] = "dataset"
+    """Its folder in a work folder."""
 
     name: str
     schema: records_pb2.FeatureSchema

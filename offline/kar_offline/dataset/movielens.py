@@ -12,7 +12,6 @@ import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import httpx
@@ -24,6 +23,7 @@ from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.splits import SEED, SPLITS, hash_fraction, split_of
 from kar_offline.dataset.stage import Split, write_dataset
 from kar_offline.stage_runner import StageResult
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError, IntegrityError, KarError, UnavailableError
 from kar_sidecar.wheel_cache import WheelArchive, fetch
 
@@ -311,7 +311,7 @@ def to_dataset(
 
 
 def build_dataset(
-    work: Path,
+    work: WorkFolder,
     users: int | None = None,
     seed: int = SEED,
     history_length: int = 30,

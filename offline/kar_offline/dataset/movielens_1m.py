@@ -15,6 +15,7 @@ from kar_offline.dataset.movielens import Movie, MovieLens, Person, Rating, to_d
 from kar_offline.dataset.splits import SEED
 from kar_offline.dataset.stage import Split, write_dataset
 from kar_offline.stage_runner import StageResult
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.errors import IntegrityError, NotFoundError
 
@@ -47,7 +48,7 @@ def read_folder(folder: Path) -> tuple[MovieLens, bool]:
 
 
 def build_movielens_1m(
-    work: Path,
+    work: WorkFolder,
     folder: Path,
     users: int | None = None,
     seed: int = SEED,

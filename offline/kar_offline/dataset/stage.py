@@ -12,6 +12,7 @@ import numpy as np
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.splits import FOLDS, SEED, SPLITS
 from kar_offline.stage_runner import RECORD, StageResult, run_stage
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError
 
 __all__ = ["Split", "extend_dataset", "write_dataset"]
@@ -34,7 +35,7 @@ class Split:
 
 
 def write_dataset(
-    work: Path,
+    work: WorkFolder,
     make: Callable[[], tuple[Dataset, Mapping[str, Any]]],
     *,
     split: Split,
@@ -63,12 +64,12 @@ def write_dataset(
         return {**about, **_report(dataset)}
 
     chosen = {"split": asdict(split), "history_length": history_length, **params}
-    return run_stage("dataset", work / "dataset", build, inputs={}, params=chosen, version=VERSION)
+    return run_stage("dataset", work.dataset, build, inputs={}, params=chosen, version=VERSION)
 
 
-def extend_dataset(work: Path, dataset: Dataset) -> StageResult:
+def extend_dataset(work: WorkFolder, dataset: Dataset) -> StageResult:
     """Write a dataset that `work`/dataset has grown into, split as that was; does nothing when it is there already."""
-    folder = work / "dataset"
+    folder = work.dataset
     known = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
     params = known.get("source", {}).get("params", {})
     grown = Split(**params["split"]).of(dataset) if "split" in params else dataset.split_by_user()

@@ -25,6 +25,7 @@ from kar_offline.dataset.mapping import EntityColumns, EventColumns, LogMapping,
 from kar_offline.dataset.stage import Split, write_dataset
 from kar_offline.dataset.table_file import TableColumn, read_columns
 from kar_offline.stage_runner import StageResult
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError
@@ -170,7 +171,7 @@ def _without_repeats(
 
 
 def build_tables(
-    work: Path,
+    work: WorkFolder,
     mapping: Path,
     events: Path,
     users: Path | None = None,

@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
@@ -25,6 +24,7 @@ from kar_offline.stage_runner import StageResult
 from kar_offline.train import DEFAULT_ARMS, DEFAULT_BACKBONES
 from kar_offline.train.command import train_with_progress
 from kar_offline.train.fit import TrainSettings
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.releases.manifest import read_active
 
 __all__ = ["REPORT", "SUMMARY", "run_demo"]
@@ -60,7 +60,9 @@ class _Walk:
         self._console.print(f"[bold]{name:>13}[/]  {state:>10}  {said}", highlight=False, soft_wrap=True)
 
 
-def run_demo(work: Path, *, users: int | None, requests: int, candidates: int, console: Console) -> dict[str, Any]:
+def run_demo(
+    work: WorkFolder, *, users: int | None, requests: int, candidates: int, console: Console
+) -> dict[str, Any]:
     """Run every stage below `work`, those that are up to date excepted; returns what `summary.json` holds.
 
     Args:
@@ -112,7 +114,7 @@ def run_demo(work: Path, *, users: int | None, requests: int, candidates: int, c
         )
         walk.step(
             "publish",
-            partial(publish, work, exported["release_id"], f"lmdb:{work / 'store'}"),
+            partial(publish, work, exported["release_id"], f"lmdb:{work.store}"),
             lambda r: f"{r['users']:,} users and {r['items']:,} items in {r['store']}",
         )
     with console.status("serve and rank ..."):
@@ -124,23 +126,23 @@ def run_demo(work: Path, *, users: int | None, requests: int, candidates: int, c
         "dataset": "MovieLens-100K",
         "samples": data["samples"],
         "positive_ratio": data["positive_ratio"],
-        "release_id": read_active(work / "releases"),
+        "release_id": read_active(work.releases),
         **{name: quality[name] for name in ("auc", "logloss", "gauc", "intervals", "caveats")},
         **online,
         "stages": walk.rows,
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}",
         "seconds": time.perf_counter() - began,
     }
-    (work / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    write_report(summary, work / REPORT)
+    (work.root / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    write_report(summary, work.root / REPORT)
     _say_what_next(work, summary["seconds"], console)
     return summary
 
 
-def _say_what_next(work: Path, seconds: float, console: Console) -> None:
+def _say_what_next(work: WorkFolder, seconds: float, console: Console) -> None:
     console.print(
-        f"\nDone in {seconds:.0f} s. Look at [bold]{work / REPORT}[/] and {work / SUMMARY}; every stage's folder lies "
-        f"in {work}.\nTry next:\n"
+        f"\nDone in {seconds:.0f} s. Look at [bold]{work.root / REPORT}[/] and {work.root / SUMMARY}; every stage's "
+        f"folder lies in {work}.\nTry next:\n"
         f"  kar prompts --show 2 --work {work}             what a language model would be asked\n"
         f"  kar generate --llm local --limit 3 --work {work}   ask one, here (and see why checks are needed)\n"
         f"  kar serve --work {work}                        then the five-line client of the README",

@@ -1,13 +1,12 @@
 """Owns `kar encode`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from kar_offline.cli_options import ConfigFile, JsonFile, settings_as_options, work_of, write_json
+from kar_offline.cli_options import ConfigFile, JsonFile, OptionalWork, settings_as_options, work_of, write_json
 from kar_offline.encode.stage import encode as run
 from kar_offline.encoders.make_encoder import make_encoder
 from kar_offline.settings import EncoderOptions
@@ -19,7 +18,7 @@ __all__ = ["encode"]
 @settings_as_options
 def encode(
     encoder: EncoderOptions,
-    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
+    work: OptionalWork = None,
     folder: Annotated[
         str | None, typer.Option(help="Folder in WORK for the vectors; default: encoding, for mpnet encoding_mpnet.")
     ] = None,

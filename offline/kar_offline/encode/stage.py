@@ -29,6 +29,7 @@ from kar_offline.knowledge.imputation import impute_from_neighbours, mean_of_nei
 from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.prompts import read_prompts
 from kar_offline.stage_runner import StageResult, run_stage
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 
@@ -61,7 +62,7 @@ class _Table(NamedTuple):
 
 
 def encode(
-    work: Path,
+    work: WorkFolder,
     encoder: TextEncoder,
     folder: str = "encoding",
     *,
@@ -86,7 +87,7 @@ def encode(
         InputError: `folder` is no name for vectors.
         PreconditionError: an earlier stage did not run, or made knowledge for another dataset.
     """
-    inputs = {name: work / name for name in ("dataset", "prompts", "knowledge")}
+    inputs = {name: work.root / name for name in ("dataset", "prompts", "knowledge")}
     for name, source in inputs.items():
         if not source.is_dir():
             raise PreconditionError(
@@ -94,7 +95,7 @@ def encode(
             )
     if not FOLDER.fullmatch(folder):
         raise InputError(f"{folder!r} cannot hold vectors: call the folder encoding, or encoding_ and a word")
-    former = work / folder
+    former = work.root / folder
 
     def build(draft: Path) -> Mapping[str, Any]:
         tables = _tables(work, kinds, words)
@@ -141,20 +142,20 @@ def lent_ids(folder: Path, source: str, kind: str) -> set[str]:
     return set(json.loads((folder / f"{source}_{kind}.json").read_text()).get("lent", ()))
 
 
-def _tables(work: Path, kinds: Sequence[str], words: int | None) -> dict[str, _Table]:
+def _tables(work: WorkFolder, kinds: Sequence[str], words: int | None) -> dict[str, _Table]:
     """What each array holds, by its name; nothing is known of kinds that are not asked for."""
 
     def cut(text: str) -> str:
         return " ".join(text.split()[:words]) if words else text
 
-    dataset = Dataset.load(work / "dataset")
-    prompts = read_prompts(work / "prompts")
+    dataset = work.read(Dataset)
+    prompts = read_prompts(work.prompts)
     tables = {}
     for kind, entities in (("item", dataset.items), ("user", dataset.users)):
         ids = [entity.id for entity in entities]
         asked = kind in kinds
-        records = read_knowledge(work / "knowledge", kind) if asked else []
-        clusters = read_clusters(work / "knowledge", kind) if asked else []
+        records = read_knowledge(work.knowledge, kind) if asked else []
+        clusters = read_clusters(work.knowledge, kind) if asked else []
         texts = {record.id: cut(record.text) for record in records}
         of_clusters = {cluster.id: cut(cluster.text) for cluster in clusters}
         raw = {prompt.id: cut(prompt.raw_text) for prompt in prompts if prompt.entity == kind and asked}

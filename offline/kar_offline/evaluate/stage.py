@@ -24,6 +24,7 @@ from kar_offline.train.features import FeatureEncodings, encode_dataset
 from kar_offline.train.fit import predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
 from kar_offline.train.stage import DEFAULT_BACKBONES
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import PreconditionError
 
 __all__ = ["EVALUATION", "NEUTRAL", "evaluate"]
@@ -35,12 +36,12 @@ VERSION: Final = 3
 ONE_SEED: Final = "One split and one seed: intervals cover the choice of test users, not of seeds."
 
 
-def _scores(work: Path, dataset: Dataset, backbone: str, arm: str) -> dict[str, NDArray]:
+def _scores(work: WorkFolder, dataset: Dataset, backbone: str, arm: str) -> dict[str, NDArray]:
     """Probabilities of one run on the test samples, for `knowledge` also without any knowledge."""
     trained = load_trained(work, backbone, arm)
     data = encode_dataset(dataset, FeatureEncodings(trained.encodings, trained.item_ids))
     samples, model = data.samples(TEST), trained.model
-    given = {arm: KnowledgeInputs.served(ARMS[arm], dataset, trained.affinity, work / "encoding", seed=trained.seed)}
+    given = {arm: KnowledgeInputs.served(ARMS[arm], dataset, trained.affinity, work.encoding, seed=trained.seed)}
     if arm == "knowledge":
         given[NEUTRAL] = given[arm].without(("user", "item"))
     return {
@@ -48,8 +49,8 @@ def _scores(work: Path, dataset: Dataset, backbone: str, arm: str) -> dict[str, 
     }
 
 
-def _evaluate(work: Path, backbones: Sequence[str], *, seed: int, resamples: int) -> dict[str, Any]:
-    dataset = Dataset.load(work / "dataset")
+def _evaluate(work: WorkFolder, backbones: Sequence[str], *, seed: int, resamples: int) -> dict[str, Any]:
+    dataset = work.read(Dataset)
     events = dataset.samples(TEST)
     if not len(events):
         raise PreconditionError("the dataset has no test users: build it with more users")
@@ -79,7 +80,7 @@ def _evaluate(work: Path, backbones: Sequence[str], *, seed: int, resamples: int
 
 
 def evaluate(
-    work: Path, backbones: Sequence[str] = DEFAULT_BACKBONES, *, seed: int = 0, resamples: int = 1000
+    work: WorkFolder, backbones: Sequence[str] = DEFAULT_BACKBONES, *, seed: int = 0, resamples: int = 1000
 ) -> StageResult:
     """Write `work`/evaluation/evaluation.json, which is also the stage's report.
 
@@ -91,7 +92,7 @@ def evaluate(
         PreconditionError: a model is not trained yet, or there are no test users.
     """
     runs = {f"{backbone}_{arm}": run_folder(work, backbone, arm) for backbone in backbones for arm in DEFAULT_ARMS}
-    inputs: Mapping[str, Path] = {"dataset": work / "dataset", "encoding": work / "encoding", **runs}
+    inputs: Mapping[str, Path] = {"dataset": work.dataset, "encoding": work.encoding, **runs}
 
     def build(draft: Path) -> dict[str, Any]:
         report = _evaluate(work, backbones, seed=seed, resamples=resamples)
@@ -99,4 +100,4 @@ def evaluate(
         return report
 
     params = {"backbones": list(backbones), "seed": seed, "resamples": resamples}
-    return run_stage("evaluate", work / "evaluation", build, inputs=inputs, params=params, version=VERSION)
+    return run_stage("evaluate", work.evaluation, build, inputs=inputs, params=params, version=VERSION)

@@ -30,6 +30,7 @@ from kar_offline.stage_runner import StageResult
 from kar_offline.train.arms import ARMS
 from kar_offline.train.checkpoint import TrainedModel, load_trained
 from kar_offline.train.vectors import TextVectors, load_text_vectors
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError
@@ -55,7 +56,7 @@ ADAPTOR: Final = "adaptor_{release}"
 
 
 def export(
-    work: Path,
+    work: WorkFolder,
     backbone: str,
     arm: str = "knowledge",
     *,
@@ -94,8 +95,8 @@ def export(
         raise InputError(f"precision {precision!r} is not known: choose from {', '.join(PRECISIONS)}")
     texts = ARMS[arm].texts
     knowledge, control = (load_trained(work, backbone, name) for name in (arm, "control"))
-    dataset = Dataset.load(work / "dataset")
-    vectors = load_text_vectors(work / "encoding", texts, dataset)
+    dataset = work.read(Dataset)
+    vectors = load_text_vectors(work.encoding, texts, dataset)
     if vectors.encoder_id != knowledge.encoder_id:
         raise IntegrityError(
             f"{backbone} was trained on vectors of {knowledge.encoder_id}, not {vectors.encoder_id}: train it again"
@@ -104,11 +105,11 @@ def export(
         raise IntegrityError(f"the two models of {backbone} read different features: train them again")
 
     _adaptor(knowledge).precision = precision
-    releases = work / "releases"
+    releases = work.releases
     draft = releases / f".{backbone}_{arm}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    lent = {kind: lent_ids(work / "encoding", texts, kind) for kind in TOWERS}
-    vector_error = _write_files(draft, work / "knowledge", knowledge, control, dataset, vectors, lent)
+    lent = {kind: lent_ids(work.encoding, texts, kind) for kind in TOWERS}
+    vector_error = _write_files(draft, work.knowledge, knowledge, control, dataset, vectors, lent)
     manifest = _manifest(draft, knowledge, control, dataset, vectors, texts)
     manifest.release_id = manifest_id(manifest)
     folder = releases / manifest.release_id

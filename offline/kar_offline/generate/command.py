@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kar_offline.check import facts_table
-from kar_offline.cli_options import ConfigFile, JsonFile, settings_as_options, work_of, write_json
+from kar_offline.cli_options import ConfigFile, JsonFile, OptionalWork, settings_as_options, work_of, write_json
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import build_dataset
 from kar_offline.generate.estimate import Estimate
@@ -26,6 +26,7 @@ from kar_offline.generate.stage import generate as run
 from kar_offline.knowledge.records import read_knowledge
 from kar_offline.prompts import read_prompts, read_scenario, render_prompts
 from kar_offline.settings import ProviderOptions
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError
 
@@ -46,7 +47,7 @@ class Name(StrEnum):
 @settings_as_options
 def generate(
     llm: ProviderOptions,
-    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
+    work: OptionalWork = None,
     dataset: Annotated[
         Name | None, typer.Option(help="Where WORK has no prompts yet: first run `kar dataset` and `kar prompts`.")
     ] = None,
@@ -82,7 +83,7 @@ def generate(
     work = work_of(work, config)
     if dataset is not None:
         _prepare(work, dataset, console)
-    provider = make_provider(llm, partial(read_scenario, work / "prompts"))
+    provider = make_provider(llm, partial(read_scenario, work.prompts))
     known = facts_table(facts) if facts else None
     sharing = _sharing(share, provider) if share is not None else None
     if dry_run:
@@ -93,7 +94,7 @@ def generate(
     demonstration = llm.provider == "local" and llm.gguf is None
     if demonstration:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
-    out = out or work / ("knowledge" if llm.provider == "pack" else f"knowledge-{llm.provider}")
+    out = out or work.folder("knowledge" if llm.provider == "pack" else f"knowledge-{llm.provider}")
     result = run(
         work,
         provider,
@@ -114,14 +115,14 @@ def generate(
     write_json(json_file, result.report)
 
 
-def _prepare(work: Path, dataset: Name, console: Console) -> None:
-    if (work / "dataset").is_dir():
-        if (held := Dataset.load(work / "dataset").name) != dataset:
+def _prepare(work: WorkFolder, dataset: Name, console: Console) -> None:
+    if work.dataset.is_dir():
+        if (held := work.read(Dataset).name) != dataset:
             raise InputError(f"{work} holds {held}: name another folder for {dataset} with --work")
     else:
         with console.status(f"fetching and reading {dataset}"):
             build_dataset(work)
-    if not (work / "prompts").is_dir():
+    if not work.prompts.is_dir():
         with console.status("rendering prompts"):
             render_prompts(work)
 
@@ -166,8 +167,8 @@ def _report(console: Console, report: dict[str, Any]) -> None:
         console.print(f"[bold yellow]stopped with {report['unanswered']:,} unanswered:[/] {report['stopped']}")
 
 
-def _show(console: Console, work: Path, out: Path, number: int) -> None:
-    asked = read_prompts(work / "prompts") if number else []
+def _show(console: Console, work: WorkFolder, out: Path, number: int) -> None:
+    asked = read_prompts(work.prompts) if number else []
     prompts: dict[tuple[str, str], str] = {(prompt.entity, prompt.id): prompt.prompt for prompt in asked}
     records = ((kind, record) for kind in EntityKind for record in read_knowledge(out, kind) if record.text)
     for kind, record in islice(records, number):

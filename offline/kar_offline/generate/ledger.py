@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from kar_offline.generate.provider import Answer, Failure, PendingBatch, Provider, Question, Reply
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import BudgetError, IntegrityError, PreconditionError
 from kar_sidecar.lock import held
@@ -239,7 +240,7 @@ class Ledger:
 
     @staticmethod
     @contextmanager
-    def open(work: Path, now: Callable[[], datetime]) -> Iterator["Ledger"]:
+    def open(work: WorkFolder, now: Callable[[], datetime]) -> Iterator["Ledger"]:
         """The ledger of `work`, for writing; what a killed process had under way becomes `uncertain`.
 
         Raises:
@@ -247,23 +248,23 @@ class Ledger:
             IntegrityError: the file is no ledger, or one of another version.
         """
         taken = PreconditionError(f"another process is generating for {work}: wait until it is done")
-        with held(work / f".{LEDGER}.lock", taken), closing(_connect(work / LEDGER)) as database:
+        with held(work.root / f".{LEDGER}.lock", taken), closing(_connect(work.ledger)) as database:
             with database:
                 database.execute("UPDATE requests SET state = 'uncertain' WHERE state = 'sent' AND handle = ''")
             yield Ledger(database, now)
 
     @staticmethod
     @contextmanager
-    def read(work: Path) -> Iterator["Ledger"]:
+    def read(work: WorkFolder) -> Iterator["Ledger"]:
         """The ledger of `work`, to look at; a run may go on writing meanwhile.
 
         Raises:
             PreconditionError: there is none.
             IntegrityError: as of `open`.
         """
-        if not (work / LEDGER).is_file():
+        if not work.ledger.is_file():
             raise PreconditionError(f"no ledger in {work}: no language model was asked there")
-        with closing(_connect(work / LEDGER)) as database:
+        with closing(_connect(work.ledger)) as database:
             yield Ledger(database, lambda: datetime.min)
 
     def time(self) -> str:

@@ -16,6 +16,7 @@ from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.generate.collective import event_counts, plan_calls
 from kar_offline.prompts import Prompt, Renderer, read_renderer
 from kar_offline.stage_runner import run_stage
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 
 __all__ = ["Shared", "Sharing", "share_calls"]
@@ -43,7 +44,7 @@ class Shared:
     """By kind and id, the neighbours of an entity, for where it has no text of its own or its text is refused."""
 
 
-def share_calls(work: Path, prompts: Sequence[Prompt], sharing: Sharing, on: date) -> Shared:
+def share_calls(work: WorkFolder, prompts: Sequence[Prompt], sharing: Sharing, on: date) -> Shared:
     """Choose which of `prompts` to ask by themselves, and which entities to ask about as clusters.
 
     Args:
@@ -56,7 +57,7 @@ def share_calls(work: Path, prompts: Sequence[Prompt], sharing: Sharing, on: dat
         InputError: the share is out of range.
     """
     vectors = _content(work, prompts, sharing.encoder)
-    renderer, dataset = read_renderer(work / "prompts", on), Dataset.load(work / "dataset")
+    renderer, dataset = read_renderer(work.prompts, on), work.read(Dataset)
     events = event_counts(dataset)
     own: list[Prompt] = []
     clusters: list[Prompt] = []
@@ -96,7 +97,7 @@ def _about_cluster(
     return renderer.cluster(USER, cluster_id, [dataset.users[row] for row in rows], histories)
 
 
-def _content(work: Path, prompts: Sequence[Prompt], encoder: TextEncoder) -> dict[str, NDArray[np.float32]]:
+def _content(work: WorkFolder, prompts: Sequence[Prompt], encoder: TextEncoder) -> dict[str, NDArray[np.float32]]:
     """Content vectors [prompts of the kind, D] by kind, in the order of `prompts`."""
     texts = {kind: [prompt.raw_text for prompt in prompts if prompt.entity == kind] for kind in EntityKind}
 
@@ -107,5 +108,5 @@ def _content(work: Path, prompts: Sequence[Prompt], encoder: TextEncoder) -> dic
         return {kind: len(of_kind) for kind, of_kind in texts.items()}
 
     params = {"encoder_id": encoder.encoder_id, "prompts": [prompt.prompt_sha256 for prompt in prompts]}
-    folder = run_stage("content", work / "content", build, inputs={}, params=params, version=1).folder
+    folder = run_stage("content", work.content, build, inputs={}, params=params, version=1).folder
     return {kind: np.load(folder / f"{kind}.npy") for kind in EntityKind}

@@ -17,7 +17,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.generate.batch import OpenAIBatch
 from kar_offline.generate.collective import CLUSTER_PREFIX
 from kar_offline.generate.estimate import Estimate, estimate
-from kar_offline.generate.ledger import LEDGER, CachedAnswer, Ledger
+from kar_offline.generate.ledger import CachedAnswer, Ledger
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.provider import Provider, Reply
 from kar_offline.generate.runner import (
@@ -40,6 +40,7 @@ from kar_offline.knowledge.records import (
 from kar_offline.prompts import Prompt, read_prompts, read_scenario
 from kar_offline.prompts.scenario import Scenario
 from kar_offline.stage_runner import StageResult, run_stage
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import EntityKind
 
 __all__ = ["cases_of", "estimate_run", "generate", "regenerate", "utc_now"]
@@ -60,7 +61,7 @@ def utc_now() -> datetime:
 
 
 def cases_of(
-    work: Path,
+    work: WorkFolder,
     kind: EntityKind | None,
     limit: int | None,
     facts: FactsTable | None,
@@ -72,16 +73,16 @@ def cases_of(
     Raises:
         PreconditionError: there are no prompts, or no dataset that they belong to.
     """
-    scenario = read_scenario(work / "prompts")
-    prompts = [prompt for prompt in read_prompts(work / "prompts") if kind in (None, prompt.entity)][:limit]
+    scenario = read_scenario(work.prompts)
+    prompts = [prompt for prompt in read_prompts(work.prompts) if kind in (None, prompt.entity)][:limit]
     shared = share_calls(work, prompts, sharing, on) if sharing else None
     case_of = _judged(work, scenario, facts)
     return [case_of(prompt) for prompt in ([*shared.own, *shared.clusters] if shared else prompts)], shared
 
 
-def _judged(work: Path, scenario: Scenario, facts: FactsTable | None) -> Callable[[Prompt], GenerationTask]:
+def _judged(work: WorkFolder, scenario: Scenario, facts: FactsTable | None) -> Callable[[Prompt], GenerationTask]:
     """Makes the case of a prompt, with what is known of its entity and what its texts must keep to."""
-    known = subjects(Dataset.load(work / "dataset"), scenario, facts)
+    known = subjects(work.read(Dataset), scenario, facts)
     rules = {kind: Rules.of(scenario, kind) for kind in EntityKind}
 
     def case_of(prompt: Prompt) -> GenerationTask:
@@ -94,7 +95,7 @@ def _judged(work: Path, scenario: Scenario, facts: FactsTable | None) -> Callabl
 
 
 def generate(
-    work: Path,
+    work: WorkFolder,
     provider: Provider,
     *,
     out: Path | None = None,
@@ -137,13 +138,13 @@ def generate(
         InputError: an endpoint refuses the requests.
     """
     cases, shared = cases_of(work, kind, limit, facts, sharing, now().date())
-    out = out or work / "knowledge"
+    out = out or work.knowledge
     uncertain, tally = 0, Tally()
     if isinstance(provider, Pack):
         asyncio.run(take_from_pack(cases, provider, now()))
     else:
         if retries is None:
-            retries = read_scenario(work / "prompts").limits.retries
+            retries = read_scenario(work.prompts).limits.retries
         with Ledger.open(work, now) as ledger:
             tally = _work_through(cases, provider, ledger, retries, budget_usd, console)
             uncertain = ledger.uncertain()
@@ -175,7 +176,7 @@ def generate(
         "share": sharing and [sharing.share, sharing.encoder.encoder_id],
         "answers": _digest(cases),
     }
-    result = run_stage("generate", out, build, inputs={"prompts": work / "prompts"}, params=params, version=3)
+    result = run_stage("generate", out, build, inputs={"prompts": work.prompts}, params=params, version=3)
     result.report.update(
         **_spent(tally),
         uncertain=uncertain,
@@ -184,7 +185,7 @@ def generate(
 
 
 def regenerate(
-    work: Path,
+    work: WorkFolder,
     provider: Provider,
     chosen: Sequence[tuple[EntityKind, str]],
     *,
@@ -220,9 +221,9 @@ def regenerate(
         UnavailableError: a language model stopped answering; the next run goes on where this one ended.
         InputError: an endpoint refuses the requests.
     """
-    folder = work / "knowledge"
-    prompts = {(prompt.entity, prompt.id): prompt for prompt in read_prompts(work / "prompts")}
-    scenario = read_scenario(work / "prompts")
+    folder = work.knowledge
+    prompts = {(prompt.entity, prompt.id): prompt for prompt in read_prompts(work.prompts)}
+    scenario = read_scenario(work.prompts)
     case_of = _judged(work, scenario, facts)
     former = {(kind, record.id): record for kind in EntityKind for record in read_knowledge(folder, kind)}
     cases = [case_of(prompts[key]) for key in chosen]
@@ -263,7 +264,7 @@ def regenerate(
         write_quarantine(draft, quarantined)
         return {"records": len(records) + len(quarantined), "quarantined": len(quarantined), "clusters": len(clusters)}
 
-    inputs = {"prompts": work / "prompts"}
+    inputs = {"prompts": work.prompts}
     result = run_stage("generate", folder, build, inputs=inputs, params={"refreshed": digest}, version=3)
     result.report.update(
         written=sum(former.get(key) != record for key, record in written.items()),
@@ -294,7 +295,7 @@ def _standing(case: GenerationTask, record: records_pb2.KnowledgeRecord) -> Gene
 
 
 def estimate_run(
-    work: Path,
+    work: WorkFolder,
     provider: Provider,
     *,
     kind: EntityKind | None = None,
@@ -306,7 +307,7 @@ def estimate_run(
     cases, _ = cases_of(work, kind, limit, None, sharing, now().date())
     if isinstance(provider, Pack):
         return Estimate(0, 0, 0, 0.0, 0.0, True)
-    if not (work / LEDGER).is_file():
+    if not work.ledger.is_file():
         return estimate(first_questions(cases, {}, now()), cases, provider, {})
     with Ledger.read(work) as ledger:
         questions = first_questions(cases, ledger.kept(provider.provenance), now())

@@ -16,13 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kar.records.v1 import records_pb2
-from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
+from kar_offline.cli_options import DEFAULT_WORK, JsonFile, OptionalWork, Work, once, refuse_unknown, write_json
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.generate.ledger import COLUMNS, Ledger, Spending
 from kar_offline.inspection.freshness import served_status, text_status
 from kar_offline.knowledge.records import read_knowledge, read_quarantine
 from kar_offline.prompts import Prompt, read_prompts
 from kar_offline.refresh.policy import Policy
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER, EntityKind
 from kar_sidecar.errors import NotFoundError
 from kar_sidecar.releases.manifest import Release, read_active
@@ -56,10 +57,10 @@ def show(
 ) -> None:
     """Print an entity's prompt, its text, where that comes from, what the gates found, and the texts next to it."""
     console = Console()
-    records = {record.id: record for record in read_knowledge(work / folder, kind)}
-    refused = {record.id: record for record in read_quarantine(work / folder) if record.entity == kind.number}
+    records = {record.id: record for record in read_knowledge(work.root / folder, kind)}
+    refused = {record.id: record for record in read_quarantine(work.root / folder) if record.entity == kind.number}
     record = records.get(entity_id) or refused.get(entity_id)
-    prompt = next((p for p in read_prompts(work / "prompts") if (p.entity, p.id) == (kind, entity_id)), None)
+    prompt = next((p for p in read_prompts(work.prompts) if (p.entity, p.id) == (kind, entity_id)), None)
     if record is None and prompt is None:
         raise NotFoundError(f"{work} knows no {kind} {entity_id!r}: name one of its dataset")
     if prompt is not None:
@@ -123,9 +124,11 @@ def _verdicts(record: records_pb2.KnowledgeRecord) -> Table:
     return table
 
 
-def _neighbours(work: Path, encoding: str, kind: EntityKind, entity_id: str, number: int) -> list[tuple[str, float]]:
+def _neighbours(
+    work: WorkFolder, encoding: str, kind: EntityKind, entity_id: str, number: int
+) -> list[tuple[str, float]]:
     """The entities whose texts' vectors have the largest cosine with this one's; none where nothing is encoded."""
-    path = work / encoding / f"knowledge_{kind}.npy"
+    path = work.root / encoding / f"knowledge_{kind}.npy"
     if not (path.is_file() and number):
         return []
     about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
@@ -191,7 +194,7 @@ def _numbers(row: Spending) -> dict[str, Any]:
 
 @knowledge.command()
 def status(
-    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
+    work: OptionalWork = None,
     store: Annotated[
         str | None,
         typer.Option(help="The store whose vectors are counted, too; default: lmdb:WORK/store, where there is one."),
@@ -206,9 +209,9 @@ def status(
     """Print how many entities have texts, how old those are, what is due, and the same of the vectors served."""
     console = Console()
     now = datetime.now(UTC)
-    settings = Settings.read(config, work=work, store=store)
-    work, url = settings.work, settings.store
-    texts = text_status(work, Policy(grown_by), now)
+    settings = Settings.read(config, work=work and work.root, store=store)
+    folder, url = WorkFolder(settings.work), settings.store
+    texts = text_status(folder, Policy(grown_by), now)
     table = Table("", "items", "users", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -216,10 +219,10 @@ def status(
     _section(table, "days since they were written", *(texts[kind]["age_days"] for kind in EntityKind))
     _section(table, "events since they were written", {}, texts[USER]["events_since"])
     served = None
-    if url != f"lmdb:{work / 'store'}" or (work / "store").is_dir():
-        chosen = Release.load(work / "releases", release or read_active(work / "releases"), verify=False)
+    if url != f"lmdb:{folder.root / 'store'}" or (folder.store).is_dir():
+        chosen = Release.load(folder.releases, release or read_active(folder.releases), verify=False)
         with closing(open_store(url, aerospike=settings.aerospike, readonly=True)) as opened:
-            served = served_status(Dataset.load(work / "dataset"), chosen, opened, round(now.timestamp() * 1000))
+            served = served_status(folder.read(Dataset), chosen, opened, round(now.timestamp() * 1000))
         kinds = [served[kind] for kind in EntityKind]
         _section(table, f"vectors of release {chosen.release_id}", *(about["levels"] for about in kinds))
         _section(table, "days since they were written", *(about["age_days"] for about in kinds))

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +14,7 @@ from kar_offline.dataset.entities import Entity
 from kar_offline.prompts import read_renderer
 from kar_offline.refresh.knowledge_state import entities_of, read_records, states
 from kar_offline.refresh.policy import Policy, Reason, State, due
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER, EntityKind
 from kar_sidecar.releases.manifest import Release
 from kar_sidecar.store import EntityKey, Store, vector_part
@@ -33,15 +33,15 @@ TIMEOUT_S: Final = 5.0
 """Of one such read."""
 
 
-def text_status(work: Path, policy: Policy, now: datetime) -> dict[str, Any]:
+def text_status(work: WorkFolder, policy: Policy, now: datetime) -> dict[str, Any]:
     """What is known of each kind of entities of a work folder: counts, ages of texts, growth of users' histories.
 
     Raises:
         PreconditionError: an earlier stage is missing.
         IntegrityError: one is corrupt.
     """
-    dataset, records = Dataset.load(work / "dataset"), read_records(work)
-    every = list(states(dataset, records, read_renderer(work / "prompts", now.date()), now))
+    dataset, records = work.read(Dataset), read_records(work)
+    every = list(states(dataset, records, read_renderer(work.prompts, now.date()), now))
     found = due(every, policy)
     report: dict[str, Any] = {}
     for kind, entities in entities_of(dataset).items():

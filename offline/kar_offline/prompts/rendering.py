@@ -38,6 +38,7 @@ from kar_offline.prompts.untrusted import (
     title_elsewhere,
 )
 from kar_offline.stage_runner import StageResult, run_stage
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 
@@ -398,7 +399,7 @@ def _counted(values: Sequence[tuple[str, int]], between: str) -> str:
     return between.join(f"{value} ({number})" for value, number in values)
 
 
-def render_prompts(work: Path, scenario: str | Path | None = None, on: date | None = None) -> StageResult:
+def render_prompts(work: WorkFolder, scenario: str | Path | None = None, on: date | None = None) -> StageResult:
     """Run the stage `prompts`: render the questions about `work`/dataset into `work`/prompts.
 
     The folder keeps the scenario and the templates, for `read_scenario` and `read_renderer`.
@@ -416,14 +417,14 @@ def render_prompts(work: Path, scenario: str | Path | None = None, on: date | No
     return _render(work, Renderer(load_scenario(scenario), on, own_templates(scenario)))
 
 
-def render_again(work: Path, on: date | None = None) -> StageResult:
+def render_again(work: WorkFolder, on: date | None = None) -> StageResult:
     """`render_prompts` with the scenario and the templates that `work`/prompts was made with."""
-    return _render(work, read_renderer(work / "prompts", on))
+    return _render(work, read_renderer(work.prompts, on))
 
 
-def _render(work: Path, renderer: Renderer) -> StageResult:
+def _render(work: WorkFolder, renderer: Renderer) -> StageResult:
     chosen = renderer.scenario
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
 
     def build(folder: Path) -> dict[str, Any]:
         prompts = list(renderer.render(dataset))
@@ -449,7 +450,7 @@ def _render(work: Path, renderer: Renderer) -> StageResult:
         # The days of a season make the same prompts.
         "seasons": [[season.name, day.isoformat()] for season, day in renderer.seasons],
     }
-    return run_stage("prompts", work / "prompts", build, inputs={"dataset": work / "dataset"}, params=params, version=2)
+    return run_stage("prompts", work.prompts, build, inputs={"dataset": work.dataset}, params=params, version=2)
 
 
 def _about(

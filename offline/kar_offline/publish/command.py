@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kar_offline.cli_options import JsonFile, write_json
+from kar_offline.cli_options import JsonFile, OptionalWork, write_json
 from kar_offline.publish.feature_update import publish_features
 from kar_offline.publish.stage import publish as publish_release
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.index.config import FLAT_UP_TO, IndexConfig, Kind
 from kar_sidecar.releases.manifest import read_active
 from kar_sidecar.settings import Settings
@@ -21,7 +22,7 @@ __all__ = ["publish"]
 
 
 def publish(
-    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
+    work: OptionalWork = None,
     release: Annotated[str | None, typer.Option(help="Release id; default: the active one.")] = None,
     store: Annotated[
         str | None,
@@ -50,16 +51,16 @@ def publish(
     Killed and started again, it goes on where it was.
     """
     console = Console()
-    settings = Settings.read(config, work=work, store=store)
-    work, url, aerospike = settings.work, settings.store, settings.aerospike
-    release_id = release or read_active(work / "releases")
+    settings = Settings.read(config, work=work and work.root, store=store)
+    folder, url, aerospike = WorkFolder(settings.work), settings.store, settings.aerospike
+    release_id = release or read_active(folder.releases)
     with Progress(console=console, transient=True) as progress:
         if features:
-            report = publish_features(work, release_id, url, features, aerospike=aerospike, progress=progress)
+            report = publish_features(folder, release_id, url, features, aerospike=aerospike, progress=progress)
             summary = f"{report['written']:,} of {report['records']:,} records were newer and are written to {url}"
         else:
             result = publish_release(
-                work,
+                folder,
                 release_id,
                 url,
                 aerospike=aerospike,

@@ -23,6 +23,7 @@ from pydantic import (
 from rich.progress import Progress
 
 from kar_offline.jsonl import each_line
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 from kar_sidecar.features import History
@@ -87,7 +88,7 @@ def _record(fresh: FreshEntity, release: Release) -> tuple[EntityKey, bytes]:
 
 
 def publish_features(
-    work: Path,
+    work: WorkFolder,
     release_id: str,
     store_url: str,
     file: Path,
@@ -109,7 +110,7 @@ def publish_features(
     began = time.perf_counter()
     if not file.is_file():
         raise InputError(f"{file} is not a file: name one with a JSON object a line")
-    release = Release.load(work / "releases", release_id)
+    release = Release.load(work.releases, release_id)
     shown = progress or Progress(disable=True)
     records = sum(1 for _ in shown.track(read_features(file, release), description="checking"))
     store = open_store(store_url, aerospike=aerospike)

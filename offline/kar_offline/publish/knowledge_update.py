@@ -24,6 +24,7 @@ from kar_offline.publish.stage import ReleasedEntities, expiries, vector_parts
 from kar_offline.train.arms import ARMS
 from kar_offline.train.knowledge_inputs import TEXT as TEXT_SEGMENT
 from kar_offline.train.knowledge_inputs import Components
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import IntegrityError, PreconditionError
 from kar_sidecar.features import History, schema_hash
@@ -69,7 +70,7 @@ class _Fresh:
 
 
 def publish_knowledge(
-    work: Path,
+    work: WorkFolder,
     release: Release,
     store: Store,
     *,
@@ -90,7 +91,7 @@ def publish_knowledge(
         IntegrityError: the release or the work folder's stages are corrupt.
         UnavailableError: the store does not answer.
     """
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     check_published(work, dataset, release, store)
     manifest = release.manifest
     written = {"features": _write_changed(store, FEATURES, _features(release, dataset, named), _later)}
@@ -114,11 +115,11 @@ def publish_knowledge(
         texts = ((EntityKey(kind, one.id), one.SerializeToString(deterministic=True)) for one in fresh.records)
         written["texts"] += store.write(TEXT, texts)
         if fresh.ids:
-            _index(work / "index" / release.release_id / kind, fresh, at_ms)
+            _index(work.index / release.release_id / kind, fresh, at_ms)
     return written
 
 
-def check_published(work: Path, dataset: Dataset, release: Release, store: Store) -> None:
+def check_published(work: WorkFolder, dataset: Dataset, release: Release, store: Store) -> None:
     """Check that fresh vectors of a work folder belong into a release's spaces, and that those are in the store.
 
     Raises:
@@ -129,12 +130,12 @@ def check_published(work: Path, dataset: Dataset, release: Release, store: Store
         raise PreconditionError(f"release {release.release_id} is not in this store: run `kar publish` first")
     if any(ARMS[model.recipe].texts not in ("", "knowledge") for model in manifest.models if model.recipe):
         raise PreconditionError(f"release {release.release_id} reads raw texts, not knowledge: name another --release")
-    header = work / "encoding" / "knowledge_item.json"
+    header = work.encoding / "knowledge_item.json"
     if not header.is_file():
         raise PreconditionError(f"{header} does not exist: run `kar encode` first")
     if (encoder_id := json.loads(header.read_text())["encoder_id"]) != manifest.encoder_id:
         raise PreconditionError(
-            f"{work / 'encoding'} is by {encoder_id}, release {release.release_id} by {manifest.encoder_id}: encode "
+            f"{work.encoding} is by {encoder_id}, release {release.release_id} by {manifest.encoder_id}: encode "
             "with the release's encoder, or export a new release"
         )
     if schema_hash(dataset.schema) != manifest.feature_schema_hash:
@@ -164,15 +165,15 @@ def _features(release: Release, dataset: Dataset, named: Collection[EntityKey]) 
             yield key, layout.encode(layout.row(user.features), written_at_ms=written_at_ms, history=history)
 
 
-def _fresh(work: Path, release: Release, dataset: Dataset, kind: EntityKind) -> _Fresh:
+def _fresh(work: WorkFolder, release: Release, dataset: Dataset, kind: EntityKind) -> _Fresh:
     """What a work folder knows of one kind of entities otherwise than a release."""
-    about = json.loads((work / "encoding" / f"knowledge_{kind}.json").read_text())
+    about = json.loads((work.encoding / f"knowledge_{kind}.json").read_text())
     ids, digests, lent = about["ids"], about["text_sha256"], set(about.get("lent", ()))
     if ids != [entity.id for entity in (dataset.users if kind == USER else dataset.items)]:
-        raise IntegrityError(f"{work / 'encoding'} does not fit the dataset: run `kar encode` again")
-    encoded = np.load(work / "encoding" / f"knowledge_{kind}.npy", mmap_mode="r")
-    records = {record.id: record for record in read_knowledge(work / "knowledge", kind)}
-    clusters = {record.id: record for record in read_clusters(work / "knowledge", kind)}
+        raise IntegrityError(f"{work.encoding} does not fit the dataset: run `kar encode` again")
+    encoded = np.load(work.encoding / f"knowledge_{kind}.npy", mmap_mode="r")
+    records = {record.id: record for record in read_knowledge(work.knowledge, kind)}
+    clusters = {record.id: record for record in read_clusters(work.knowledge, kind)}
     ends = expiries(records, clusters)
     released = ReleasedEntities.load(release, kind)
     former, vectors = released.texts_by_id, released.array("encoded")

@@ -23,6 +23,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.stage_runner import StageResult, folder_hash
 from kar_offline.train.arms import ARMS
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.features import History, schema_hash
@@ -56,7 +57,7 @@ Records = Iterator[tuple[EntityKey, bytes]]
 
 
 def publish(
-    work: Path,
+    work: WorkFolder,
     release_id: str,
     store_url: str,
     *,
@@ -82,9 +83,9 @@ def publish(
         UnavailableError: the store does not answer.
     """
     began = time.perf_counter()
-    release = Release.load(work / "releases", release_id)
-    dataset = Dataset.load(work / "dataset")
-    index = work / "index" / release_id
+    release = Release.load(work.releases, release_id)
+    dataset = work.read(Dataset)
+    index = work.index / release_id
     store = open_store(store_url, aerospike=aerospike)
     try:
         written = publish_release(
@@ -92,7 +93,7 @@ def publish(
             dataset,
             store,
             index,
-            dataset_hash=folder_hash(work / "dataset"),
+            dataset_hash=folder_hash(work.dataset),
             force=force,
             max_rate=max_rate,
             indexing=indexing,

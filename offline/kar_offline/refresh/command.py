@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kar_offline.check import facts_table
-from kar_offline.cli_options import ConfigFile, JsonFile, Offered, once, settings_as_options, write_json
+from kar_offline.cli_options import ConfigFile, JsonFile, Offered, OptionalWork, once, settings_as_options, write_json
 from kar_offline.encoders.make_encoder import make_encoder
 from kar_offline.generate.make_provider import make_provider
 from kar_offline.prompts import read_scenario
@@ -17,6 +17,7 @@ from kar_offline.refresh.policy import Policy, Reason
 from kar_offline.refresh.stage import Budget, kinds_read
 from kar_offline.refresh.stage import refresh as run
 from kar_offline.settings import EncoderOptions, ProviderOptions
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import EntityKind
 from kar_sidecar.releases.manifest import Release, read_active
 from kar_sidecar.settings import Settings
@@ -29,7 +30,7 @@ __all__ = ["refresh"]
 def refresh(
     llm: ProviderOptions,
     encoder: Annotated[EncoderOptions, Offered(("name", "base_url", "model"))],
-    work: Annotated[Path | None, typer.Option(help="Work folder.", show_default="var/demo")] = None,
+    work: OptionalWork = None,
     events: Annotated[Path | None, typer.Option(help='New events, one {USER, ITEM, "rating", "time"} a line.')] = None,
     entities: Annotated[
         Path | None,
@@ -62,14 +63,14 @@ def refresh(
 ) -> None:
     """Take in new events and items, have the texts that are due written anew, and publish them while readers go on."""
     console = Console()
-    settings = Settings.read(config, work=work, store=store)
-    work, url = settings.work, settings.store
-    provider = make_provider(llm, partial(read_scenario, work / "prompts"))
-    release_id = release or read_active(work / "releases")
+    settings = Settings.read(config, work=work and work.root, store=store)
+    folder, url = WorkFolder(settings.work), settings.store
+    provider = make_provider(llm, partial(read_scenario, folder.prompts))
+    release_id = release or read_active(folder.releases)
     asked = frozenset(one.value for one in once(kind))
-    kinds = asked or kinds_read(Release.load(work / "releases", release_id, verify=False))
+    kinds = asked or kinds_read(Release.load(folder.releases, release_id, verify=False))
     report = run(
-        work,
+        folder,
         provider,
         partial(make_encoder, encoder),
         release_id=release_id,

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -15,6 +14,7 @@ from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import read_knowledge
 from kar_offline.prompts import Renderer
 from kar_offline.refresh.policy import State
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 
 __all__ = ["Records", "entities_of", "read_records", "states", "traffic"]
@@ -35,9 +35,9 @@ def entities_of(dataset: Dataset) -> dict[EntityKind, list[Entity]]:
     return {ITEM: list(dataset.items), USER: list(dataset.users)}
 
 
-def read_records(work: Path) -> dict[EntityKind, dict[str, records_pb2.KnowledgeRecord]]:
+def read_records(work: WorkFolder) -> dict[EntityKind, dict[str, records_pb2.KnowledgeRecord]]:
     """The knowledge records of a work folder; errors as of `read_knowledge`."""
-    return {kind: {record.id: record for record in read_knowledge(work / "knowledge", kind)} for kind in EntityKind}
+    return {kind: {record.id: record for record in read_knowledge(work.knowledge, kind)} for kind in EntityKind}
 
 
 def traffic(dataset: Dataset) -> dict[EntityKind, NDArray[np.float64]]:

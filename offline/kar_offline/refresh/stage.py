@@ -25,7 +25,7 @@ from kar_offline.dataset.stage import extend_dataset
 from kar_offline.encode.stage import encode
 from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.generate.estimate import estimate
-from kar_offline.generate.ledger import LEDGER, CachedAnswer, Ledger, Usage
+from kar_offline.generate.ledger import CachedAnswer, Ledger, Usage
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.provider import Provider
 from kar_offline.generate.runner import GenerationTask, first_questions
@@ -36,6 +36,7 @@ from kar_offline.refresh.ingest import read_arrivals
 from kar_offline.refresh.knowledge_state import Records, read_records, states
 from kar_offline.refresh.policy import Policy, Reason, RefreshCandidate, due, most_valuable
 from kar_offline.stage_runner import settle
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import PreconditionError
 from kar_sidecar.lock import held
@@ -77,7 +78,7 @@ def kinds_read(release: Release) -> frozenset[str]:
 
 
 def plan(
-    work: Path,
+    work: WorkFolder,
     dataset: Dataset,
     records: Records,
     renderer: Renderer,
@@ -144,16 +145,16 @@ def plan(
     )
 
 
-def _answers(work: Path, provider: Provider) -> tuple[dict[str, CachedAnswer], dict[str, Usage]]:
+def _answers(work: WorkFolder, provider: Provider) -> tuple[dict[str, CachedAnswer], dict[str, Usage]]:
     """What a model answered before by prompt hash, and what its answers took by template."""
-    if isinstance(provider, Pack) or not (work / LEDGER).is_file():
+    if isinstance(provider, Pack) or not work.ledger.is_file():
         return {}, {}
     with Ledger.read(work) as ledger:
         return ledger.kept(provider.provenance), ledger.usage(provider.provenance)
 
 
 def refresh(
-    work: Path,
+    work: WorkFolder,
     provider: Provider,
     encoder: Callable[[], TextEncoder],
     *,
@@ -200,12 +201,14 @@ def refresh(
     """
     began = time.perf_counter()
     shown = console or Console(quiet=True)
-    with held(work / ".refresh.lock", PreconditionError(f"another refresh of {work} is under way: wait until it ends")):
+    with held(
+        work.root / ".refresh.lock", PreconditionError(f"another refresh of {work} is under way: wait until it ends")
+    ):
         at = now()
         for stage in ("dataset", "prompts", "knowledge", "encoding"):
-            settle(work / stage)
-        dataset = Dataset.load(work / "dataset")
-        renderer = read_renderer(work / "prompts", at.date())
+            settle(work.root / stage)
+        dataset = work.read(Dataset)
+        renderer = read_renderer(work.prompts, at.date())
         with shown.status("reading what is new"):
             title = renderer.scenario.item.title
             arrivals = read_arrivals(dataset, title, events=events, entities=entities, now=at)
@@ -222,7 +225,7 @@ def refresh(
             "dry_run": dry_run,
         }
         if not dry_run:
-            release = Release.load(work / "releases", release_id)
+            release = Release.load(work.releases, release_id)
             # Whatever would stop the way to the store is found before anything is paid for.
             with closing(store()) as opened:
                 check_published(work, grown, release, opened)

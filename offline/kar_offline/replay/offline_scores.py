@@ -4,8 +4,6 @@ Nothing of the release, the store or the sidecar takes part but the feature enco
 sides share.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,6 +16,7 @@ from kar_offline.train.batches import BatchFeed
 from kar_offline.train.features import FeatureEncodings, encode_dataset
 from kar_offline.train.fit import predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.experiments.assignment import ARMS, CONTROL, KNOWLEDGE
 
 __all__ = ["OfflineScorer"]
@@ -26,14 +25,14 @@ __all__ = ["OfflineScorer"]
 class OfflineScorer:
     """Scores slates as training would: the history is what the user did up to the prompt cut-off."""
 
-    def __init__(self, dataset: Dataset, backbone: str, work: Path, recipe: str = KNOWLEDGE) -> None:
+    def __init__(self, dataset: Dataset, backbone: str, work: WorkFolder, recipe: str = KNOWLEDGE) -> None:
         """Load the trained models of `backbone`: training arm `recipe` for the arm "knowledge", and the control."""
         self._dataset = dataset
         trained = {KNOWLEDGE: load_trained(work, backbone, recipe), CONTROL: load_trained(work, backbone, CONTROL)}
         self._models = {arm: trained[arm].model for arm in ARMS}
         features = FeatureEncodings(trained[CONTROL].encodings, trained[CONTROL].item_ids)
         self._encoded = encode_dataset(dataset, features)
-        encodings = work / "encoding"
+        encodings = work.encoding
         self._given = {
             arm: KnowledgeInputs.served(RECIPES[one.arm], dataset, one.affinity, encodings, seed=one.seed)
             for arm, one in trained.items()

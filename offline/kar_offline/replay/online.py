@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +18,7 @@ from kar_offline.evaluate.metrics import auc, paired_bootstrap
 from kar_offline.replay.offline_scores import OfflineScorer
 from kar_offline.replay.serving import ServingAddresses, serving
 from kar_offline.replay.slates import Slate, slates
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.client import KarClient, Ranking
 from kar_sidecar.errors import KarError, UnavailableError
 from kar_sidecar.experiments.assignment import ARMS
@@ -87,7 +87,7 @@ def _percentiles(values_ms: Iterable[float]) -> dict[str, float]:
 
 
 def replay_release(
-    work: Path, address: ServingAddresses | None, *, requests: int, candidates: int, seed: int, console: Console
+    work: WorkFolder, address: ServingAddresses | None, *, requests: int, candidates: int, seed: int, console: Console
 ) -> dict[str, Any]:
     """Measure the active release online (`replay`); without `address`, on a `kar serve` of its own.
 
@@ -95,8 +95,8 @@ def replay_release(
         PreconditionError: an earlier stage is missing.
         UnavailableError: serving does not answer.
     """
-    release = Release.load(work / "releases", read_active(work / "releases"), verify=False)
-    dataset = Dataset.load(work / "dataset")
+    release = Release.load(work.releases, read_active(work.releases), verify=False)
+    dataset = work.read(Dataset)
     served = release.model("knowledge")
     offline = OfflineScorer(dataset, served.backbone, work, served.recipe)
     with ExitStack() as stack:

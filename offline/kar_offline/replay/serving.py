@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError, UnavailableError
 from kar_sidecar.releases.serving_view import Mode
 
@@ -43,13 +44,13 @@ def read_ready_file(path: Path) -> ServingAddresses:
 
 
 @contextmanager
-def serving(work: Path, mode: Mode | None = None) -> Iterator[ServingAddresses]:
+def serving(work: WorkFolder, mode: Mode | None = None) -> Iterator[ServingAddresses]:
     """Serve the active release of a work folder until the block ends, in `mode` or as the settings say.
 
     Raises:
         UnavailableError: it did not get ready; the text names its log.
     """
-    folder = work / "serving"
+    folder = work.serving
     folder.mkdir(parents=True, exist_ok=True)
     ready, log = folder / "ready.json", folder / "serve.log"
     ready.unlink(missing_ok=True)

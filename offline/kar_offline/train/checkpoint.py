@@ -19,6 +19,7 @@ from kar_kernels import HybridExpertAdaptor
 from kar_offline.models import Adaptor, Backbone, CTRModel, Identity, InputSpec, build_backbone
 from kar_offline.train.features import FeatureEncodings
 from kar_offline.train.knowledge_inputs import AffinityInput
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import IntegrityError, PreconditionError
 
 __all__ = ["TrainedModel", "build_model", "load_trained", "run_folder", "save_trained"]
@@ -54,9 +55,9 @@ class TrainedModel:
         return CTRModel(self.backbone, self.adaptor).eval()
 
 
-def run_folder(work: Path, backbone: str, arm: str) -> Path:
+def run_folder(work: WorkFolder, backbone: str, arm: str) -> Path:
     """Where a run's stage writes."""
-    return work / "training" / f"{backbone}_{arm}"
+    return work.training / f"{backbone}_{arm}"
 
 
 def build_model(name: str, spec: InputSpec, categories: Tensor, adaptor: Mapping[str, Any] | None) -> CTRModel:
@@ -96,7 +97,7 @@ def save_trained(
     (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
 
 
-def load_trained(work: Path, backbone: str, arm: str) -> TrainedModel:
+def load_trained(work: WorkFolder, backbone: str, arm: str) -> TrainedModel:
     """Read the model that `train` made for a backbone and an arm, such as "dcnv2" and "knowledge".
 
     Raises:

@@ -1,6 +1,5 @@
 """Owns `kar train`."""
 
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -16,6 +15,7 @@ from kar_offline.train.distributed import Ranks
 from kar_offline.train.fit import Epoch, TrainSettings
 from kar_offline.train.stage import DEFAULT_BACKBONES, Run
 from kar_offline.train.stage import train as train_models
+from kar_offline.work_folder import WorkFolder
 
 __all__ = ["train", "train_with_progress"]
 
@@ -23,7 +23,7 @@ DEFAULTS: Final = TrainSettings()
 
 
 def train_with_progress(
-    work: Path, backbones: list[str], arms: list[str], settings: TrainSettings, workers: int, console: Console
+    work: WorkFolder, backbones: list[str], arms: list[str], settings: TrainSettings, workers: int, console: Console
 ) -> StageResult:
     """`kar_offline.train.train` with one progress line a run."""
     with Progress(

@@ -24,6 +24,7 @@ from kar_offline.train.fit import STATE, Epoch, Fitted, TrainSettings, fit, pred
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
 from kar_offline.train.learning_curves import write_curves
 from kar_offline.train.processes import in_processes
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError, PreconditionError
 
 __all__ = ["DEFAULT_BACKBONES", "InitialRanker", "Run", "Trained", "new_model", "rows", "train", "train_run"]
@@ -154,16 +155,16 @@ def _encoded(folder: Path, content: str) -> EncodedDataset:
     return encode_dataset(Dataset.load(folder))
 
 
-def _data(work: Path) -> EncodedDataset:
-    return _encoded(work / "dataset", folder_hash(work / "dataset"))
+def _data(work: WorkFolder) -> EncodedDataset:
+    return _encoded(work.dataset, folder_hash(work.dataset))
 
 
 def _train_one(
-    work: Path, run: Run, settings: TrainSettings, on_epoch: Callable[[Epoch], None], draft: Path
+    work: WorkFolder, run: Run, settings: TrainSettings, on_epoch: Callable[[Epoch], None], draft: Path
 ) -> dict[str, Any]:
     """Train one run into `draft` and report on its validation split."""
     data = _data(work)
-    trained = train_run(data, work / "encoding", run, settings, folder=draft, on_epoch=on_epoch)
+    trained = train_run(data, work.encoding, run, settings, folder=draft, on_epoch=on_epoch)
     fitted, given = trained.fitted, trained.given
     metrics = {
         "validation_loss": fitted.best.validation_loss,
@@ -185,15 +186,17 @@ def _train_one(
     return {**metrics, "epochs": len(fitted.epochs)}
 
 
-def _stage(task: tuple[Path, Run, TrainSettings], notify: Callable[[tuple[Run, Epoch]], None]) -> StageResult | None:
+def _stage(
+    task: tuple[WorkFolder, Run, TrainSettings], notify: Callable[[tuple[Run, Epoch]], None]
+) -> StageResult | None:
     """One run as a stage; its epochs go to `notify`. None in the processes that only help the first one."""
     work, run, settings = task
     folder, ranks = run_folder(work, run.backbone, run.arm), Ranks.current()
-    inputs = {"dataset": work / "dataset"} | ({"encoding": work / "encoding"} if ARMS[run.arm].texts else {})
+    inputs = {"dataset": work.dataset} | ({"encoding": work.encoding} if ARMS[run.arm].texts else {})
     params = {"backbone": run.backbone, "arm": run.arm, **settings.to_json()}
     if not ranks.first:
         if ranks.agree():
-            train_run(_data(work), work / "encoding", run, settings, folder=draft_of(folder))
+            train_run(_data(work), work.encoding, run, settings, folder=draft_of(folder))
         return None
 
     def build(draft: Path) -> dict[str, Any]:
@@ -206,13 +209,13 @@ def _stage(task: tuple[Path, Run, TrainSettings], notify: Callable[[tuple[Run, E
     return result
 
 
-def _refuse_leaks(work: Path) -> None:
+def _refuse_leaks(work: WorkFolder) -> None:
     """Check that no user's text knows a sample, as it does where the dataset was built again after `kar refresh`."""
-    if not (work / "knowledge" / "user.jsonl").is_file():
+    if not (work.knowledge / "user.jsonl").is_file():
         return
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     cutoffs = {user.id: int(cutoff) for user, cutoff in zip(dataset.users, dataset.cutoff, strict=True)}
-    for record in read_knowledge(work / "knowledge", "user"):
+    for record in read_knowledge(work.knowledge, "user"):
         if record.text and record.history_cutoff > cutoffs.get(record.id, record.history_cutoff):
             raise PreconditionError(
                 f"the text about user {record.id!r} was written from {record.history_cutoff} events, of which the "
@@ -222,7 +225,7 @@ def _refuse_leaks(work: Path) -> None:
 
 
 def train(
-    work: Path,
+    work: WorkFolder,
     backbones: Sequence[str] = DEFAULT_BACKBONES,
     arms: Sequence[str] = DEFAULT_ARMS,
     settings: TrainSettings | None = None,
@@ -260,4 +263,4 @@ def train(
     report = {run.name: result.report for run, result in zip(runs, results, strict=False)}
     ran = any(result.ran for result in results)
     seconds = time.perf_counter() - began if ran else max((r.seconds for r in results), default=0.0)
-    return StageResult("train", work / "training", ran, seconds, {"runs": report})
+    return StageResult("train", work.training, ran, seconds, {"runs": report})

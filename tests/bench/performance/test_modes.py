@@ -26,10 +26,10 @@ SETTINGS = TrainSettings(epochs=1, batch=64, dedicated_experts=1, shared_experts
 @pytest.fixture
 def trained(work):
     """The work folder with texts of all, and dcnv2 and din trained with knowledge and without."""
-    dataset = Dataset.load(work / "dataset")
-    (work / "knowledge").mkdir()
+    dataset = work.read(Dataset)
+    work.knowledge.mkdir()
     write_knowledge(
-        work / "knowledge",
+        work.knowledge,
         [
             records_pb2.KnowledgeRecord(id=one.id, entity=kind.number, text=f"About {one.id}.", template="factual/1")
             for kind, entities in ((USER, dataset.users), (ITEM, dataset.items))
@@ -43,7 +43,7 @@ def trained(work):
 @pytest.mark.service
 def test_both_modes_answer_and_a_trained_model_follows_in_both(trained, tmp_path):
     served = export(trained, "dcnv2").report["release_id"]
-    before = {path for path in trained.rglob("*") if path.is_file()}
+    before = {path for path in trained.root.rglob("*") if path.is_file()}
     file = tmp_path / "report.json"
     options = ["--candidates", "3", "--candidates", "8", "--requests", "12", "--json", str(file)]
     told = CliRunner().invoke(bench, ["modes", "--work", str(trained), *options], env={"COLUMNS": "120"})
@@ -75,8 +75,8 @@ def test_both_modes_answer_and_a_trained_model_follows_in_both(trained, tmp_path
     assert set(report["others_busy_cores"]) == {"before", "after"}
     assert "publish" in told.output
     # The work folder is as it was: one release, active, nothing published or served from it.
-    assert list_releases(trained / "releases") == [served] == [read_active(trained / "releases")]
-    assert {path for path in trained.rglob("*") if path.is_file()} == before | {file}
+    assert list_releases(trained.releases) == [served] == [read_active(trained.releases)]
+    assert {path for path in trained.root.rglob("*") if path.is_file()} == before | {file}
 
 
 @pytest.mark.unit

@@ -28,9 +28,9 @@ SETTINGS = TrainSettings(epochs=1, batch=64, dedicated_experts=1, shared_experts
 
 
 def feed(work, arm):
-    data = encode_dataset(Dataset.load(work / "dataset").split_by_user(fold=0, folds=5))
+    data = encode_dataset(work.read(Dataset).split_by_user(fold=0, folds=5))
     samples = data.samples(TRAIN)
-    given = KnowledgeInputs.of(ARMS[arm], data, samples, work / "encoding", seed=0)
+    given = KnowledgeInputs.of(ARMS[arm], data, samples, work.encoding, seed=0)
     return BatchFeed.of(data, samples, given)
 
 
@@ -67,7 +67,7 @@ def test_every_row_has_its_own_copy_of_an_entity(work):
 def test_ratios_are_of_the_rates_of_the_same_run(work, tmp_path):
     turns = []
     options = Options(models=("dcnv2",), rows=32, rounds=2, fit=False)
-    report = measure_training(work, work / "encoding", options, on_turn=lambda *turn: turns.append(turn))
+    report = measure_training(work, work.encoding, options, on_turn=lambda *turn: turns.append(turn))
     rate = {(r["arm"], r["implementation"], r["phase"]): r["samples_per_s"] for r in report["rows"]}
     assert len(rate) == 3 * 2 * 2
     assert len(turns) == 3 * len(rate)
@@ -82,7 +82,7 @@ def test_ratios_are_of_the_rates_of_the_same_run(work, tmp_path):
 
 def test_auc_is_of_a_control_trained_to_the_end_on_every_fold(work):
     options = Options(models=("dcnv2",), rows=32, rounds=1)
-    report = measure_training(work, work / "encoding", options, on_turn=lambda *turn: None)
+    report = measure_training(work, work.encoding, options, on_turn=lambda *turn: None)
     assert [(one["model"], one["implementation"], one["fold"]) for one in report["auc"]] == [
         ("dcnv2", "ours", fold) for fold in range(5)
     ]

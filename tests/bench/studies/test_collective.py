@@ -27,8 +27,8 @@ SMALL = Options(arms=("knowledge",), shares=(0.2,), model="dcn", folds=2)
 @pytest.fixture
 def asked(work):
     """The same with prompts about all items and users."""
-    (work / "prompts").mkdir()
-    with (work / "prompts" / "prompts.jsonl").open("w") as file:
+    work.prompts.mkdir()
+    with (work.prompts / "prompts.jsonl").open("w") as file:
         for kind, count in (("item", 30), ("user", 40)):
             for number in range(count):
                 id_ = f"i{number:02}" if kind == "item" else f"u{number}"
@@ -72,7 +72,7 @@ def test_with_one_lender_everybody_has_a_medoids_vector(asked):
     line = Line("knowledge", 0.2, "nearest")
     calls = lend_texts(asked, "encoding", line, 0)
     assert calls == {"item": 6, "user": 8}
-    own, lent = vectors(asked / "encoding"), vectors(asked / line.encodings("encoding", 0))
+    own, lent = vectors(asked.encoding), vectors(asked.root / line.encodings("encoding", 0))
     own = own / np.linalg.norm(own, axis=1, keepdims=True)
     lent = lent / np.linalg.norm(lent, axis=1, keepdims=True)
     nearest = (lent @ own.T).argmax(1)
@@ -83,11 +83,11 @@ def test_with_one_lender_everybody_has_a_medoids_vector(asked):
 
 
 def test_what_an_item_borrows_by_content_is_not_its_own(asked):
-    header = asked / "encoding" / "knowledge_item.json"
+    header = asked.encoding / "knowledge_item.json"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"lent": ["i03"]}))
     line = Line("knowledge", 1.0, "nearest")
     lend_texts(asked, "encoding", line, 0)
-    folder = asked / line.encodings("encoding", 0)
+    folder = asked.root / line.encodings("encoding", 0)
     about = json.loads((folder / "knowledge_item.json").read_text())
     assert [at for at, digest in enumerate(about["text_sha256"]) if digest is None] == [3]
     assert "lent" not in about
@@ -97,9 +97,9 @@ def test_what_an_item_borrows_by_content_is_not_its_own(asked):
 def test_the_head_keeps_its_vectors(asked):
     line = Line("knowledge", 0.2, "head")
     lend_texts(asked, "encoding", line, 0)
-    own, lent = vectors(asked / "encoding"), vectors(asked / line.encodings("encoding", 0))
+    own, lent = vectors(asked.encoding), vectors(asked.root / line.encodings("encoding", 0))
     same = np.isclose(own, lent).all(1)
-    dataset = Dataset.load(asked / "dataset")
+    dataset = asked.read(Dataset)
     shown = np.concatenate([dataset.event_item[dataset.prompt_events(row)] for row in range(40)])
     often = np.argsort(-np.bincount(shown, minlength=30), kind="stable")[: int(HEAD * 6)]
     assert same[often].all()
@@ -111,7 +111,7 @@ def test_the_raw_texts_vectors_come_along(asked):
     line = Line("both_texts", 0.2, "head")
     lend_texts(asked, "encoding", line, 0)
     for name in ("raw_item.npy", "raw_item.json", "knowledge_item.json"):
-        assert (asked / line.encodings("encoding", 0) / name).read_bytes() == (asked / "encoding" / name).read_bytes()
+        assert (asked.root / line.encodings("encoding", 0) / name).read_bytes() == (asked.encoding / name).read_bytes()
 
 
 def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(asked):
@@ -121,7 +121,7 @@ def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(aske
     )
     assert heard[-1][1:] == (0, 12, 12)
     assert len(report["rows"]) == 12
-    dataset = Dataset.load(asked / "dataset")
+    dataset = asked.read(Dataset)
     for row in report["rows"]:
         fold = dataset.split_by_user(fold=row["fold"], folds=2)
         events = fold.samples(TEST)

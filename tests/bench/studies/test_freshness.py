@@ -26,6 +26,7 @@ from kar_offline.train.arms import ARMS
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.fit import TrainSettings
 from kar_offline.train.vectors import TextVectors, torch
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER, EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 
@@ -216,12 +217,12 @@ def test_levels_by_hand(mornings):
 
 def prepare(work, dataset, refused=()):
     """All stages up to the vectors; items `refused` have no text."""
-    (work / "dataset").mkdir(parents=True)
-    dataset.save(work / "dataset")
+    work.dataset.mkdir(parents=True)
+    dataset.save(work.dataset)
     render_prompts(work)
-    (work / "knowledge").mkdir()
+    work.knowledge.mkdir()
     write_knowledge(
-        work / "knowledge",
+        work.knowledge,
         [
             records_pb2.KnowledgeRecord(
                 id=one.id, entity=EntityKind(kind).number, text=f"A text about {one.id}, {GENRES[at % 3]}"
@@ -240,7 +241,7 @@ def measure(work, options=SMALL):
 
 
 def test_the_report_tells_what_the_predictions_give_and_a_second_run_trains_nothing(tmp_path):
-    work = prepare(tmp_path, random_log())
+    work = prepare(WorkFolder(tmp_path), random_log())
     heard = []
     report = measure_freshness(
         work,
@@ -260,9 +261,9 @@ def test_the_report_tells_what_the_predictions_give_and_a_second_run_trains_noth
         Line("knowledge", 2, "trained"),
         *(Line("paper", budget, "never") for budget in (0, 2, None)),
     ]
-    month = Month.of(Dataset.load(work / "dataset"), share=0.5, days=3)
+    month = Month.of(work.read(Dataset), share=0.5, days=3)
     labels = month.dataset.labels[month.dataset.samples(TEST)]
-    folder = work / "freshness" / "3_days_from_0.5"
+    folder = work.root / "freshness" / "3_days_from_0.5"
     for row in report["rows"]:
         name = f"dcn_{row['arm']}_{'any' if row['budget'] is None else row['budget']}"
         name += ("_on_loans" if row["loans"] == "trained" else "") + "_seed0"
@@ -290,9 +291,9 @@ def test_the_report_tells_what_the_predictions_give_and_a_second_run_trains_noth
 
 
 def test_an_item_whose_released_text_was_refused_has_none_of_its_own(tmp_path):
-    work = prepare(tmp_path, random_log(), refused={"i05"})
+    work = prepare(WorkFolder(tmp_path), random_log(), refused={"i05"})
     report = measure(work, replace(SMALL, arms=("knowledge",), budgets=()))
-    month = Month.of(Dataset.load(work / "dataset"), share=0.5, days=3)
+    month = Month.of(work.read(Dataset), share=0.5, days=3)
     others = month.dataset.event_item[month.dataset.samples(TEST)] != 5
     [levels] = [e["levels"]["item"] for e in report["summary"] if e["arm"] == "knowledge" and e["budget"] is None]
     assert levels == {"full": others.mean(), "lent": 0, "neutral": (~others).mean()}
@@ -308,7 +309,7 @@ def test_the_scores_of_a_day_use_no_later_event(tmp_path):
     changed = replace(dataset, event_rating=rating.astype(np.float32), event_item=item.astype(np.int32))
     files = []
     for name, one in (("as_it_was", dataset), ("changed", changed)):
-        measure(prepare(tmp_path / name, one))
+        measure(prepare(WorkFolder(tmp_path / name), one))
         files.append(sorted((tmp_path / name / "freshness").rglob("predictions*.npy")))
     earlier = month.event_day[month.dataset.samples(TEST)] < month.end - 1
     assert 0 < earlier.sum() < len(earlier)
@@ -320,7 +321,7 @@ def test_the_scores_of_a_day_use_no_later_event(tmp_path):
 
 
 def test_the_command_writes_json_and_a_picture(tmp_path):
-    work = prepare(tmp_path / "work", random_log())
+    work = prepare(WorkFolder(tmp_path / "work"), random_log())
     options = ["freshness", "--dataset", "prepared", "--work", str(work), "--model", "dcn", "--arm", "knowledge"]
     more = ["--budget", "2", "--share", "0.5", "--days", "3", "--seed", "0", "--epochs", "1", "--workers", "0"]
     out = ["--usd-per-million", "1", "2", "--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "f.png")]

@@ -1,7 +1,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from tests.support.paths import DOCS
@@ -13,6 +12,7 @@ from kar_offline.check.facts import FactsTable, Film
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import write_knowledge, write_quarantine
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import PreconditionError
 
@@ -38,15 +38,15 @@ def text(number: int) -> str:
 
 
 @pytest.fixture
-def films(work: Path) -> Path:
+def films(work: WorkFolder) -> WorkFolder:
     """The work folder with named films, a pack about them and their viewers, and generated texts."""
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     items = [
         Entity(item.id, item.features, {"title": f"{film(at)} (1990)", "genres": ["Drama", "Romance"]})
         for at, item in enumerate(dataset.items)
     ]
-    replace(dataset, items=items).save(work / "dataset")
-    pack = work / "pack"
+    replace(dataset, items=items).save(work.dataset)
+    pack = work.root / "pack"
     pack.mkdir()
     (pack / "pack.toml").write_text('[templates]\nitem = "factual/1"\nuser = "reasoning/1"\n')
     lines = [{"id": item.id, "text": text(at)} for at, item in enumerate(items)]
@@ -58,13 +58,13 @@ def films(work: Path) -> Path:
         body = text(40 + row).split(". ", 1)[1]
         users.append({"id": user.id, "cutoff": 5, "text": f"A viewer fond of '{shown[0]}' and '{shown[1]}'. {body}"})
     (pack / "user.jsonl").write_text("".join(json.dumps(line) + "\n" for line in users))
-    (work / "written").mkdir()
+    (work.root / "written").mkdir()
     made = [
         records_pb2.KnowledgeRecord(id=items[at].id, entity=ITEM.number, template="factual/1", text=said)
         for at, said in ((2, text(2)), (3, f"{film(3)} (2015) is a drama that everybody must see."), (4, text(2)))
     ]
-    write_knowledge(work / "written", made[:1])
-    write_quarantine(work / "written", made[1:])
+    write_knowledge(work.root / "written", made[:1])
+    write_quarantine(work.root / "written", made[1:])
     return work
 
 
@@ -73,12 +73,12 @@ TABLE = FactsTable.of(
 )
 
 
-def test_released_generated_and_spoilt_texts_are_judged(films: Path) -> None:
+def test_released_generated_and_spoilt_texts_are_judged(films: WorkFolder) -> None:
     told: list[tuple[int, int]] = []
     report = measure_gates(
         films,
-        records=films / "written",
-        pack=str(films / "pack"),
+        records=films.root / "written",
+        pack=str(films.root / "pack"),
         facts=TABLE,
         most=5,
         on_text=lambda done, total: told.append((done, total)),
@@ -112,20 +112,20 @@ def test_released_generated_and_spoilt_texts_are_judged(films: Path) -> None:
     assert gates_table(report).renderables
 
 
-def test_the_pack_alone_is_judged_without_facts(films: Path) -> None:
-    report = measure_gates(films, pack=str(films / "pack"), most=1)
+def test_the_pack_alone_is_judged_without_facts(films: WorkFolder) -> None:
+    report = measure_gates(films, pack=str(films.root / "pack"), most=1)
     assert {row["texts"] for row in report["rows"]} == {"released, items", "released, users"}
     assert (report["facts"], report["accepted"], report["failures"]) == (None, [], [])
 
 
-def test_the_same_texts_are_spoilt_in_the_same_way_again(films: Path) -> None:
-    first, second = (measure_gates(films, pack=str(films / "pack"), facts=TABLE, most=3) for _ in range(2))
+def test_the_same_texts_are_spoilt_in_the_same_way_again(films: WorkFolder) -> None:
+    first, second = (measure_gates(films, pack=str(films.root / "pack"), facts=TABLE, most=3) for _ in range(2))
     assert first["corruptions"] == second["corruptions"]
 
 
-def test_a_folder_without_knowledge_is_refused(films: Path) -> None:
+def test_a_folder_without_knowledge_is_refused(films: WorkFolder) -> None:
     with pytest.raises(PreconditionError, match="no knowledge in"):
-        measure_gates(films, records=films / "dataset", pack=str(films / "pack"), most=1)
+        measure_gates(films, records=films.dataset, pack=str(films.root / "pack"), most=1)
 
 
 def table(name: str) -> list[list[str]]:

@@ -30,7 +30,7 @@ def test_an_order_is_read_from_what_a_model_says(text, order, complete):
 
 
 def test_lists_are_of_distinct_users_and_prompts_show_the_past_alone(titled):
-    dataset = Dataset.load(titled / "dataset").split_by_user(fold=0, folds=5)
+    dataset = titled.read(Dataset).split_by_user(fold=0, folds=5)
     every = rerank_lists(dataset, TEST, seed=0)
     lists = Lists.of(dataset, 3)
     events = every.event[lists.numbers, 0]
@@ -45,14 +45,14 @@ def test_lists_are_of_distinct_users_and_prompts_show_the_past_alone(titled):
 
 
 def test_a_model_that_knows_the_labels_is_perfect_and_ours_stand_beside_it(titled):
-    dataset = Dataset.load(titled / "dataset").split_by_user(fold=0, folds=5)
+    dataset = titled.read(Dataset).split_by_user(fold=0, folds=5)
     lists = Lists.of(dataset, 4)
     best = {
         prompt: ", ".join(str(at + 1) for at in np.argsort(-labels, kind="stable"))
         for prompt, labels in zip(lists.prompts, lists.labels, strict=True)
     }
     llm = ScriptedModel(best.__getitem__, model="oracle")
-    report = measure_direct(titled, titled / "encoding", llm, model="dlcm", users=4, settings=SETTINGS)
+    report = measure_direct(titled, titled.encoding, llm, model="dlcm", users=4, settings=SETTINGS)
     assert llm.asked == lists.prompts
     rows = {row["ranker"]: row for row in report["rows"]}
     assert list(rows) == ["oracle", "random order", "dlcm control", "dlcm knowledge"]

@@ -58,7 +58,7 @@ def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(work
     assert {job for job, epoch in seen if epoch == 0} == set(jobs)
     assert trained(work, jobs) == 0
     report = measure(work, PROTOCOL, "encoding", jobs, resamples=50)
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     users = set()
     for row in report["rows"]:
         fold = dataset.split_by_user(fold=row["fold"], folds=2)
@@ -111,7 +111,7 @@ def test_a_comparison_of_equal_predictions_is_no_difference(work):
     report = measure(work, PROTOCOL, "encoding", jobs, resamples=100)
     [entry] = [entry for entry in report["summary"] if entry["arm"] == "statistics"]
     assert entry["minus"]["control"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1}
-    labels = Dataset.load(work / "dataset").split_by_user(fold=0, folds=2)
+    labels = work.read(Dataset).split_by_user(fold=0, folds=2)
     events = labels.samples(TEST)
     np.save(folders["statistics"] / "predictions.npy", labels.labels[events] * 0.5 + 0.25)  # knows the answer
     [better] = [e for e in measure(work, PROTOCOL, "encoding", jobs)["summary"] if e["arm"] == "statistics"]
@@ -125,7 +125,7 @@ def test_rerankers_are_measured_on_lists(work):
     jobs = default_jobs(["setrank"], [], [0, 1], [0])
     trained(work, jobs)
     report = measure(work, PROTOCOL, "encoding", jobs, resamples=50)
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     for row in (row for row in report["rows"] if row["arm"] not in RUNGS):
         lists = rerank_lists(dataset.split_by_user(fold=row["fold"], folds=2), TEST, seed=0)
         scores = np.load(
@@ -143,16 +143,14 @@ def test_rerankers_are_measured_on_lists(work):
 def test_breakdowns_cover_every_sample_once(work):
     jobs = default_jobs(["dcn"], ["control"], [0, 1], [0])
     trained(work, jobs)
-    (work / "knowledge").mkdir()
-    write_knowledge(
-        work / "knowledge", [KnowledgeRecord(id="i03", entity=ITEM.number, text="A film.", confidence="low")]
-    )
+    work.knowledge.mkdir()
+    write_knowledge(work.knowledge, [KnowledgeRecord(id="i03", entity=ITEM.number, text="A film.", confidence="low")])
     report = measure(work, PROTOCOL, "encoding", jobs, resamples=10)
     by = {name: [entry for entry in report["breakdowns"] if entry["by"] == name] for name in (*BUCKETS, "confidence")}
     for buckets in by.values():
         assert sum(entry["samples"] for entry in buckets) == report["test"]["samples"]
         assert all(math.isnan(entry["auc"]) or 0 <= entry["auc"] <= 1 for entry in buckets)
-    dataset = Dataset.load(work / "dataset")
+    dataset = work.read(Dataset)
     tested = [dataset.split_by_user(fold=fold, folds=2).samples(TEST) for fold in range(2)]
     about = sum((dataset.event_item[events] == 3).sum() for events in tested)
     assert {entry["bucket"]: entry["samples"] for entry in by["confidence"]}["low"] == about
@@ -163,7 +161,7 @@ def test_a_bucket_of_one_fold_has_the_metrics_of_its_rows(work):
     [job] = jobs = default_jobs(["dcn"], ["control"], [0], [0])
     trained(work, jobs)
     report = measure(work, PROTOCOL, "encoding", jobs, resamples=10)
-    fold = Dataset.load(work / "dataset").split_by_user(fold=0, folds=2)
+    fold = work.read(Dataset).split_by_user(fold=0, folds=2)
     events = fold.samples(TEST)
     scores = np.load(job.folder(work, PROTOCOL, "encoding") / "predictions.npy")
     seen = np.bincount(fold.event_item[fold.event_split == TRAIN], minlength=30)[fold.event_item[events]]
@@ -230,8 +228,8 @@ def test_refusals(tmp_path, options):
 
 
 def test_arms_that_read_users_need_texts_about_users(work, tmp_path):
-    assert possible_arms(work / "encoding") == list(ARMS)
-    header = json.loads((work / "encoding" / "knowledge_user.json").read_text())
+    assert possible_arms(work.encoding) == list(ARMS)
+    header = json.loads((work.encoding / "knowledge_user.json").read_text())
     header["text_sha256"] = [None] * len(header["ids"])
     (tmp_path / "knowledge_user.json").write_text(json.dumps(header))
     possible = possible_arms(tmp_path)
@@ -245,14 +243,14 @@ def test_arms_that_read_users_need_texts_about_users(work, tmp_path):
 
 
 def test_a_fold_without_users_is_refused_before_training(work):
-    dataset, folds = Dataset.load(work / "dataset"), 500
+    dataset, folds = work.read(Dataset), 500
     empty = next(f for f in range(folds) if not len(dataset.split_by_user(fold=f, folds=folds).samples(TEST)))
     jobs = default_jobs(["dcn"], ["control"], [empty], [0])
     with pytest.raises(PreconditionError, match=f"fold {empty} has no test samples"):
         train_jobs(
             work, Protocol("user", folds), "encoding", jobs, SETTINGS, workers=0, on_epoch=lambda job, epoch: None
         )
-    assert not (work / "quality").exists()
+    assert not (work.root / "quality").exists()
 
 
 def test_a_work_folder_is_of_one_dataset(work):
@@ -266,7 +264,7 @@ def test_what_is_asked_twice_is_trained_once(work):
     twice = ["--model", "dcn", "--model", "dcn", "--arm", "control", "--arm", "control", "--seed", "1", "--seed", "1"]
     done = CliRunner().invoke(bench, [*options, *twice, "--epochs", "1", "--workers", "0"])
     assert done.exit_code == 0, done.output
-    assert len(list((work / "quality").rglob("predictions.npy"))) == 1
+    assert len(list((work.root / "quality").rglob("predictions.npy"))) == 1
 
 
 def test_a_share_of_the_training_users_is_a_protocol_of_its_own(work):
@@ -281,7 +279,7 @@ def test_a_share_of_the_training_users_is_a_protocol_of_its_own(work):
 
 
 def test_an_initial_ranker_puts_lists_in_its_order_and_predictions_stay_in_theirs(work):
-    data = encode_dataset(Dataset.load(work / "dataset").split_by_user(fold=0, folds=2))
+    data = encode_dataset(work.read(Dataset).split_by_user(fold=0, folds=2))
     given = KnowledgeInputs.of(ARMS["control"], data, data.samples(TRAIN), work, seed=0)
     torch.manual_seed(0)
     ranker = InitialRanker(new_model(Run("dcn", "control"), data, given, SETTINGS).eval(), given)

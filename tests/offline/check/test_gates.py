@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -11,6 +9,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import build_dataset, from_recbole
 from kar_offline.generate.pack import Pack
 from kar_offline.prompts.scenario import Scenario, load_scenario
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import UnavailableError
 
@@ -128,13 +127,13 @@ def test_the_form_of_released_texts_is_good() -> None:
 
 @pytest.fixture(scope="module")
 def movielens(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[EntityKind, str], Subject]:
-    work: Path = tmp_path_factory.mktemp("work")
+    work = WorkFolder(tmp_path_factory.mktemp("work"))
     try:
         build_dataset(work, sources={"wheel": from_recbole})
         table = facts_table("wikidata")
     except UnavailableError as error:
         pytest.skip(f"the data cannot be fetched: {error}")
-    return subjects(Dataset.load(work / "dataset"), MOVIES, table)
+    return subjects(work.read(Dataset), MOVIES, table)
 
 
 @pytest.mark.service

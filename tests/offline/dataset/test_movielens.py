@@ -28,6 +28,7 @@ from kar_offline.dataset.movielens import (
     verify,
 )
 from kar_offline.dataset.splits import SPLITS, split_of
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, UnavailableError
 from kar_sidecar.features import FeatureLayout
@@ -167,13 +168,13 @@ def test_when_no_source_serves_each_reason_is_told(tmp_path: Path) -> None:
         raise UnavailableError("it is silent")
 
     with pytest.raises(UnavailableError, match=r"one: it is silent; two: MovieLens-100K has"):
-        build_dataset(tmp_path, sources={"one": silent, "two": lambda: PARSED})
+        build_dataset(WorkFolder(tmp_path), sources={"one": silent, "two": lambda: PARSED})
     assert not (tmp_path / "dataset").exists()
 
 
 def test_an_empty_history_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="history"):
-        build_dataset(tmp_path, history_length=0, sources={})
+        build_dataset(WorkFolder(tmp_path), history_length=0, sources={})
 
 
 @contextmanager
@@ -214,8 +215,8 @@ def test_a_site_that_sends_something_else_is_unavailable(status: int, body: byte
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    work = tmp_path_factory.mktemp("work")
+def built(tmp_path_factory: pytest.TempPathFactory) -> WorkFolder:
+    work = WorkFolder(tmp_path_factory.mktemp("work"))
     try:
         build_dataset(work, sources={"wheel": from_recbole})
     except UnavailableError as error:
@@ -224,8 +225,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.service
-def test_the_real_data_give_the_published_samples(built: Path) -> None:
-    dataset = Dataset.load(built / "dataset")
+def test_the_real_data_give_the_published_samples(built: WorkFolder) -> None:
+    dataset = built.read(Dataset)
     samples = dataset.sample_events
     assert (len(dataset.event_item), len(dataset.users), len(dataset.items)) == (100_000, 943, 1_682)
     assert len(samples) == 77_277
@@ -235,7 +236,7 @@ def test_the_real_data_give_the_published_samples(built: Path) -> None:
 
 
 @pytest.mark.service
-def test_the_command_says_that_nothing_is_to_be_done(built: Path, tmp_path: Path) -> None:
+def test_the_command_says_that_nothing_is_to_be_done(built: WorkFolder, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(dataset_command)
     result = CliRunner().invoke(app, ["--work", str(built), "--json", str(tmp_path / "report.json")])
@@ -247,11 +248,11 @@ def test_the_command_says_that_nothing_is_to_be_done(built: Path, tmp_path: Path
 
 
 @pytest.mark.service
-def test_a_reduced_size_is_built_without_the_full_counts(built: Path, tmp_path: Path) -> None:
-    result = build_dataset(tmp_path, users=40, sources={"wheel": from_recbole})
+def test_a_reduced_size_is_built_without_the_full_counts(built: WorkFolder, tmp_path: Path) -> None:
+    result = build_dataset(WorkFolder(tmp_path), users=40, sources={"wheel": from_recbole})
     assert result.report["users"] == 40
     assert all(split["users"] > 0 for split in result.report["splits"].values())
-    small, full = Dataset.load(tmp_path / "dataset"), Dataset.load(built / "dataset")
+    small, full = Dataset.load(tmp_path / "dataset"), built.read(Dataset)
     split = {user.id: full.event_split[full.offsets[row]] for row, user in enumerate(full.users)}
     assert [split[small.users[row].id] for row in small.event_user] == small.event_split.tolist()
     assert set(small.event_item.tolist()) == set(range(len(small.items)))

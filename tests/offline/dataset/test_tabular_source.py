@@ -13,6 +13,7 @@ from kar_offline.dataset.command import dataset as dataset_command
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.mapping import load_mapping
 from kar_offline.dataset.tabular_source import build_tables, read_tables
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, NotFoundError
 from kar_sidecar.features import FeatureLayout
@@ -106,7 +107,7 @@ def test_csv_and_parquet_are_stored_alike(tmp_path: Path) -> None:
     for suffix in ("csv", "parquet"):
         columns = {"events": EVENTS, "users": USERS, "items": ITEMS}
         files = [write(tmp_path / f"{name}.{suffix}", table) for name, table in columns.items()]
-        build_tables(tmp_path / suffix, mapping(tmp_path, MAPPING + TABLES), *files)
+        build_tables(WorkFolder(tmp_path / suffix), mapping(tmp_path, MAPPING + TABLES), *files)
     for file in ("dataset.json", "users.jsonl", "items.jsonl", "events.npz"):
         one, other = ((tmp_path / suffix / "dataset" / file).read_bytes() for suffix in ("csv", "parquet"))
         assert one == other or file == "events.npz"
@@ -265,14 +266,14 @@ def test_a_mapping_is_checked(tmp_path: Path) -> None:
 def test_the_command_builds_once_and_leaves_nothing_behind_on_errors(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(dataset_command)
-    events, work = write(tmp_path / "events.csv", EVENTS), tmp_path / "work"
+    events, work = write(tmp_path / "events.csv", EVENTS), WorkFolder(tmp_path / "work")
     args = ["--events", str(events), "--mapping", str(mapping(tmp_path)), "--work", str(work)]
     assert "written" in CliRunner().invoke(app, args).output
     assert "up to date" in " ".join(CliRunner().invoke(app, args).output.split())
-    before = (work / "dataset" / "events.npz").read_bytes()
+    before = (work.dataset / "events.npz").read_bytes()
     write(events, changed("at", 0, "never"))
     assert isinstance(CliRunner().invoke(app, args).exception, InputError)
-    assert (work / "dataset" / "events.npz").read_bytes() == before
+    assert (work.dataset / "events.npz").read_bytes() == before
     write(events, EVENTS)
     assert "up to date" in " ".join(CliRunner().invoke(app, args).output.split())
     assert isinstance(CliRunner().invoke(app, args[:2]).exception, InputError)

@@ -11,6 +11,7 @@ from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.evaluate import evaluate, evaluation_table
 from kar_offline.train import TrainSettings, train
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER
 from kar_sidecar.errors import PreconditionError
 
@@ -23,7 +24,7 @@ ROWS = {"control", "raw_text", "knowledge", "neutral"}
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
+    folder = WorkFolder(tmp_path_factory.mktemp("work"))
     rng = np.random.default_rng(0)
     user = np.repeat(np.arange(USERS), ITEMS)
     dataset = Dataset(
@@ -42,16 +43,16 @@ def work(tmp_path_factory):
         event_split=np.repeat([TRAIN] * 12 + [VALIDATION] * 2 + [TEST] * 6, ITEMS).astype(np.uint8),
         positive_above=3,
     )
-    (folder / "dataset").mkdir()
-    dataset.save(folder / "dataset")
-    (folder / "encoding").mkdir()
+    folder.dataset.mkdir()
+    dataset.save(folder.dataset)
+    folder.encoding.mkdir()
     for source in ("knowledge", "raw"):
         for kind, entities in (("user", dataset.users), ("item", dataset.items)):
             vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
-            np.save(folder / "encoding" / f"{source}_{kind}.npy", vectors)
+            np.save(folder.encoding / f"{source}_{kind}.npy", vectors)
             ids = [entity.id for entity in entities]
             header = {"encoder_id": "e", "dim": DIM, "ids": ids, "text_sha256": ids}
-            (folder / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
+            (folder.encoding / f"{source}_{kind}.json").write_text(json.dumps(header))
     return folder
 
 
@@ -61,7 +62,7 @@ def test_evaluation_of_all_arms(work):
     train(work, ["dcnv2"], settings=SMALL, workers=0)
     result = evaluate(work, ["dcnv2"], resamples=50)
     assert result.ran
-    report = json.loads((work / "evaluation" / "evaluation.json").read_text())
+    report = json.loads((work.evaluation / "evaluation.json").read_text())
     assert report == result.report
     for metric in ("auc", "logloss", "gauc", "calibration"):
         assert report[metric]["dcnv2"].keys() == ROWS

@@ -25,6 +25,7 @@ from kar_offline.export.command import export as export_command
 from kar_offline.train.checkpoint import build_model, load_trained, run_folder, save_trained
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.knowledge_inputs import AffinityInput
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
@@ -68,14 +69,14 @@ def write_encoding(work, kind, entities, encoder_id="encoder/1"):
     rng = np.random.default_rng(len(kind))
     present = [entity.id != WITHOUT_TEXT[kind] for entity in entities]
     vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32) * np.array(present)[:, None]
-    np.save(work / "encoding" / f"knowledge_{kind}.npy", vectors.astype(np.float32))
+    np.save(work.encoding / f"knowledge_{kind}.npy", vectors.astype(np.float32))
     header = {
         "encoder_id": encoder_id,
         "dim": DIM,
         "ids": [entity.id for entity in entities],
         "text_sha256": ["00" if known else None for known in present],
     }
-    (work / "encoding" / f"knowledge_{kind}.json").write_text(json.dumps(header))
+    (work.encoding / f"knowledge_{kind}.json").write_text(json.dumps(header))
 
 
 def write_knowledge(work, kind, entities):
@@ -86,7 +87,7 @@ def write_knowledge(work, kind, entities):
         for template in ["reasoning" if kind == "user" else "factual"]
     ]
     lines = [json.dumps(json_format.MessageToDict(r, preserving_proto_field_name=True)) for r in records]
-    (work / "knowledge" / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+    (work.knowledge / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def write_training(work, dataset, backbone, seed=1, towers=("user", "item")):
@@ -115,11 +116,11 @@ def write_training(work, dataset, backbone, seed=1, towers=("user", "item")):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
+    work = WorkFolder(tmp_path_factory.mktemp("work"))
     for name in ("dataset", "encoding", "knowledge"):
-        (work / name).mkdir()
+        (work.root / name).mkdir()
     dataset = make_dataset()
-    dataset.save(work / "dataset")
+    dataset.save(work.dataset)
     for kind, entities in (("user", dataset.users), ("item", dataset.items)):
         write_encoding(work, kind, entities)
         write_knowledge(work, kind, entities)
@@ -131,14 +132,15 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def work(finished, tmp_path):
     """A copy of the finished stages, to spoil."""
-    return shutil.copytree(finished, tmp_path / "work", ignore=shutil.ignore_patterns("releases"))
+    copied = shutil.copytree(finished.root, tmp_path / "work", ignore=shutil.ignore_patterns("releases"))
+    return WorkFolder(copied)
 
 
 @pytest.fixture(scope="module")
 def exported(finished):
     """One export of dcnv2, only read."""
     result = export(finished, "dcnv2", cores=2, now_s=lambda: 1_700_000_000.5)
-    return result, Release.load(finished / "releases", result.report["release_id"])
+    return result, Release.load(finished.releases, result.report["release_id"])
 
 
 def test_the_manifest_ties_everything(exported):
@@ -180,7 +182,7 @@ def test_the_manifest_ties_everything(exported):
 
 def test_a_release_of_one_tower_has_vectors_of_that_kind_alone(work):
     write_training(work, make_dataset(), "dcnv2", towers=("item",))
-    release = Release.load(work / "releases", export(work, "dcnv2", cores=2).report["release_id"])
+    release = Release.load(work.releases, export(work, "dcnv2", cores=2).report["release_id"])
     assert release.towers == (ITEM,)
     assert not (release.folder / "vectors" / "user_adapted.npy").exists()
     assert (release.folder / "vectors" / "user_encoded.npy").exists()
@@ -191,15 +193,15 @@ def test_a_release_of_one_tower_has_vectors_of_that_kind_alone(work):
 
 
 def test_what_is_lent_and_clusters_texts_come_along(work):
-    header = work / "encoding" / "knowledge_item.json"
+    header = work.encoding / "knowledge_item.json"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"lent": ["i6", "i3"]}))
     loan = records_pb2.Loan(id="cluster/0", weight=1)
-    lines = (work / "knowledge" / "item.jsonl").read_text().splitlines()
+    lines = (work.knowledge / "item.jsonl").read_text().splitlines()
     borrowing = json_format.MessageToJson(records_pb2.KnowledgeRecord(id="i3", loans=[loan]), indent=None)
-    (work / "knowledge" / "item.jsonl").write_text("\n".join([lines[0], borrowing]) + "\n")
+    (work.knowledge / "item.jsonl").write_text("\n".join([lines[0], borrowing]) + "\n")
     cluster = json.dumps({"id": "cluster/0", "text": "These films are short.", "template": "cluster/4"}) + "\n"
-    (work / "knowledge" / "item_clusters.jsonl").write_text(cluster)
-    release = Release.load(work / "releases", export(work, "dcnv2", cores=2).report["release_id"])
+    (work.knowledge / "item_clusters.jsonl").write_text(cluster)
+    release = Release.load(work.releases, export(work, "dcnv2", cores=2).report["release_id"])
     assert (release.folder / "vectors" / "item_lent.txt").read_text().split() == ["i3", "i6"]
     assert (release.folder / "vectors" / "user_lent.txt").read_text() == ""
     assert (release.folder / "vectors" / "item_ids.txt").read_text().split() == ["i1", "i3", "i4", "i5", "i6", "i7"]
@@ -220,7 +222,7 @@ def test_vectors_are_those_of_entities_with_text(exported, finished):
     adaptor = HybridExpertAdaptor.load(release.folder / "adaptor.safetensors")
     for kind, ids in (("user", "u1 u2 u4 u5"), ("item", "i1 i3 i4 i5 i6 i7")):
         assert (vectors / f"{kind}_ids.txt").read_text().split() == ids.split()
-        source = np.load(finished / "encoding" / f"knowledge_{kind}.npy")
+        source = np.load(finished.encoding / f"knowledge_{kind}.npy")
         encoded = np.load(vectors / f"{kind}_encoded.npy")
         np.testing.assert_array_equal(encoded, np.delete(source, 2 if kind == "user" else 1, axis=0))
         with torch.inference_mode():
@@ -232,7 +234,7 @@ def test_vectors_are_those_of_entities_with_text(exported, finished):
 
 @pytest.mark.parametrize("name", ["dcnv2", "prm"])
 def test_onnx_models_score_as_the_trained_ones(name, work):
-    release = Release.load(work / "releases", export(work, name).report["release_id"])
+    release = Release.load(work.releases, export(work, name).report["release_id"])
     rng = np.random.default_rng(0)
     inputs = {
         "history_item": rng.integers(0, 7, (2, 3)),
@@ -278,14 +280,14 @@ def test_a_second_export_does_nothing_and_another_clock_or_machine_changes_no_id
     again = export(work, "dcnv2", cores=64, now_s=lambda: 2.0)
     assert (first.ran, again.ran) == (True, False)
     assert again.report["release_id"] == first.report["release_id"]
-    assert Release.load(work / "releases", first.report["release_id"]).manifest.created_at.seconds == 1
+    assert Release.load(work.releases, first.report["release_id"]).manifest.created_at.seconds == 1
     shutil.rmtree(first.folder)
     assert export(work, "dcnv2", cores=64, now_s=lambda: 2.0).report["release_id"] == first.report["release_id"]
-    assert list_releases(work / "releases") == [first.report["release_id"]]
+    assert list_releases(work.releases) == [first.report["release_id"]]
 
 
 def test_the_first_release_is_active_and_others_on_demand(work):
-    releases = work / "releases"
+    releases = work.releases
     first, second = (export(work, backbone) for backbone in ("dcnv2", "din"))
     assert (first.report["active"], second.report["active"]) == (True, False)
     assert read_active(releases) == first.report["release_id"]
@@ -299,7 +301,7 @@ def test_other_weights_make_another_release_in_another_adapted_space(work):
     write_training(work, make_dataset(), "dcnv2", seed=2)
     after = export(work, "dcnv2")
     assert after.ran
-    old, new = (Release.load(work / "releases", one.report["release_id"]).manifest for one in (before, after))
+    old, new = (Release.load(work.releases, one.report["release_id"]).manifest for one in (before, after))
     assert old.release_id != new.release_id
     assert old.adapted_space.space_id != new.adapted_space.space_id
     assert old.encoded_space == new.encoded_space
@@ -308,19 +310,19 @@ def test_other_weights_make_another_release_in_another_adapted_space(work):
 @pytest.mark.parametrize("place", ["backbones/knowledge.onnx", "triton/cpu/adaptor_{id}/config.pbtxt"])
 def test_a_spoiled_file_is_named_and_mended_by_exporting_again(place, work):
     id_ = export(work, "dcnv2").report["release_id"]
-    file = work / "releases" / id_ / place.format(id=id_)
+    file = work.releases / id_ / place.format(id=id_)
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     with pytest.raises(IntegrityError, match=file.name):
-        Release.load(work / "releases", id_)
+        Release.load(work.releases, id_)
     assert export(work, "dcnv2").ran
-    Release.load(work / "releases", id_)
+    Release.load(work.releases, id_)
     assert file.read_bytes() == content
 
 
 def test_a_release_with_the_model_code_of_another_version_is_exported_again(work):
     id_ = export(work, "dcnv2").report["release_id"]
-    release = work / "releases" / id_
+    release = work.releases / id_
     code = release / "triton" / "cpu" / f"adaptor_{id_}" / "1" / "model.py"
     own = code.read_bytes()
     code.write_bytes(b"# as another version wrote it\n" + own)
@@ -329,7 +331,7 @@ def test_a_release_with_the_model_code_of_another_version_is_exported_again(work
         if (release / file["path"]) == code:
             file |= {"bytes": str(code.stat().st_size), "sha256": file_sha256(code)}
     (release / "triton" / "files.json").write_text(json.dumps(listed))
-    Release.load(work / "releases", id_)
+    Release.load(work.releases, id_)
     assert export(work, "dcnv2").ran
     assert code.read_bytes() == own
     assert not export(work, "dcnv2").ran
@@ -337,7 +339,7 @@ def test_a_release_with_the_model_code_of_another_version_is_exported_again(work
 
 @pytest.mark.service
 def test_an_implementation_that_cannot_run_here_is_one_line(work):
-    command = [Path(sys.executable).with_name("kar"), "export", "--work", work, "--backbone", "dcnv2"]
+    command = [Path(sys.executable).with_name("kar"), "export", "--work", str(work), "--backbone", "dcnv2"]
     environment = os.environ | {"KAR_ADAPTOR": "nonsense"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
@@ -346,17 +348,17 @@ def test_an_implementation_that_cannot_run_here_is_one_line(work):
 
 def test_a_release_without_its_list_of_rendered_files_is_refused(work):
     id_ = export(work, "dcnv2").report["release_id"]
-    (work / "releases" / id_ / "triton" / "files.json").unlink()
+    (work.releases / id_ / "triton" / "files.json").unlink()
     with pytest.raises(IntegrityError, match=r"files\.json"):
-        Release.load(work / "releases", id_)
+        Release.load(work.releases, id_)
 
 
 def test_a_draft_of_a_killed_export_is_no_release(work):
     id_ = export(work, "dcnv2").report["release_id"]
-    shutil.copytree(work / "releases" / id_, work / "releases" / ".dcnv2_knowledge.draft")
-    assert list_releases(work / "releases") == [id_]
+    shutil.copytree(work.releases / id_, work.releases / ".dcnv2_knowledge.draft")
+    assert list_releases(work.releases) == [id_]
     assert not export(work, "dcnv2").ran
-    assert not (work / "releases" / ".dcnv2_knowledge.draft").exists()
+    assert not (work.releases / ".dcnv2_knowledge.draft").exists()
 
 
 def test_what_does_not_belong_together_is_refused(work):
@@ -382,7 +384,7 @@ def test_the_precision_is_of_both_modes_and_its_error_is_told(work):
     assert rough.report["precision"] == "bfloat16"
     assert rough.report["release_id"] != exact.report["release_id"]
     assert export(work, "dcnv2").report["release_id"] == exact.report["release_id"]
-    old, new = (Release.load(work / "releases", one.report["release_id"]) for one in (exact, rough))
+    old, new = (Release.load(work.releases, one.report["release_id"]) for one in (exact, rough))
     assert old.manifest.adapted_space.space_id != new.manifest.adapted_space.space_id
     assert HybridExpertAdaptor.load(new.folder / "adaptor.safetensors").precision == "bfloat16"
     moved = [
@@ -415,11 +417,11 @@ def test_missing_stages_are_named(work, tmp_path):
     with pytest.raises(InputError, match="choose from dcn, dcnv2"):
         export(work, "perceptron")
     with pytest.raises(PreconditionError, match="kar train"):
-        export(tmp_path / "elsewhere", "dcnv2")
-    (work / "knowledge" / "item.jsonl").unlink()
+        export(WorkFolder(tmp_path / "elsewhere"), "dcnv2")
+    (work.knowledge / "item.jsonl").unlink()
     with pytest.raises(PreconditionError, match="kar generate"):
         export(work, "dcnv2")
-    assert list_releases(work / "releases") == []
+    assert list_releases(work.releases) == []
 
 
 def test_an_id_that_breaks_lines_is_refused(work):

@@ -20,6 +20,7 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.prompts import render_prompts
+from kar_offline.work_folder import WorkFolder
 
 pytestmark = pytest.mark.service
 
@@ -37,9 +38,9 @@ def answer(prompt: str) -> str:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
-    work = tmp_path / "work"
-    (work / "dataset").mkdir(parents=True)
+def work(tmp_path: Path) -> WorkFolder:
+    work = WorkFolder(tmp_path / "work")
+    work.dataset.mkdir(parents=True)
     Dataset.from_events(
         "made",
         records_pb2.FeatureSchema(history_length=3),
@@ -50,17 +51,17 @@ def work(tmp_path: Path) -> Path:
         rating=np.array([5, 2, 4, 3], dtype=np.float32),
         time=np.arange(4),
         positive_above=3.0,
-    ).save(work / "dataset")
+    ).save(work.dataset)
     render_prompts(work)
     return work
 
 
-def start(work: Path, server: Hostile, *options: str) -> subprocess.Popen[bytes]:
+def start(work: WorkFolder, server: Hostile, *options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "kar_sidecar", "generate", "--llm", "openai", "--base-url", server.url),
             *("--model", "m", "--price", "1", "4", "--kind", "item", "--work", str(work), "--show", "0"),
-            *("--concurrency", str(CONCURRENCY), "--json", str(work / "report.json"), *options),
+            *("--concurrency", str(CONCURRENCY), "--json", str(work.root / "report.json"), *options),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -69,12 +70,12 @@ def start(work: Path, server: Hostile, *options: str) -> subprocess.Popen[bytes]
     )
 
 
-def run(work: Path, server: Hostile, *options: str) -> dict[str, object]:
+def run(work: WorkFolder, server: Hostile, *options: str) -> dict[str, object]:
     with start(work, server, *options) as process:
         assert process.stdout is not None
         said = process.stdout.read().decode()
     assert process.returncode == 0, said
-    report: dict[str, object] = json.loads((work / "report.json").read_text())
+    report: dict[str, object] = json.loads((work.root / "report.json").read_text())
     return report
 
 
@@ -86,8 +87,8 @@ def await_true(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
         time.sleep(0.001)
 
 
-def ledger(work: Path) -> list[tuple[str, str]]:
-    with sqlite3.connect(work / "ledger.sqlite") as database:
+def ledger(work: WorkFolder) -> list[tuple[str, str]]:
+    with sqlite3.connect(work.root / "ledger.sqlite") as database:
         rows = database.execute("SELECT prompt_sha256, state FROM requests").fetchall()
     database.close()
     return rows
@@ -98,7 +99,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def test_no_completed_record_is_paid_for_twice(work: Path) -> None:
+def test_no_completed_record_is_paid_for_twice(work: WorkFolder) -> None:
     with Hostile(answer, hold_s=0.01) as server:
         for answers in KILLS:
             process = start(work, server)
@@ -122,7 +123,7 @@ def test_no_completed_record_is_paid_for_twice(work: Path) -> None:
         assert sum(server.prompts.values()) == requests
 
 
-def test_on_ray_the_same_holds(work: Path) -> None:
+def test_on_ray_the_same_holds(work: WorkFolder) -> None:
     pytest.importorskip("ray", reason="ray is missing: install the extra ray")
     with Hostile(answer, hold_s=0.05) as server:
         process = start(work, server, "--runner", "ray", "--workers", "2")
@@ -134,9 +135,9 @@ def test_on_ray_the_same_holds(work: Path) -> None:
         assert server.most <= 2 * CONCURRENCY  # of a killed driver's actors some may still be waiting
 
 
-def test_a_batch_is_paid_for_once_wherever_the_kill_falls(work: Path) -> None:
+def test_a_batch_is_paid_for_once_wherever_the_kill_falls(work: WorkFolder) -> None:
     for moment in ("create", "poll"):
-        folder = work.parent / moment
+        folder = WorkFolder(work.root.parent / moment)
         subprocess.run(["cp", "-r", str(work), str(folder)], check=True)
         with Hostile(answer) as server:
             process = start(folder, server, "--batch")

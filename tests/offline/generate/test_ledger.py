@@ -13,6 +13,7 @@ import pytest
 
 from kar_offline.generate.ledger import LEDGER, CachedAnswer, Ledger, Spending, Usage
 from kar_offline.generate.provider import Answer, Failure, PendingBatch, Question, Reply, ScriptedModel
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import BudgetError, IntegrityError, PreconditionError
 
 pytestmark = pytest.mark.unit
@@ -45,13 +46,13 @@ TEMPLATES = {f"sha{n}": "factual/2" if n < 5 else "reasoning/2" for n in range(1
 
 
 def test_answers_are_kept_by_prompt_and_model(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         run = ledger.run(MODEL, TEMPLATES, None)
         run.sending([question(1), question(2)])
         run.answered(Answer(question(1), Reply("A text.", 3, 2, "stop", 12.5, 2, 1)))
         run.answered(Answer(question(2), Failure("too long", 1)))
         run.end("done")
-    with Ledger.read(tmp_path) as ledger:
+    with Ledger.read(WorkFolder(tmp_path)) as ledger:
         assert ledger.kept("scripted") == {
             "sha1": CachedAnswer(Reply("A text.", 3, 2, "stop", 12.5, 2), NOON + timedelta(seconds=2)),
             "sha2": CachedAnswer(Failure("too long", 1), NOON + timedelta(seconds=3)),
@@ -60,11 +61,11 @@ def test_answers_are_kept_by_prompt_and_model(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_process_had_under_way_is_uncertain_unless_its_provider_can_find_it(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         run = ledger.run(MODEL, TEMPLATES, None)
         run.sending([question(1)])
         run.sending([question(2), question(3)], "batch-7")
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         assert ledger.uncertain() == 1
         run = ledger.run(MODEL, TEMPLATES, None)
         expected = [Question("item", number, "", f"sha{number}") for number in "23"]
@@ -78,7 +79,7 @@ def test_what_a_dead_process_had_under_way_is_uncertain_unless_its_provider_can_
 
 def test_a_budget_is_never_passed_and_counts_what_is_under_way_at_its_most(tmp_path: Path) -> None:
     # A question of 3 words can cost 3 + 10 * 100 dollars.
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         run = ledger.run(MODEL, TEMPLATES, 2006.0)
         run.sending([question(1), question(2)])
         assert run.spent_usd == 2006.0
@@ -94,9 +95,9 @@ def test_a_budget_is_never_passed_and_counts_what_is_under_way_at_its_most(tmp_p
 
 
 def test_a_budget_survives_a_kill_and_ends_with_its_run(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         ledger.run(MODEL, TEMPLATES, 1003.0).sending([question(1)])
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         run = ledger.run(MODEL, TEMPLATES, 1003.0)
         with pytest.raises(BudgetError):
             run.sending([question(1)])
@@ -109,7 +110,7 @@ def test_a_budget_survives_a_kill_and_ends_with_its_run(tmp_path: Path) -> None:
 
 
 def test_attempts_that_may_have_been_charged_stay_in_the_account(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         run = ledger.run(MODEL, TEMPLATES, None)
         run.sending([question(1)])
         run.answered(Answer(question(1), Reply("Text.", 3, 1, requests=3, unsure=2)))
@@ -117,7 +118,7 @@ def test_attempts_that_may_have_been_charged_stay_in_the_account(tmp_path: Path)
 
 
 def test_costs_add_up_by_any_column(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         run = ledger.run(MODEL, TEMPLATES, None)
         run.sending([question(n) for n in (1, 2, 5, 6)])
         run.answered(Answer(question(1), Reply("A text.", 3, 2, latency_ms=10.0, requests=2)))
@@ -127,7 +128,7 @@ def test_costs_add_up_by_any_column(tmp_path: Path) -> None:
         free = ledger.run(ScriptedModel(str, model="unpriced"), TEMPLATES, None)
         free.sending([question(1)])
         free.answered(Answer(question(1), Reply("A text.", 7, 7)))
-    with Ledger.open(tmp_path, ticking()) as ledger:  # question 6 becomes uncertain
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:  # question 6 becomes uncertain
         assert ledger.costs(["model", "template"]) == [
             Spending(("scripted", "factual/2"), 2, 1, 1, 0, 0, 3, 3, 2, 23.0, 0.0, 10.0),
             Spending(("scripted", "reasoning/2"), 2, 1, 0, 0, 1, 1, 4, 1, 14.0, 1003.0, 20.0),
@@ -142,7 +143,7 @@ def test_costs_add_up_by_any_column(tmp_path: Path) -> None:
 
 
 def test_usage_is_a_mean_by_template(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         run = ledger.run(MODEL, TEMPLATES, None)
         asked = [question(1, 2), question(2, 3)]  # 9 and 14 characters
         run.sending(asked)
@@ -152,16 +153,19 @@ def test_usage_is_a_mean_by_template(tmp_path: Path) -> None:
 
 
 def test_one_process_writes_at_a_time_and_others_may_look(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         ledger.run(MODEL, TEMPLATES, None).sending([question(1)])
-        with pytest.raises(PreconditionError, match="another process is generating"), Ledger.open(tmp_path, ticking()):
+        with (
+            pytest.raises(PreconditionError, match="another process is generating"),
+            Ledger.open(WorkFolder(tmp_path), ticking()),
+        ):
             pass
-        with Ledger.read(tmp_path) as other:
+        with Ledger.read(WorkFolder(tmp_path)) as other:
             assert other.costs([])[0].under_way == 1
 
 
 def test_reading_needs_a_ledger(tmp_path: Path) -> None:
-    with pytest.raises(PreconditionError, match="no ledger in"), Ledger.read(tmp_path):
+    with pytest.raises(PreconditionError, match="no ledger in"), Ledger.read(WorkFolder(tmp_path)):
         pass
 
 
@@ -175,7 +179,10 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path: Path, damage: str) -> 
         database.execute("PRAGMA user_version = 99" if damage == "version" else "CREATE TABLE runs (id)")
         database.close()
     before = path.read_bytes()
-    with pytest.raises(IntegrityError, match=r"is no ledger|of version 99"), Ledger.open(tmp_path, ticking()):
+    with (
+        pytest.raises(IntegrityError, match=r"is no ledger|of version 99"),
+        Ledger.open(WorkFolder(tmp_path), ticking()),
+    ):
         pass
     assert path.read_bytes()[100:] == before[100:]  # the header may say that the journal is a write-ahead log
 
@@ -186,8 +193,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from kar_offline.generate.ledger import Ledger
 from kar_offline.generate.provider import Answer, Question, Reply, ScriptedModel
+from kar_offline.work_folder import WorkFolder
 model = ScriptedModel(str)
-with Ledger.open(Path(sys.argv[1]), lambda: datetime.now(UTC)) as ledger:
+with Ledger.open(WorkFolder(Path(sys.argv[1])), lambda: datetime.now(UTC)) as ledger:
     templates = {}
     run = ledger.run(model, templates, None)
     for number in range(100_000):
@@ -208,7 +216,7 @@ def test_a_kill_loses_nothing_that_was_told(tmp_path: Path) -> None:
                 os.kill(writer.pid, signal.SIGKILL)
                 break
         told = max([int(line), *(int(rest) for rest in writer.stdout if rest.endswith("\n"))])
-    with Ledger.open(tmp_path, ticking()) as ledger:
+    with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         kept = ledger.kept("scripted")
         assert {f"sha{number}" for number in range(told + 1)} <= kept.keys()
         assert len(kept) <= told + 2

@@ -15,6 +15,7 @@ from kar_offline.prompts import read_renderer
 from kar_offline.refresh.knowledge_state import read_records, states, traffic
 from kar_offline.refresh.policy import Policy, State
 from kar_offline.refresh.stage import Budget
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.releases.manifest import Release
 from kar_sidecar.store.lmdb import LmdbStore
 from kar_sidecar.store.memory import MemoryStore
@@ -27,7 +28,7 @@ AGES = {"<1": 0, "<7": 0, "<30": 0, "<90": 0, "90+": 0, "unknown": 0}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, MemoryStore]:
     """One viewer's text was written anew an hour after the others."""
-    work = tmp_path_factory.mktemp("made") / "work"
+    work = WorkFolder(tmp_path_factory.mktemp("made") / "work")
     release_id = make_work(work)
     store = published(work, release_id)
     refreshed(work, model(), store, release_id, budget=Budget(calls=1))
@@ -50,7 +51,7 @@ def test_texts_are_counted_by_age_growth_and_what_is_due(made: tuple[Path, str, 
 
 def test_vectors_are_counted_as_they_are_served(made: tuple[Path, str, MemoryStore]) -> None:
     work, release_id, store = made
-    release, dataset = Release.load(work / "releases", release_id), Dataset.load(work / "dataset")
+    release, dataset = Release.load(work.releases, release_id), work.read(Dataset)
     now_ms = round((NOON + timedelta(days=30, minutes=30)).timestamp() * 1000)
     served = served_status(dataset, release, store, now_ms)
     assert served["item"]["vectors"] == "adapted"
@@ -66,11 +67,11 @@ def test_vectors_are_counted_as_they_are_served(made: tuple[Path, str, MemorySto
 
 def test_the_state_of_each_entity_follows_from_its_record(made: tuple[Path, str, MemoryStore]) -> None:
     work, _, _ = made
-    dataset, records = Dataset.load(work / "dataset"), read_records(work)
+    dataset, records = work.read(Dataset), read_records(work)
     del records["item"]["i0"]
     records["item"]["i1"].template = "factual/1"
     records["item"]["i2"].template = "unknown"
-    renderer = read_renderer(work / "prompts", LATER.date())
+    renderer = read_renderer(work.prompts, LATER.date())
     found = {(state.kind, state.id): state for state in states(dataset, records, renderer, LATER)}
     # All ratings lie in the window: viewer n gave six, from film n on.
     counts = traffic(dataset)["item"].tolist()
@@ -82,7 +83,7 @@ def test_the_state_of_each_entity_follows_from_its_record(made: tuple[Path, str,
 
 
 def test_traffic_is_what_happened_in_the_last_month_of_a_common_clock(made: tuple[Path, str, MemoryStore]) -> None:
-    dataset = Dataset.load(made[0] / "dataset")
+    dataset = made[0].read(Dataset)
     day = 86_400
     latest = int(dataset.event_time.max())
     dataset.event_time[:6] = [latest - 31 * day, latest - 30 * day, *dataset.event_time[2:6]]

@@ -21,6 +21,7 @@ from kar_offline.prompts import (
 )
 from kar_offline.prompts.command import prompts as prompts_command
 from kar_offline.prompts.scenario import Scenario
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError, NotFoundError, PreconditionError
 
 pytestmark = pytest.mark.unit
@@ -86,7 +87,7 @@ def renderer() -> Renderer:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(tmp_path: Path) -> WorkFolder:
     folder = tmp_path / "work" / "dataset"
     folder.mkdir(parents=True)
     Dataset.from_events(
@@ -101,7 +102,7 @@ def work(tmp_path: Path) -> Path:
         seed=1,
         positive_above=3.0,
     ).save(folder)
-    return folder.parent
+    return WorkFolder(folder.parent)
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def test_prompts_about_users_of_a_cluster_show_what_they_agree_on() -> None:
     )
 
 
-def test_the_stage_writes_items_then_users_and_only_once(work: Path) -> None:
+def test_the_stage_writes_items_then_users_and_only_once(work: WorkFolder) -> None:
     first = render_prompts(work)
     assert first.ran
     rendered = read_prompts(first.folder)
@@ -242,7 +243,7 @@ def test_the_stage_writes_items_then_users_and_only_once(work: Path) -> None:
     assert not render_prompts(work).ran
 
 
-def test_the_stage_reports_which_facts_are_shown(work: Path) -> None:
+def test_the_stage_reports_which_facts_are_shown(work: WorkFolder) -> None:
     kinds = render_prompts(work).report["kinds"]
     assert kinds["item"]["facts"] == {
         "shown": ["title", "genres"],
@@ -257,11 +258,11 @@ def test_the_stage_reports_which_facts_are_shown(work: Path) -> None:
     assert kinds["item"]["suspicious"] == kinds["user"]["suspicious"] == {}
 
 
-def test_the_stage_runs_again_when_a_season_begins_or_comes_back(work: Path) -> None:
+def test_the_stage_runs_again_when_a_season_begins_or_comes_back(work: WorkFolder) -> None:
     assert render_prompts(work, on=date(2026, 11, 30)).ran
     assert not render_prompts(work, on=date(2026, 1, 9)).ran
     assert render_prompts(work, on=date(2026, 12, 1)).ran
-    user = read_prompts(work / "prompts")[2]
+    user = read_prompts(work.prompts)[2]
     assert user.context == {
         "season": "christmas",
         "about": "the weeks before Christmas",
@@ -270,10 +271,10 @@ def test_the_stage_runs_again_when_a_season_begins_or_comes_back(work: Path) -> 
     assert user.expires_on == "2026-12-26"
     assert not render_prompts(work, on=date(2026, 12, 26)).ran
     assert render_prompts(work, on=date(2027, 12, 1)).ran
-    assert read_prompts(work / "prompts")[2].expires_on == "2027-12-26"
+    assert read_prompts(work.prompts)[2].expires_on == "2027-12-26"
 
 
-def test_another_scenario_asks_other_factors(work: Path, books: Path) -> None:
+def test_another_scenario_asks_other_factors(work: WorkFolder, books: Path) -> None:
     render_prompts(work)
     result = render_prompts(work, books)
     assert result.ran
@@ -286,7 +287,7 @@ def test_another_scenario_asks_other_factors(work: Path, books: Path) -> None:
     assert read_scenario(result.folder) == load_scenario(books)
 
 
-def test_templates_beside_a_scenario_come_first(work: Path, books: Path) -> None:
+def test_templates_beside_a_scenario_come_first(work: WorkFolder, books: Path) -> None:
     templates = books.parent / "templates"
     for name, text in {
         "factual/1": "Sell {{ facts.title }} in {{ language }}{{ ' in ' ~ season.about if season }}.",
@@ -295,17 +296,17 @@ def test_templates_beside_a_scenario_come_first(work: Path, books: Path) -> None
         (templates / name).parent.mkdir(parents=True)
         (templates / f"{name}.j2").write_text(text)
     assert render_prompts(work, books, IN_AUTUMN).ran
-    item, _, user = read_prompts(work / "prompts")
+    item, _, user = read_prompts(work.prompts)
     assert item.prompt == 'Sell "Story (1995)" in German in the dark evenings of autumn.'
     assert item.expires_on == "2026-12-20"
     assert user.prompt == OLD_USER  # ours
     # What was rendered is kept with its templates: changes after it count from the next run of the stage.
     (templates / "cluster_item" / "1.j2").write_text("Buy {{ size }} {{ words.items }}.")
-    assert read_renderer(work / "prompts").cluster("item", "cluster/0", [STORY, NET]).prompt == (
+    assert read_renderer(work.prompts).cluster("item", "cluster/0", [STORY, NET]).prompt == (
         "Sell 2 books in 110 words."
     )
     assert render_prompts(work, books, IN_AUTUMN).ran
-    assert read_renderer(work / "prompts").cluster("item", "cluster/0", [STORY, NET]).prompt == "Buy 2 books."
+    assert read_renderer(work.prompts).cluster("item", "cluster/0", [STORY, NET]).prompt == "Buy 2 books."
 
 
 @pytest.mark.parametrize(
@@ -316,7 +317,7 @@ def test_templates_beside_a_scenario_come_first(work: Path, books: Path) -> None
         ("{{ history }}", "'history' is undefined"),
     ],
 )
-def test_a_wrong_template_is_refused_with_its_reason(text: str, complaint: str, work: Path, books: Path) -> None:
+def test_a_wrong_template_is_refused_with_its_reason(text: str, complaint: str, work: WorkFolder, books: Path) -> None:
     (books.parent / "templates" / "factual").mkdir(parents=True)
     (books.parent / "templates" / "factual" / "1.j2").write_text(text)
     with pytest.raises(InputError, match=complaint):
@@ -340,7 +341,7 @@ def test_a_wrong_template_is_refused_with_its_reason(text: str, complaint: str, 
         (BOOKS.replace('"09-22"', '"02-30"'), r"seasons\.0"),
     ],
 )
-def test_a_wrong_scenario_is_refused_with_its_reason(text: str, complaint: str, work: Path, books: Path) -> None:
+def test_a_wrong_scenario_is_refused_with_its_reason(text: str, complaint: str, work: WorkFolder, books: Path) -> None:
     books.write_text(text)
     with pytest.raises(InputError, match=complaint):
         render_prompts(work, books)
@@ -350,13 +351,13 @@ def test_a_missing_scenario_or_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"absent\.toml.*known: books, movies, music, news"):
         load_scenario(tmp_path / "absent.toml")
     with pytest.raises(PreconditionError, match="kar dataset"):
-        render_prompts(tmp_path)
+        render_prompts(WorkFolder(tmp_path))
     for read in (read_prompts, read_scenario, read_renderer):
         with pytest.raises(PreconditionError, match="run `kar prompts` first"):
             read(tmp_path)
 
 
-def test_prompts_of_an_older_version_are_to_be_made_again(work: Path) -> None:
+def test_prompts_of_an_older_version_are_to_be_made_again(work: WorkFolder) -> None:
     folder = render_prompts(work).folder
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     for line in lines:
@@ -388,7 +389,7 @@ def test_the_language_of_the_answer_is_named(code: str, said: str) -> None:
     assert said in Renderer(films).factual(STORY).prompt
 
 
-def test_the_command_shows_real_prompts(work: Path, tmp_path: Path) -> None:
+def test_the_command_shows_real_prompts(work: WorkFolder, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(prompts_command)
     report = tmp_path / "report.json"
@@ -431,8 +432,8 @@ def test_the_command_counts_what_is_suspicious(tmp_path: Path) -> None:
     assert f"item facts shown: title, genres; not in the data: year; {said}" in result.output.splitlines()
 
 
-def test_the_command_knows_scenarios_by_name(work: Path) -> None:
+def test_the_command_knows_scenarios_by_name(work: WorkFolder) -> None:
     app = typer.Typer()
     app.command()(prompts_command)
     assert CliRunner().invoke(app, ["--work", str(work), "--scenario", "news"]).exit_code == 0
-    assert "one news article" in read_prompts(work / "prompts")[0].prompt
+    assert "one news article" in read_prompts(work.prompts)[0].prompt

@@ -11,6 +11,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.prompts import Renderer, load_scenario, read_prompts, render_prompts
 from kar_offline.prompts.scenario import Scenario, Season, known_scenarios
+from kar_offline.work_folder import WorkFolder
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +45,7 @@ NO_SEASON = date(2026, 3, 1)
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(tmp_path: Path) -> WorkFolder:
     items = [
         Entity(str(n), {}, {name: value[n] if isinstance(value, list) else value for name, value in ITEM_FACTS.items()})
         for n in range(4)
@@ -61,7 +62,7 @@ def work(tmp_path: Path) -> Path:
         time=np.arange(4),
         positive_above=3.0,
     ).save(tmp_path / "dataset")
-    return tmp_path
+    return WorkFolder(tmp_path)
 
 
 def test_four_scenarios_come_with_the_product() -> None:
@@ -70,11 +71,11 @@ def test_four_scenarios_come_with_the_product() -> None:
 
 
 @pytest.mark.parametrize("name", SEASONS)
-def test_a_scenario_asks_all_it_says_and_shows_only_what_it_allows(name: str, work: Path) -> None:
+def test_a_scenario_asks_all_it_says_and_shows_only_what_it_allows(name: str, work: WorkFolder) -> None:
     day, about, event, last_day = SEASONS[name]
     scenario = load_scenario(name)
     report = render_prompts(work, name, date.fromisoformat(day)).report
-    first, *_, user = prompts = read_prompts(work / "prompts")
+    first, *_, user = prompts = read_prompts(work.prompts)
     assert [prompt.template for prompt in prompts] == ["factual/2"] * 4 + ["reasoning/2"]
     for prompt in prompts:
         lines = prompt.prompt.splitlines()
@@ -108,16 +109,16 @@ def test_a_scenario_asks_all_it_says_and_shows_only_what_it_allows(name: str, wo
 
 
 @pytest.mark.parametrize("name", SEASONS)
-def test_out_of_season_prompts_say_nothing_of_it(name: str, work: Path) -> None:
+def test_out_of_season_prompts_say_nothing_of_it(name: str, work: WorkFolder) -> None:
     render_prompts(work, name, NO_SEASON)
-    for prompt in read_prompts(work / "prompts"):
+    for prompt in read_prompts(work.prompts):
         assert "What you write is read in" not in prompt.prompt
         assert (prompt.context, prompt.expires_on) == ({}, None)
 
 
-def test_what_people_read_leaves_without_who_they_are(work: Path) -> None:
+def test_what_people_read_leaves_without_who_they_are(work: WorkFolder) -> None:
     render_prompts(work, "news")
-    assert "Profile" not in read_prompts(work / "prompts")[-1].prompt
+    assert "Profile" not in read_prompts(work.prompts)[-1].prompt
 
 
 def test_books_ask_the_factors_of_the_method() -> None:

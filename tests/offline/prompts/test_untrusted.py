@@ -23,6 +23,7 @@ from kar_offline.prompts.untrusted import (
     suspicious,
     title_elsewhere,
 )
+from kar_offline.work_folder import WorkFolder
 
 pytestmark = pytest.mark.unit
 
@@ -224,7 +225,7 @@ def test_the_prompts_about_others_stay_as_they_are(tmp_path: Path) -> None:
             time=np.repeat([0, 1], [count, count + 1]),
             positive_above=3.0,
         ).save(tmp_path / name / "dataset")
-        reports[name] = render_prompts(tmp_path / name).report["kinds"]["item"]["suspicious"]
+        reports[name] = render_prompts(WorkFolder(tmp_path / name)).report["kinds"]["item"]["suspicious"]
         rendered[name] = {(p.entity, p.id): p for p in read_prompts(tmp_path / name / "prompts")}
     usual, found = rendered["plain"], rendered["hostile"]
     assert list(found) == list(usual)

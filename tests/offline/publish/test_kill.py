@@ -8,7 +8,6 @@ import sys
 import uuid
 from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import record_line
 from kar_offline.publish.stage import paced, publish_meta, publish_release
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.features import FeatureLayout, schema_hash
 from kar_sidecar.releases.manifest import Release, manifest_id
@@ -45,12 +45,14 @@ import os, shutil, signal, sys
 from pathlib import Path
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.publish.stage import publish_release
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.releases.manifest import Release
 from kar_sidecar.store.open import open_store
 
-work, url, every, moments = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), [int(word) for word in sys.argv[4:]]
-release = Release.load(work / "releases", (work / "release").read_text())
-dataset = Dataset.load(work / "dataset")
+work, url, every = WorkFolder(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+moments = [int(word) for word in sys.argv[4:]]
+release = Release.load(work.releases, (work.root / "release").read_text())
+dataset = work.read(Dataset)
 
 class Dying:
     '''Each record and each meta value is a step; one of them is the last.'''
@@ -81,17 +83,17 @@ class Dying:
 for moment in moments:
     if (child := os.fork()) == 0:
         store = Dying(open_store(f"{url}{moment}"), moment)
-        publish_release(release, dataset, store, work / f"index{moment}", every=every)
+        publish_release(release, dataset, store, work.root / f"index{moment}", every=every)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory) -> WorkFolder:
     """Every user rated one item; every entity has a text and vectors."""
-    work = tmp_path_factory.mktemp("kill")
-    (work / "dataset").mkdir()
+    work = WorkFolder(tmp_path_factory.mktemp("kill"))
+    work.dataset.mkdir()
     count = len(USERS)
     Dataset(
         name="tiny",
@@ -105,8 +107,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cutoff=np.ones(count, np.int32),
         event_split=np.zeros(count, np.uint8),
         positive_above=3,
-    ).save(work / "dataset")
-    draft = work / "releases" / "draft"
+    ).save(work.dataset)
+    draft = work.releases / "draft"
     for name in ("vectors", "knowledge"):
         (draft / name).mkdir(parents=True)
     for kind, ids in (("user", USERS), ("item", ITEMS)):
@@ -126,16 +128,18 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest.created_at.FromSeconds(5)
     manifest.release_id = manifest_id(manifest)
     (draft / "manifest.json").write_text(json_format.MessageToJson(manifest))
-    draft.rename(work / "releases" / manifest.release_id)
-    (work / "release").write_text(manifest.release_id)
+    draft.rename(work.releases / manifest.release_id)
+    (work.root / "release").write_text(manifest.release_id)
     return work
 
 
-def resume(work: Path, store: Store, name: object, **options: bool) -> dict[str, int]:
-    release = Release.load(work / "releases", (work / "release").read_text())
-    dataset = Dataset.load(work / "dataset")
+def resume(work: WorkFolder, store: Store, name: object, **options: bool) -> dict[str, int]:
+    release = Release.load(work.releases, (work.root / "release").read_text())
+    dataset = work.read(Dataset)
     return dict(
-        publish_release(release, dataset, store, work / f"index{name}", every=EVERY, clock=lambda: NOW_MS, **options)
+        publish_release(
+            release, dataset, store, work.root / f"index{name}", every=EVERY, clock=lambda: NOW_MS, **options
+        )
     )
 
 
@@ -156,8 +160,8 @@ def assert_readable(records: list[Record], undisturbed: list[Record]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lmdb", "aerospike"])
-def test_a_killed_publish_leaves_a_readable_store_and_the_next_goes_on(work: Path, kind: str) -> None:
-    url = f"lmdb:{work / 'store'}"
+def test_a_killed_publish_leaves_a_readable_store_and_the_next_goes_on(work: WorkFolder, kind: str) -> None:
+    url = f"lmdb:{work.root / 'store'}"
     if kind == "aerospike":
         if not (hosts := os.environ.get("AEROSPIKE_HOSTS")):
             pytest.skip("AEROSPIKE_HOSTS is not set: start a server with a namespace `test` and set it to HOST:PORT")
@@ -168,7 +172,7 @@ def test_a_killed_publish_leaves_a_readable_store_and_the_next_goes_on(work: Pat
     arguments = [str(work), url, str(EVERY), *map(str, MOMENTS)]
     done = subprocess.run([sys.executable, "-c", DYING, *arguments], capture_output=True, text=True, check=True)
     assert [int(line) for line in done.stdout.split()] == [-signal.SIGKILL] * len(MOMENTS)
-    release_id = (work / "release").read_text()
+    release_id = (work.root / "release").read_text()
     for moment in MOMENTS:
         reader = open_store(f"{url}{moment}", readonly=True)
         found = read_all(reader)
@@ -205,7 +209,7 @@ class Counting(MemoryStore):
         return super().write(part, counted(), newer_only=newer_only)
 
 
-def broken_off(work: Path, after: int, **options: bool) -> Counting:
+def broken_off(work: WorkFolder, after: int, **options: bool) -> Counting:
     store = Counting(after)
     with pytest.raises(InterruptedError):
         resume(work, store, "counting", **options)
@@ -214,19 +218,19 @@ def broken_off(work: Path, after: int, **options: bool) -> Counting:
 
 
 @pytest.mark.parametrize(("after", "noted"), [(39, 0), (40, 40), (41, 40), (349, 320), (350, 350), (500, 350 + 120)])
-def test_what_was_noted_is_not_offered_again(work: Path, after: int, noted: int) -> None:
+def test_what_was_noted_is_not_offered_again(work: WorkFolder, after: int, noted: int) -> None:
     store = broken_off(work, after)
     resume(work, store, "counting")
     assert store.offered == 4 * 350 - noted
 
 
-def test_another_publish_does_not_trust_the_notes(work: Path) -> None:
+def test_another_publish_does_not_trust_the_notes(work: WorkFolder) -> None:
     store = broken_off(work, 500, force=True)
     resume(work, store, "counting")
     assert store.offered == 4 * 350
 
 
-def test_a_part_that_was_removed_meanwhile_is_written_again(work: Path) -> None:
+def test_a_part_that_was_removed_meanwhile_is_written_again(work: WorkFolder) -> None:
     store = broken_off(work, 500)
     store.remove_part(FEATURES)
     assert resume(work, store, "counting")["features"] == 350

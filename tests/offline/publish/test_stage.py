@@ -20,6 +20,7 @@ from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import record_line
 from kar_offline.publish import publish, publish_features
 from kar_offline.publish.command import publish as publish_command
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, NotFoundError, PreconditionError, UnavailableError
@@ -54,9 +55,9 @@ def schema_of(history_length: int = 4) -> records_pb2.FeatureSchema:
     )
 
 
-def make_dataset(work: Path, schema: records_pb2.FeatureSchema) -> None:
+def make_dataset(work: WorkFolder, schema: records_pb2.FeatureSchema) -> None:
     """ann rated heat (100 s), alien (200 s), ran (300 s): two may be shown; bob rated ran (900 s)."""
-    (work / "dataset").mkdir(exist_ok=True)
+    work.dataset.mkdir(exist_ok=True)
     Dataset(
         name="tiny",
         schema=schema,
@@ -69,11 +70,11 @@ def make_dataset(work: Path, schema: records_pb2.FeatureSchema) -> None:
         cutoff=np.array([2, 1], np.int32),
         event_split=np.zeros(4, np.uint8),
         positive_above=3,
-    ).save(work / "dataset")
+    ).save(work.dataset)
 
 
 def make_release(
-    work: Path,
+    work: WorkFolder,
     schema: records_pb2.FeatureSchema,
     *,
     adapted: str = "aaaaaaaaaaaa",
@@ -87,7 +88,7 @@ def make_release(
 
     With `loans` alien borrows from those records, and cluster/0's expires at 40 s, cluster/1's never.
     """
-    draft = work / "releases" / "draft"
+    draft = work.releases / "draft"
     for name in ("vectors", "knowledge"):
         (draft / name).mkdir(parents=True)
     vectors = {"user": ["ann", "bob"], "item": ["heat", "alien"]}
@@ -136,13 +137,13 @@ def make_release(
     manifest.created_at.FromSeconds(created_s)
     manifest.release_id = manifest_id(manifest)
     (draft / "manifest.json").write_text(json_format.MessageToJson(manifest))
-    draft.rename(work / "releases" / manifest.release_id)
+    draft.rename(work.releases / manifest.release_id)
     return manifest.release_id
 
 
 @dataclass(frozen=True)
 class World:
-    work: Path
+    work: WorkFolder
     release: str
     url: str
 
@@ -173,12 +174,13 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    make_dataset(tmp_path, schema_of())
-    return World(tmp_path, make_release(tmp_path, schema_of()), f"lmdb:{tmp_path / 'store'}")
+    work = WorkFolder(tmp_path)
+    make_dataset(work, schema_of())
+    return World(work, make_release(work, schema_of()), f"lmdb:{tmp_path / 'store'}")
 
 
 def index_of(world: World, kind: str) -> FaissIndex:
-    root = world.work / "index" / world.release / kind
+    root = world.work.index / world.release / kind
     current = read_current(root)
     assert current is not None
     return FaissIndex.load(root / current.snapshot_id)
@@ -236,7 +238,7 @@ def test_the_second_run_does_nothing_unless_forced(world: World) -> None:
 
 def test_a_lost_index_is_built_again(world: World) -> None:
     world.publish()
-    (world.work / "index").rename(world.work / "elsewhere")
+    (world.work.index).rename(world.work.root / "elsewhere")
     assert world.publish()["written"] == {"features": 0, "texts": 0, "adapted": 0, "encoded": 0}
     assert_complete(world)
 
@@ -333,7 +335,7 @@ def test_a_dataset_of_another_schema_is_refused(world: World) -> None:
 def test_a_release_that_is_missing_or_corrupt_is_named(world: World) -> None:
     with pytest.raises(NotFoundError, match=world.release):
         world.publish("0123456789ab")
-    (world.work / "releases" / world.release / "vectors" / "item_adapted.npy").write_bytes(b"?")
+    (world.work.releases / world.release / "vectors" / "item_adapted.npy").write_bytes(b"?")
     with pytest.raises(IntegrityError, match=r"item_adapted\.npy"):
         world.publish()
 
@@ -344,10 +346,11 @@ from pathlib import Path
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.publish.stage import publish_release
 from kar_offline.stage_runner import folder_hash
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.releases.manifest import Release
 from kar_sidecar.store.open import open_store
 
-work, release_id, url, dies_at = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+work, release_id, url, dies_at = WorkFolder(Path(sys.argv[1])), sys.argv[2], sys.argv[3], int(sys.argv[4])
 store = open_store(url)
 steps = 0
 
@@ -376,11 +379,11 @@ class Dying:
         store.write_meta(name, value)
 
 publish_release(
-    Release.load(work / "releases", release_id),
-    Dataset.load(work / "dataset"),
+    Release.load(work.releases, release_id),
+    work.read(Dataset),
     Dying(),
-    work / "index" / release_id,
-    dataset_hash=folder_hash(work / "dataset"),
+    work.index / release_id,
+    dataset_hash=folder_hash(work.dataset),
     force=sys.argv[5] == "True",
 )
 """
@@ -513,7 +516,7 @@ def test_fresh_features_need_a_file_and_a_published_release(world: World, tmp_pa
 
 
 def test_the_command_reads_store_and_cluster_from_settings(world: World, app: typer.Typer, tmp_path: Path) -> None:
-    write_active(world.work / "releases", world.release)
+    write_active(world.work.releases, world.release)
     config = tmp_path / "kar.toml"
     config.write_text(f"work = '{world.work}'\nstore = 'lmdb:{tmp_path / 'elsewhere'}'\n")
     done = CliRunner().invoke(app, ["--config", str(config), "--max-rate", "1000"], catch_exceptions=False)
@@ -536,8 +539,8 @@ def app() -> typer.Typer:
 
 
 def test_the_command_publishes_the_active_release_into_the_work_folder(world: World, app: typer.Typer) -> None:
-    write_active(world.work / "releases", world.release)
-    report = world.work / "report.json"
+    write_active(world.work.releases, world.release)
+    report = world.work.root / "report.json"
     done = CliRunner().invoke(app, ["--work", str(world.work), "--json", str(report)], catch_exceptions=False)
     assert done.exit_code == 0
     assert "2 users and 2 items" in done.output
@@ -548,7 +551,7 @@ def test_the_command_publishes_the_active_release_into_the_work_folder(world: Wo
     told = CliRunner().invoke(app, lent, catch_exceptions=False, env={"COLUMNS": "200"})
     assert "2 users and 2 items (1 with borrowed knowledge)" in told.output
     assert json.loads(report.read_text())["ran"] is False
-    (world.work / "fresh.jsonl").write_text(line())
-    fresh = ["--work", str(world.work), "--features", str(world.work / "fresh.jsonl"), "--json", str(report)]
+    (world.work.root / "fresh.jsonl").write_text(line())
+    fresh = ["--work", str(world.work), "--features", str(world.work.root / "fresh.jsonl"), "--json", str(report)]
     assert "1 of 1 records" in CliRunner().invoke(app, fresh, catch_exceptions=False).output
     assert json.loads(report.read_text())["written"] == 1

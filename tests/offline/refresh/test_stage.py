@@ -45,6 +45,7 @@ from kar_offline.refresh.command import refresh as command
 from kar_offline.refresh.policy import Policy, Reason
 from kar_offline.refresh.stage import Budget
 from kar_offline.train import train
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, PreconditionError, UnavailableError
 from kar_sidecar.features import FeatureLayout
@@ -78,7 +79,7 @@ NOTHING = {"features": 0, "adapted": 0, "encoded": 0, "affinity": 0, "texts": 0}
 class World:
     """A work folder with a published release, and files of a new film and three events that name it."""
 
-    work: Path
+    work: WorkFolder
     release_id: str
     store: Store
 
@@ -89,7 +90,7 @@ class World:
             {"user": "u0", "item": "i7", "rating": 2.0, "time": NOON_S + 1},
             {"user": "new", "item": "i8", "rating": 4.0, "time": NOON_S},
         ]
-        folder = self.work.parent
+        folder = self.work.root.parent
         return {
             "events": write_lines(folder / "events.jsonl", events),
             "entities": write_lines(folder / "entities.jsonl", [NEW_FILM]),
@@ -97,16 +98,16 @@ class World:
 
     @property
     def release(self) -> Release:
-        return Release.load(self.work / "releases", self.release_id)
+        return Release.load(self.work.releases, self.release_id)
 
     def refresh(self, provider: Any = None, **options: Any) -> dict[str, Any]:
         return refreshed(self.work, provider or model(), self.store, self.release_id, **options)
 
     def dataset(self) -> Dataset:
-        return Dataset.load(self.work / "dataset")
+        return self.work.read(Dataset)
 
     def records(self, kind: str) -> dict[str, records_pb2.KnowledgeRecord]:
-        return {record.id: record for record in read_knowledge(self.work / "knowledge", kind)}
+        return {record.id: record for record in read_knowledge(self.work.knowledge, kind)}
 
     def vector(self, kind: int, id_: str, space: records_pb2.VectorSpace) -> tuple[np.ndarray, int]:
         """A served vector and its level, an hour after the refresh."""
@@ -127,7 +128,7 @@ class World:
 
         async def run() -> RankResponse:
             releases = Releases(
-                self.work / "releases",
+                self.work.releases,
                 self.store,
                 scorer,
                 "prestored",
@@ -137,7 +138,7 @@ class World:
             await releases.open()
             await releases.restore()
             generous = {"store_timeout_ms": 30_000, "score_timeout_ms": 30_000}
-            settings = Settings.read(releases=self.work / "releases", **generous)
+            settings = Settings.read(releases=self.work.releases, **generous)
             wall = at(LATER + timedelta(hours=1))
             ranker = Ranker(
                 releases, self.store, scorer, settings, Telemetry(), wall_ms=lambda: round(wall().timestamp() * 1000)
@@ -153,16 +154,16 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    work = tmp_path_factory.mktemp("made") / "work"
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[WorkFolder, str]:
+    work = WorkFolder(tmp_path_factory.mktemp("made") / "work")
     return work, make_work(work)
 
 
 @pytest.fixture
-def world(made: tuple[Path, str], tmp_path: Path) -> World:
+def world(made: tuple[WorkFolder, str], tmp_path: Path) -> World:
     """Of one's own: nothing that a test does to it is seen by another."""
-    shutil.copytree(made[0].parent, tmp_path, dirs_exist_ok=True)
-    work, release_id = tmp_path / "work", made[1]
+    shutil.copytree(made[0].root.parent, tmp_path, dirs_exist_ok=True)
+    work, release_id = WorkFolder(tmp_path / "work"), made[1]
     return World(work, release_id, published(work, release_id))
 
 
@@ -248,31 +249,31 @@ def test_readers_go_on_and_then_see_what_is_new(world: World) -> None:
 
 def test_the_same_refresh_again_does_nothing(world: World) -> None:
     world.refresh(**world.files)
-    content = {path: path.read_bytes() for path in world.work.rglob("*.jsonl")}
-    current = read_current(world.work / "index" / world.release_id / "item")
+    content = {path: path.read_bytes() for path in world.work.root.rglob("*.jsonl")}
+    current = read_current(world.work.index / world.release_id / "item")
     provider = model()
     report = world.refresh(provider, **world.files)
     assert report["arrived"] == {"users": 0, "items": 0, "events": 0}
     assert (report["chosen"], report["calls"], provider.asked) == ({"item": 0, "user": 0}, 0, [])
     assert report["written"] == NOTHING
-    assert {path: path.read_bytes() for path in world.work.rglob("*.jsonl")} == content
-    assert read_current(world.work / "index" / world.release_id / "item") == current
+    assert {path: path.read_bytes() for path in world.work.root.rglob("*.jsonl")} == content
+    assert read_current(world.work.index / world.release_id / "item") == current
 
 
 def test_a_dry_run_changes_and_sends_nothing(world: World) -> None:
-    before = {path: path.read_bytes() for path in world.work.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in world.work.root.rglob("*") if path.is_file()}
     provider = model(price=lambda read, written: read + written)
     report = world.refresh(provider, dry_run=True, **world.files)
     assert (report["calls"], report["chosen"], provider.asked) == (6, {"item": 1, "user": 5}, [])
     assert report["cost_usd"] > 0
-    lock = world.work / ".refresh.lock"
-    assert {path: path.read_bytes() for path in world.work.rglob("*") if path.is_file() and path != lock} == before
+    lock = world.work.root / ".refresh.lock"
+    assert {path: path.read_bytes() for path in world.work.root.rglob("*") if path.is_file() and path != lock} == before
 
 
 def test_a_budget_buys_the_most_valuable_and_moves_only_their_cutoffs(world: World) -> None:
     # u3 did two things in the window that nobody else did: traffic 1 + 8 and staleness 5 / 8 are the most.
     events = [{"user": "u3", "item": "i1", "rating": 4.0, "time": NOON_S + n} for n in range(2)]
-    files = {"events": write_lines(world.work.parent / "more.jsonl", events)}
+    files = {"events": write_lines(world.work.root.parent / "more.jsonl", events)}
     before = world.records("user")
     provider = model()
     report = world.refresh(provider, budget=Budget(calls=1), **files)
@@ -346,8 +347,8 @@ def test_a_film_without_budget_borrows_from_its_neighbours(world: World) -> None
 
 
 def test_a_new_template_is_worth_less_than_growth_and_changes_what_is_served(world: World) -> None:
-    scenario = world.work.parent / "films.toml"
-    folder = world.work.parent / "templates" / "factual"
+    scenario = world.work.root.parent / "films.toml"
+    folder = world.work.root.parent / "templates" / "factual"
     folder.mkdir(parents=True)
     (folder / "9.j2").write_text("Describe {{ facts.title }} in {{ wanted }} words, anew.\n")
     scenario.write_text(scenario.read_text().replace("factual/2", "factual/9"))
@@ -391,17 +392,17 @@ def test_training_refuses_texts_that_know_samples(world: World) -> None:
 
 def test_a_kill_between_taking_a_folder_away_and_putting_the_new_one_there_loses_nothing(world: World) -> None:
     world.refresh(**world.files)
-    (world.work / "dataset").rename(world.work / ".dataset.draft")
+    (world.work.dataset).rename(world.work.root / ".dataset.draft")
     assert world.refresh(**world.files)["arrived"]["events"] == 0
     assert len(world.dataset().event_item) == 27
 
 
 def test_a_wrong_line_changes_nothing(world: World) -> None:
-    before = (world.work / "dataset" / "stage.json").read_bytes()
-    files = {"events": write_lines(world.work.parent / "wrong.jsonl", [{"user": "u0", "item": "gone"}])}
+    before = (world.work.dataset / "stage.json").read_bytes()
+    files = {"events": write_lines(world.work.root.parent / "wrong.jsonl", [{"user": "u0", "item": "gone"}])}
     with pytest.raises(InputError, match="line 1"):
         world.refresh(**files)
-    assert (world.work / "dataset" / "stage.json").read_bytes() == before
+    assert (world.work.dataset / "stage.json").read_bytes() == before
 
 
 def test_a_release_that_is_not_published_is_named_before_anything_is_paid(world: World) -> None:
@@ -441,7 +442,7 @@ def test_events_that_come_late_reach_the_store(world: World) -> None:
     schema = world.release.manifest.feature_schema
     for hours in (1, 2):
         late = [{"user": "u0", "item": f"i{5 + hours}", "rating": 3.0, "time": NOON_S - hours * 3600}]
-        files = {"events": write_lines(world.work.parent / "late.jsonl", late)}
+        files = {"events": write_lines(world.work.root.parent / "late.jsonl", late)}
         assert world.refresh(policy=Policy(100), **files)["written"]["features"] == 1
         assert world.refresh(policy=Policy(100), **files)["written"]["features"] == 0
         [(features,)] = world.store.read([EntityKey(USER, "u0")], [FEATURES])
@@ -458,7 +459,7 @@ def test_fresher_features_of_others_stay(world: World) -> None:
 
 
 def test_the_index_keeps_the_recall_that_it_was_published_with(world: World) -> None:
-    root = world.work / "index" / world.release_id
+    root = world.work.index / world.release_id
     options = {"force": True, "indexing": IndexConfig(recall=0.75)}
     publish_release(world.release, world.dataset(), world.store, root, **options)
     before = read_current(root / "item")
@@ -482,7 +483,7 @@ def test_a_release_of_other_vectors_than_its_training_is_refused(world: World) -
 
 def test_a_borrower_is_stale_when_its_lenders_new_answer_is(world: World) -> None:
     release = world.release
-    for folder, days in ((release.folder, 30), (world.work, 90)):
+    for folder, days in ((release.folder, 30), (world.work.root, 90)):
         records = {record.id: record for record in read_knowledge(folder / "knowledge", "user")}
         records["u0"].expires_at.FromSeconds(NOON_S + days * DAY_S)
         loan = records_pb2.Loan(id="u0", weight=1)

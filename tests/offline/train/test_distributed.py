@@ -70,13 +70,13 @@ def test_two_processes_train_what_one_trains(work):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     losses = {}
     for name, command in (("one", (kar,)), ("two", (*torchrun, kar))):
-        shutil.copytree(work / "dataset", work / name / "dataset")
-        shutil.copytree(work / "encoding", work / name / "encoding")
+        shutil.copytree(work.dataset, work.root / name / "dataset")
+        shutil.copytree(work.encoding, work.root / name / "encoding")
         done = subprocess.run(
-            (*command, *options, work / name), env=environment, capture_output=True, text=True, timeout=180
+            (*command, *options, work.root / name), env=environment, capture_output=True, text=True, timeout=180
         )
         assert done.returncode == 0, done.stderr
-        metrics = json.loads((work / name / "training" / "dcn_knowledge" / "metrics.json").read_text())
+        metrics = json.loads((work.root / name / "training" / "dcn_knowledge" / "metrics.json").read_text())
         losses[name] = [epoch["validation_loss"] for epoch in metrics["epochs"]]
     # Dropout differs, the data, the batches and the initial weights do not.
     assert len(losses["one"]) == len(losses["two"]) == 3

@@ -19,6 +19,7 @@ from kar_offline.train.fit import STATE, predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
 from kar_offline.train.stage import Run, train_run
 from kar_offline.train.vectors import load_text_vectors
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, PreconditionError
 from kar_sidecar.features import FeatureEncoder, FeatureLayout, History
@@ -61,9 +62,9 @@ def make_dataset(seed=0):
 def write_work(work, seed=0, without=1):
     """Dataset and encodings below `work`; row `without` of each kind has no text."""
     dataset = make_dataset(seed)
-    (work / "dataset").mkdir(parents=True)
-    dataset.save(work / "dataset")
-    (work / "encoding").mkdir()
+    work.dataset.mkdir(parents=True)
+    dataset.save(work.dataset)
+    work.encoding.mkdir()
     rng = np.random.default_rng(seed)
     for source in ("knowledge", "raw"):
         for kind, entities in (("user", dataset.users), ("item", dataset.items)):
@@ -71,9 +72,9 @@ def write_work(work, seed=0, without=1):
             vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
             if without is not None:
                 vectors[without] = 0
-            np.save(work / "encoding" / f"{source}_{kind}.npy", vectors)
+            np.save(work.encoding / f"{source}_{kind}.npy", vectors)
             header = {"encoder_id": "e1", "dim": DIM, "ids": [e.id for e in entities], "text_sha256": hashes}
-            (work / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
+            (work.encoding / f"{source}_{kind}.json").write_text(json.dumps(header))
     return dataset
 
 
@@ -147,11 +148,11 @@ def test_arrays_equal_what_serving_encodes():
 
 def run_fit(folder, settings, epochs=nothing, arm="paper"):
     """Train din on the tiny dataset, with vectors that are written beside `folder`."""
-    work = folder / "inputs"
-    if not work.exists():
+    work = WorkFolder(folder / "inputs")
+    if not work.root.exists():
         write_work(work, without=None)
     data = encode_dataset(make_dataset())
-    return train_run(data, work / "encoding", Run("din", arm), settings, folder=folder, on_epoch=epochs).fitted
+    return train_run(data, work.encoding, Run("din", arm), settings, folder=folder, on_epoch=epochs).fitted
 
 
 @pytest.fixture
@@ -240,7 +241,7 @@ def test_knowledge_dropout_trains_the_neutral_vectors(tmp_path):
 
 
 def test_predictions_equal_one_sample_at_a_time(tmp_path):
-    dataset = write_work(tmp_path)
+    dataset = write_work(WorkFolder(tmp_path))
     data = encode_dataset(dataset)
     samples = data.samples(TEST)
     given = KnowledgeInputs.of(ARMS["paper"], data, data.samples(TRAIN), tmp_path / "encoding", seed=0)
@@ -265,16 +266,18 @@ def test_predictions_equal_one_sample_at_a_time(tmp_path):
 
 
 def test_train_load_and_second_run(tmp_path):
-    dataset = write_work(tmp_path)
+    dataset = write_work(WorkFolder(tmp_path))
     seen = []
     arms = ["control", "knowledge"]
-    result = train(tmp_path, ["dcnv2"], arms, SMALL, workers=0, on_epoch=lambda run, _: seen.append(run.name))
+    result = train(
+        WorkFolder(tmp_path), ["dcnv2"], arms, SMALL, workers=0, on_epoch=lambda run, _: seen.append(run.name)
+    )
     assert result.ran
     assert sorted(seen) == ["dcnv2_control"] * 2 + ["dcnv2_knowledge"] * 2
     folder = tmp_path / "training" / "dcnv2_knowledge"
     assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "config.json", "metrics.json"}
     assert not (folder / STATE).exists()
-    trained = load_trained(tmp_path, "dcnv2", "knowledge")
+    trained = load_trained(WorkFolder(tmp_path), "dcnv2", "knowledge")
     assert not trained.backbone.training
     assert not trained.adaptor.training
     assert isinstance(trained.adaptor, HybridExpertAdaptor)
@@ -288,52 +291,59 @@ def test_train_load_and_second_run(tmp_path):
     logits = predict_logits(trained.model, BatchFeed.of(data, data.samples(VALIDATION), given))
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, data.samples(VALIDATION).label)
     assert loss.item() == pytest.approx(trained.metrics["validation_loss"], abs=1e-6)
-    control = load_trained(tmp_path, "dcnv2", "control")
+    control = load_trained(WorkFolder(tmp_path), "dcnv2", "control")
     assert (control.adaptor, control.affinity, control.encoder_id) == (None, None, "")
     assert (folder / "curves.png").stat().st_size > 1000
 
-    again = train(tmp_path, ["dcnv2"], arms, SMALL, workers=0)
+    again = train(WorkFolder(tmp_path), ["dcnv2"], arms, SMALL, workers=0)
     assert not again.ran
     assert again.report == result.report
-    assert train(tmp_path, ["dcnv2"], ["control"], replace(SMALL, seed=5), workers=0).ran
+    assert train(WorkFolder(tmp_path), ["dcnv2"], ["control"], replace(SMALL, seed=5), workers=0).ran
 
 
 def test_an_interrupted_stage_resumes(tmp_path):
-    write_work(tmp_path)
+    write_work(WorkFolder(tmp_path))
 
     def interrupt(_, epoch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, ["din"], ["raw_text"], SMALL, workers=0, on_epoch=interrupt)
+        train(WorkFolder(tmp_path), ["din"], ["raw_text"], SMALL, workers=0, on_epoch=interrupt)
     with pytest.raises(PreconditionError, match="kar train"):
-        load_trained(tmp_path, "din", "raw_text")
+        load_trained(WorkFolder(tmp_path), "din", "raw_text")
     seen = []
-    train(tmp_path, ["din"], ["raw_text"], SMALL, workers=0, on_epoch=lambda _, epoch: seen.append(epoch.number))
+    train(
+        WorkFolder(tmp_path),
+        ["din"],
+        ["raw_text"],
+        SMALL,
+        workers=0,
+        on_epoch=lambda _, epoch: seen.append(epoch.number),
+    )
     assert seen == [1, 2]
-    assert load_trained(tmp_path, "din", "raw_text").metrics["best_epoch"] in (1, 2)
+    assert load_trained(WorkFolder(tmp_path), "din", "raw_text").metrics["best_epoch"] in (1, 2)
 
 
 def test_refusals(tmp_path):
     with pytest.raises(InputError, match="choose from"):
-        train(tmp_path, ["perceptron"], workers=0)
+        train(WorkFolder(tmp_path), ["perceptron"], workers=0)
     with pytest.raises(InputError, match="control, raw_text, knowledge, "):
-        train(tmp_path, ["din"], ["llm"], workers=0)
+        train(WorkFolder(tmp_path), ["din"], ["llm"], workers=0)
     with pytest.raises(PreconditionError, match="kar train"):
-        load_trained(tmp_path, "din", "control")
+        load_trained(WorkFolder(tmp_path), "din", "control")
 
 
 def test_corrupt_models_are_named(tmp_path):
-    write_work(tmp_path)
-    train(tmp_path, ["dcnv2"], ["control"], SMALL, workers=0)
+    write_work(WorkFolder(tmp_path))
+    train(WorkFolder(tmp_path), ["dcnv2"], ["control"], SMALL, workers=0)
     model = tmp_path / "training" / "dcnv2_control" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-9])
     with pytest.raises(IntegrityError, match="dcnv2_control"):
-        load_trained(tmp_path, "dcnv2", "control")
+        load_trained(WorkFolder(tmp_path), "dcnv2", "control")
 
 
 def test_vectors_are_checked_against_the_dataset(tmp_path):
-    dataset = write_work(tmp_path)
+    dataset = write_work(WorkFolder(tmp_path))
     vectors = load_text_vectors(tmp_path / "encoding", "raw", dataset)
     assert vectors.dim == DIM
     assert vectors.user_present.tolist() == [True, False] + [True] * (USERS - 2)

@@ -1,0 +1,131 @@
+"""Owns the layout of a work folder: one path for each stage's output, and one cached copy of what was read from it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, cast
+
+from kar_offline.stage_runner import folder_hash
+
+__all__ = ["DEFAULT_WORK", "StageContent", "WorkFolder"]
+
+
+class StageContent(Protocol):
+    """What a stage wrote, as an object that can be read back."""
+
+    FOLDER: ClassVar[str]
+    """Name of the stage's folder in a work folder."""
+
+    @staticmethod
+    def load(folder: Path) -> Any:
+        """Read the content of `folder`."""
+        ...
+
+
+T = TypeVar("T", bound=StageContent)
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """A folder that holds the outputs of all stages, each in a folder of its own.
+
+    Example:
+        >>> WorkFolder.at("var/demo").encoding.as_posix()
+        'var/demo/encoding'
+    """
+
+    root: Path
+    _contents: dict[type, tuple[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    """By type, the hash of the folder that it was read from, and what was read."""
+
+    @classmethod
+    def at(cls, root: "str | Path | WorkFolder") -> Self:
+        """The work folder at a path."""
+        return cls(root.root if isinstance(root, WorkFolder) else Path(root))
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Contents stay in the process that read them.
+        return {"root": self.root, "_contents": {}}
+
+    def read(self, content: type[T]) -> T:
+        """The content of a stage's folder. It is read once, and again after the folder has changed.
+
+        Raises:
+            KarError: as `content.load` does.
+        """
+        folder = self.root / content.FOLDER
+        version = folder_hash(folder)
+        known = self._contents.get(content)
+        if known is None or known[0] != version:
+            known = (version, content.load(folder))
+            self._contents[content] = known
+        return cast(T, known[1])
+
+    def folder(self, name: str) -> Path:
+        """A folder whose name an option gives, such as another encoding."""
+        return self.root / name
+
+    @property
+    def dataset(self) -> Path:
+        """Samples, users and items (`kar dataset`)."""
+        return self.root / "dataset"
+
+    @property
+    def prompts(self) -> Path:
+        """Rendered prompts and their scenario (`kar prompts`)."""
+        return self.root / "prompts"
+
+    @property
+    def knowledge(self) -> Path:
+        """Checked knowledge records (`kar generate`)."""
+        return self.root / "knowledge"
+
+    @property
+    def ledger(self) -> Path:
+        """The ledger: every question, answer and cost (`kar generate`)."""
+        return self.root / "ledger.sqlite"
+
+    @property
+    def content(self) -> Path:
+        """Content vectors that clusters are made of (`kar generate --share`)."""
+        return self.root / "content"
+
+    @property
+    def encoding(self) -> Path:
+        """Text vectors (`kar encode`)."""
+        return self.root / "encoding"
+
+    @property
+    def training(self) -> Path:
+        """Trained models, one folder a run (`kar train`)."""
+        return self.root / "training"
+
+    @property
+    def evaluation(self) -> Path:
+        """Metrics of the trained models (`kar evaluate`)."""
+        return self.root / "evaluation"
+
+    @property
+    def releases(self) -> Path:
+        """Exported releases, one folder each (`kar export`)."""
+        return self.root / "releases"
+
+    @property
+    def index(self) -> Path:
+        """Index snapshots, by release and kind of entity (`kar publish`)."""
+        return self.root / "index"
+
+    @property
+    def store(self) -> Path:
+        """The LMDB store that serving reads by default (`kar publish`)."""
+        return self.root / "store"
+
+    @property
+    def serving(self) -> Path:
+        """Files of a running `kar serve`."""
+        return self.root / "serving"
+
+
+DEFAULT_WORK: Final = WorkFolder(Path("var/demo"))
