@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from kar_offline.cli_options import ConfigFile, Offered, settings_as_options, work_of
 from kar_offline.settings import EncoderOptions, ProviderOptions
+from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError
 from kar_sidecar.settings import Settings
 
@@ -126,7 +127,7 @@ def test_options_hold_no_key(monkeypatch: pytest.MonkeyPatch):
 
 def test_one_file_serves_the_sidecar_and_the_offline_commands(file: Path, tmp_path: Path):
     assert Settings.read(file).work == Path("there")
-    assert work_of(None, file) == Path("there")
+    assert work_of(None, file) == WorkFolder(Path("there"))
     assert work_of(tmp_path, file) == tmp_path
     file.write_text(FILE.replace("work =", "wrok ="))
     with pytest.raises(InputError, match="wrok"):
