@@ -128,10 +128,10 @@ def test_options_hold_no_key(monkeypatch: pytest.MonkeyPatch):
 def test_one_file_serves_the_sidecar_and_the_offline_commands(file: Path, tmp_path: Path):
     assert Settings.read(file).work == Path("there")
     assert work_of(None, file) == WorkFolder(Path("there"))
-    assert work_of(tmp_path, file) == tmp_path
+    assert work_of(WorkFolder(tmp_path), file) == WorkFolder(tmp_path)
     file.write_text(FILE.replace("work =", "wrok ="))
     with pytest.raises(InputError, match="wrok"):
         work_of(None, file)
     file.write_text(FILE.replace("threads =", "thraeds ="))
     with pytest.raises(InputError, match="thraeds"):
-        work_of(tmp_path, file)
+        work_of(WorkFolder(tmp_path), file)
