@@ -145,7 +145,7 @@ def _say_what_next(work: WorkFolder, seconds: float, console: Console) -> None:
         f"folder lies in {work}.\nTry next:\n"
         f"  kar prompts --show 2 --work {work}             what a language model would be asked\n"
         f"  kar generate --llm local --limit 3 --work {work}   ask one, here (and see why checks are needed)\n"
-        f"  kar serve --work {work}                        then the five-line client of the README",
+        f"  kar serve --work {work}                        then the client of the README",
         highlight=False,
         soft_wrap=True,
     )
