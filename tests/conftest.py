@@ -1,11 +1,16 @@
-"""Owns what holds for all tests: one thread a process, and a marker for each test."""
+"""Owns what holds for all tests: one thread a process, no limits on a slow machine, and a marker for each test."""
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Tests run beside each other, one process a core. Read by OpenMP when torch is imported, and by processes of tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes tells nothing where other tests run on the same cores.
+settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("beside others")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

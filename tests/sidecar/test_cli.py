@@ -4,22 +4,44 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from kar_sidecar.cli import main
 
 pytestmark = pytest.mark.service
 
 KAR = Path(sys.executable).with_name("kar")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Answer:
+    returncode: int | str | None
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def kar(monkeypatch, capsys):
+    """Runs `kar` in this process: a new one would import torch for each command."""
+
+    def run(*arguments: str) -> Answer:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["kar", *arguments])
+            for name, value in {"NO_COLOR": "1", "COLUMNS": "200", "OMP_WAIT_POLICY": "passive"}.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as exit_:
+                main()
+        return Answer(exit_.value.code, *capsys.readouterr())
+
+    return run
+
+
+def test_the_installed_command_helps_and_names_every_stage():
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
-    return subprocess.run([KAR, *arguments], capture_output=True, text=True, env=environment, timeout=120, check=False)
-
-
-def test_help_names_every_stage():
-    answer = run("--help")
+    answer = subprocess.run([KAR, "--help"], capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert answer.returncode == 0
     stages = [
         "dataset",
@@ -51,18 +73,18 @@ def test_help_names_every_stage():
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_what_is_missing_or_wrong_is_one_line(arguments, words, code, tmp_path, monkeypatch):
+def test_what_is_missing_or_wrong_is_one_line(arguments, words, code, kar, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    answer = run(*arguments)
+    answer = kar(*arguments)
     assert answer.returncode == code
     assert answer.stderr.startswith("error: ")
     assert answer.stderr.count("\n") == 1
     assert words in answer.stderr
 
 
-def test_a_path_that_cannot_be_used_is_one_line(tmp_path):
+def test_a_path_that_cannot_be_used_is_one_line(kar, tmp_path):
     (tmp_path / "file").touch()
-    answer = run("dataset", "--work", str(tmp_path / "file"), "--limit", "3")
+    answer = kar("dataset", "--work", str(tmp_path / "file"), "--limit", "3")
     assert answer.returncode == 1
     assert answer.stderr.startswith("error: ")
     assert answer.stderr.count("\n") == 1
@@ -93,8 +115,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     [(["no-such-stage"], "No such command"), (["generate", "--llm", "telepathy"], "telepathy")],
     ids=["command", "value"],
 )
-def test_wrong_usage_says_what_is_wrong(arguments, words):
-    answer = run(*arguments)
+def test_wrong_usage_says_what_is_wrong(arguments, words, kar):
+    answer = kar(*arguments)
     assert answer.returncode == 2
     assert "Traceback" not in answer.stderr
     assert words in answer.stderr
