@@ -1,8 +1,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.support.adaptor_problems import PARAMETERS, adaptor_excesses
 
 from kar_kernels.adaptor import TOWERS, HybridExpertAdaptor
+from kar_kernels.benchmark.rounding import INPUTS, Units, excesses, rounding_limits
 from kar_kernels.reference import Expert, hybrid_expert_reference
 
 pytestmark = pytest.mark.unit
@@ -41,20 +43,20 @@ def test_equals_reference_with_gradients(shape):
     adaptor = make(*sizes)
     user = torch.randn(sizes[0], rows, dtype=torch.float64).T.requires_grad_()  # not contiguous
     item = torch.randn(rows + 3, sizes[0], dtype=torch.float64, requires_grad=True)
-    inputs = [user, item, *adaptor.parameters()]
-    weights = (torch.randn(rows, sizes[2]).double(), torch.randn(rows + 3, sizes[2]).double())
+    parameters = [adaptor.get_parameter(name) for name in PARAMETERS]
+    inputs = dict(zip(INPUTS, (user, item, *parameters), strict=True))
+    upstream = (torch.randn(rows, sizes[2]).double(), torch.randn(rows + 3, sizes[2]).double())
 
-    def gradients(outputs):
-        loss = sum((weight * out.sin()).sum() for weight, out in zip(weights, outputs, strict=True))
-        return torch.autograd.grad(loss, inputs, allow_unused=True)
+    def results(vectors):
+        gradients = torch.autograd.grad(vectors, list(inputs.values()), upstream)
+        named = {f"gradient of {name}": gradient for name, gradient in zip(INPUTS, gradients, strict=True)}
+        return named | {name: out.detach() for name, out in zip(INPUTS[:2], vectors, strict=True)}
 
-    fast, slow = adaptor(user, item), (reference(adaptor, user, "user"), reference(adaptor, item, "item"))
-    for a, b in zip(fast, slow, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    for a, b in zip(gradients(fast), gradients(slow), strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    slow = reference(adaptor, user, "user"), reference(adaptor, item, "item")
+    limits = rounding_limits(inputs, upstream, Units.of(torch.float64))
+    assert excesses(results(adaptor(user, item)), results(slow), limits) == []
+    neutral = torch.autograd.grad(adaptor(user, item), adaptor.user_neutral, upstream, allow_unused=True)
+    assert neutral == (None,)
 
 
 def test_empty_batch():
@@ -88,7 +90,8 @@ def test_parameter_count_of_the_paper():
 def test_rows_do_not_depend_on_each_other():
     adaptor = make(6, 4, 3, 2, 1)
     x = torch.randn(9, 6).double()
-    torch.testing.assert_close(adaptor.tower(x, "item")[4:5], adaptor.tower(x[4:5], "item"), rtol=1e-14, atol=1e-14)
+    assert adaptor_excesses(adaptor, {"item": x}, {"item": adaptor.tower(x, "item")}) == []
+    assert adaptor_excesses(adaptor, {"item": x[4:5]}, {"item": adaptor.tower(x[4:5], "item")}) == []
 
 
 def test_adapt_gives_the_neutral_vector_whatever_the_encoding():
@@ -96,8 +99,8 @@ def test_adapt_gives_the_neutral_vector_whatever_the_encoding():
     x = torch.randn(3, 6).double()
     x[1] = float("nan")
     out = adaptor.adapt({"user": (x, torch.tensor([True, False, True]))})["user"]
-    torch.testing.assert_close(out[[0, 2]], adaptor.tower(x[[0, 2]], "user"))
-    torch.testing.assert_close(out[1], adaptor.user_neutral)
+    assert adaptor_excesses(adaptor, {"user": x[[0, 2]]}, {"user": out[[0, 2]]}) == []
+    assert torch.equal(out[1], adaptor.user_neutral)
     out.sum().backward()
     assert torch.isfinite(adaptor.weight1.grad).all()
     torch.testing.assert_close(adaptor.user_neutral.grad, torch.ones(3).double())
@@ -136,11 +139,12 @@ def test_an_adaptor_of_one_tower_equals_that_tower_of_two(tmp_path, tower):
             one.get_parameter(name).copy_(both.get_parameter(name)[at])
         one.gate_weight[0], one.gate_bias[0] = both.gate_weight[number], both.gate_bias[number]
     x = torch.randn(7, 6)
-    torch.testing.assert_close(one.tower(x, tower), both.tower(x, tower))
+    for adaptor in (one, both):
+        assert adaptor_excesses(adaptor, {tower: x}, {tower: one.tower(x, tower)}) == []
     one.save(tmp_path / "a.safetensors")
     loaded = HybridExpertAdaptor.load(tmp_path / "a.safetensors")
     assert loaded.towers == (tower,)
-    torch.testing.assert_close(loaded.tower(x, tower), one.tower(x, tower))
+    assert torch.equal(loaded.tower(x, tower), one.tower(x, tower))
     other = "item" if tower == "user" else "user"
     with pytest.raises(ValueError, match=f"no {other} tower"):
         one.tower(x, other)
@@ -151,8 +155,9 @@ def test_an_adaptor_of_one_tower_equals_that_tower_of_two(tmp_path, tower):
 def test_one_mixture_for_both_towers(tmp_path):
     adaptor = HybridExpertAdaptor(6, hidden=4, out=3, shared=4, dedicated=0, one_gate=True)
     x = torch.randn(5, 6)
-    torch.testing.assert_close(*adaptor(x, x))
+    for vectors in adaptor(x, x):
+        assert adaptor_excesses(adaptor, {"user": x}, {"user": vectors}) == []
     adaptor.save(tmp_path / "a.safetensors")
     loaded = HybridExpertAdaptor.load(tmp_path / "a.safetensors")
     assert (loaded.shared, loaded.dedicated, loaded.one_gate) == (4, 0, True)
-    torch.testing.assert_close(loaded.tower(x, "user"), adaptor.tower(x, "user"))
+    assert torch.equal(loaded.tower(x, "user"), adaptor.tower(x, "user"))

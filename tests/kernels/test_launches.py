@@ -1,11 +1,11 @@
 """How many kernels a forward and a backward launch, at the default sizes."""
 
-import importlib.util
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from tests.support.triton_interpreter import INTERPRETS, interpreted
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,8 +15,6 @@ from kar_kernels.benchmark.processor import has_compiler
 
 pytestmark = pytest.mark.unit
 
-INTERPRETS = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="kernels are interpreted with triton, where there is no GPU")
 if INTERPRETS:
     from kar_kernels import pair, split, tail
 
@@ -80,8 +78,8 @@ def test_compiled_baselines_launch_more_than_the_fused_kernel_and_fewer_than_eag
     assert products < len(calls) < 64
 
 
-def test_loop_launches_more_than_a_hundred(make):
-    problem = make(**DEFAULT)
+def test_loop_launches_more_than_a_hundred(make_problem):
+    problem = make_problem(**DEFAULT)
     leaves = problem.leaves(torch.float32, torch.float32)
     with Counting() as forward:
         outs = problem.loop(*leaves)
@@ -93,8 +91,8 @@ def test_loop_launches_more_than_a_hundred(make):
 
 
 @interpreted
-def test_fused_launches_two_forward_and_one_backward(make, launches):
-    problem = make(**DEFAULT)
+def test_fused_launches_two_forward_and_one_backward(make_problem, launches):
+    problem = make_problem(**DEFAULT)
     user, item, weights, shape = problem.packed()
     with Counting() as forward:
         split.split_forward(user, item, weights, shape, save=False)
@@ -110,8 +108,8 @@ def test_fused_launches_two_forward_and_one_backward(make, launches):
 
 
 @interpreted
-def test_pair_launches_one(make, launches):
-    packed = make(**DEFAULT).packed()
+def test_pair_launches_one(make_problem, launches):
+    packed = make_problem(**DEFAULT).packed()
     with Counting() as counting:
         pair.pair_forward(*packed)
     assert launches == ["pair_forward_kernel"]
@@ -119,8 +117,8 @@ def test_pair_launches_one(make, launches):
 
 
 @interpreted
-def test_tail_launches_a_product_and_a_kernel_a_tower(make, launches):
-    user, item, weights, shape = make(**DEFAULT).packed()
+def test_tail_launches_a_product_and_a_kernel_a_tower(make_problem, launches):
+    user, item, weights, shape = make_problem(**DEFAULT).packed()
     with Counting() as forward:
         out, saved = tail.tail_forward(user, item, weights, shape, save=True)
     assert launches == 2 * ["tail_forward_kernel"]
@@ -134,9 +132,9 @@ def test_tail_launches_a_product_and_a_kernel_a_tower(make, launches):
 
 
 @interpreted
-def test_operator_adds_nothing_to_the_kernels_launches(make, launches):
+def test_operator_adds_nothing_to_the_kernels_launches(make_problem, launches):
     """Packed weights in, aligned encodings in, no padding: what a server runs."""
-    user, item, weights, _ = make(**DEFAULT).packed()
+    user, item, weights, _ = make_problem(**DEFAULT).packed()
     with Counting() as counting:
         hybrid_expert_adaptor(user, item, weights, path="fused")
     assert len(launches) == 2
@@ -144,9 +142,9 @@ def test_operator_adds_nothing_to_the_kernels_launches(make, launches):
 
 
 @interpreted
-def test_operator_adds_little_to_the_backward(make, launches):
+def test_operator_adds_little_to_the_backward(make_problem, launches):
     """Packed weights that need gradients, aligned encodings that do not: what training runs, without packing."""
-    problem = make(**DEFAULT)
+    problem = make_problem(**DEFAULT)
     user, item, weights, _ = problem.packed()
     tensors = {name: getattr(weights, name).requires_grad_() for name in ("first", "bias1", "weight2", "bias2")}
     outs = hybrid_expert_adaptor(user, item, replace(weights, **tensors), path="fused")

@@ -4,11 +4,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
+from tests.support.triton_interpreter import INTERPRETS
 from torch.nn import functional as F
 
-if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
-    pytest.skip("kernels are interpreted with triton, where there is no GPU", allow_module_level=True)
+if not INTERPRETS:
+    pytest.skip("only where triton is installed and there is no GPU", allow_module_level=True)
 
 from kar_kernels import cpu, eager, pair, split, tail, tiles
 
@@ -204,25 +204,24 @@ def compare(problem, name, module):
     # Rows are as far apart as those of no other tensor.
     user, item = F.pad(user, (0, 16))[:, :-16], F.pad(item, (0, 32))[:, :-32]
     if name == "pair":
-        problem.exact(problem.of(module.pair_forward(user, item, weights, shape)))
+        problem.assert_exact(problem.unpack_vectors(module.pair_forward(user, item, weights, shape)))
         return
     forward, backward = (getattr(module, f"{name}_{direction}") for direction in ("forward", "backward"))
-    problem.exact(problem.of(forward(user, item, weights, shape, save=False)[0]))
+    problem.assert_exact(problem.unpack_vectors(forward(user, item, weights, shape, save=False)[0]))
     out, saved = forward(user, item, weights, shape, save=True)
-    problem.exact(problem.of(out))
-    grad = F.pad(problem.grad, (0, shape.out - problem.sizes.out))
-    problem.exact(problem.unpack(backward(grad, user, item, weights, shape, saved)))
+    problem.assert_exact(problem.unpack_vectors(out))
+    problem.assert_exact(problem.unpack_gradients(backward(problem.packed_upstream, user, item, weights, shape, saved)))
 
 
 @pytest.mark.parametrize("name", ["split", "pair", "tail", "cpu"])
-def test_the_right_kernel_lives(make, mutant, name):
-    compare(make(**SIZES), name, mutant(name))
+def test_the_right_kernel_lives(make_problem, mutant, name):
+    compare(make_problem(**SIZES), name, mutant(name))
 
 
 # What a mutant makes of memory that it should not read is no number, and numpy says so.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name, some in MUTANTS.items() for wrong in some])
-def test_a_wrong_line_is_seen(make, mutant, name, wrong):
+def test_a_wrong_line_is_seen(make_problem, mutant, name, wrong):
     module = mutant(name, *MUTANTS[name][wrong])
     if name == "tiles":
         name, changed, module = "split", module, mutant("split")
@@ -231,6 +230,6 @@ def test_a_wrong_line_is_seen(make, mutant, name, wrong):
     elif name == "eager":
         name, changed, module = "cpu", module, mutant("cpu")
         module.eager = changed
-    problem = make(**SIZES, gate_scale=20000.0 if "overflows" in wrong else 1.0)
+    problem = make_problem(**SIZES, gate_scale=20000.0 if "overflows" in wrong else 1.0)
     with pytest.raises(AssertionError):
         compare(problem, name, module)

@@ -6,11 +6,11 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from tests.support.triton_interpreter import INTERPRETS, interpreted
 
-INTERPRETS = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 pytestmark = [
     pytest.mark.unit,
-    pytest.mark.skipif(not INTERPRETS, reason="kernels are interpreted with triton, where there is no GPU"),
+    interpreted,
 ]
 if INTERPRETS:
     from kar_kernels import pair, split, tail

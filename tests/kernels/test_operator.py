@@ -1,20 +1,18 @@
 """The operator as torch sees it: its schema, its shapes without data, `torch.compile`, and what it refuses."""
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 
 import pytest
 import torch
+from tests.support.triton_interpreter import interpreted
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kar_kernels import hybrid_expert_adaptor, operator, pack
 
 pytestmark = pytest.mark.unit
 
-INTERPRETS = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="kernels are interpreted with triton, where there is no GPU")
 KERNELS = [pytest.param("fused", marks=interpreted), pytest.param("tail", marks=interpreted)]
 PATHS = [*KERNELS, "cpu", "eager"]
 FP64, FP32, FP16 = torch.float64, torch.float32, torch.float16
@@ -30,8 +28,8 @@ def arguments(problem, path, *, save):
 @pytest.mark.parametrize("rows", [(3, 6), (0, 4), (0, 0)])
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("path", PATHS)
-def test_opcheck(make, path, save, rows):
-    problem = make(**SMALL | dict(zip(("users", "items"), rows, strict=True)))
+def test_opcheck(make_problem, path, save, rows):
+    problem = make_problem(**SMALL | dict(zip(("users", "items"), rows, strict=True)))
     # With no rows, torch's own check cannot make a dynamic shape of them.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
@@ -43,8 +41,8 @@ def test_opcheck(make, path, save, rows):
 
 @pytest.mark.parametrize(("dtype", "x_dtype"), [(FP64, FP64), (FP16, FP16), (FP16, FP32)])
 @pytest.mark.parametrize("path", PATHS)
-def test_opcheck_of_the_backward(make, path, dtype, x_dtype):
-    problem = make(**SMALL, dtype=dtype, x_dtype=x_dtype)
+def test_opcheck_of_the_backward(make_problem, path, dtype, x_dtype):
+    problem = make_problem(**SMALL, dtype=dtype, x_dtype=x_dtype)
     *tensors, seen, _, _ = arguments(problem, path, save=False)
     torch.library.opcheck(
         torch.ops.kar.hybrid_expert_adaptor.default, (*tensors, seen, path, True), test_utils="test_faketensor"
@@ -59,11 +57,11 @@ def test_opcheck_of_the_backward(make, path, dtype, x_dtype):
 
 @interpreted
 @pytest.mark.parametrize("rows", [(5, 6), (6, 7), (7, 5)])
-def test_opcheck_of_what_tail_saves(make, monkeypatch, rows):
+def test_opcheck_of_what_tail_saves(make_problem, monkeypatch, rows):
     from kar_kernels import tail
 
     monkeypatch.setattr(tail, "SAVED_ROWS", 6)
-    problem = make(**SMALL | dict(zip(("users", "items"), rows, strict=True)))
+    problem = make_problem(**SMALL | dict(zip(("users", "items"), rows, strict=True)))
     *tensors, seen, _, _ = arguments(problem, "tail", save=False)
     torch.library.opcheck(
         torch.ops.kar.hybrid_expert_adaptor.default, (*tensors, seen, "tail", True), test_utils="test_faketensor"
@@ -83,53 +81,53 @@ def compiler():
 
 
 @pytest.mark.parametrize("path", [None, *PATHS])
-def test_compiled_equals_eager(make, compiler, path):
-    problem = make(**SMALL)
-    problem.exact(problem.solve(compiler(adaptor(path), fullgraph=True, backend="aot_eager"), FP64, FP64))
+def test_compiled_equals_eager(make_problem, compiler, path):
+    problem = make_problem(**SMALL)
+    problem.assert_exact(problem.solve(compiler(adaptor(path), fullgraph=True, backend="aot_eager"), FP64, FP64))
 
 
 # Torch's own compiler uses what torch deprecates.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("path", [None, pytest.param("fused", marks=interpreted)])
-def test_compiled_by_inductor_equals_eager(make, compiler, path):
-    problem = make(**SMALL)
-    problem.exact(problem.solve(compiler(adaptor(path), fullgraph=True), FP64, FP64))
+def test_compiled_by_inductor_equals_eager(make_problem, compiler, path):
+    problem = make_problem(**SMALL)
+    problem.assert_exact(problem.solve(compiler(adaptor(path), fullgraph=True), FP64, FP64))
 
 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("path", [None, *PATHS])
-def test_compiled_once_for_any_number_of_rows(make, compiler, path, gradients):
+def test_compiled_once_for_any_number_of_rows(make_problem, compiler, path, gradients):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = compiler(adaptor(path), fullgraph=True, backend=counter)
     # No number of rows equals another size, which torch would take for the same.
     for users, items in ((9, 11), (12, 21), (10, 13), (8, 15)):
-        problem = make(**SMALL | {"users": users, "items": items})
+        problem = make_problem(**SMALL | {"users": users, "items": items})
         if gradients:
-            problem.exact(problem.solve(compiled, FP64, FP64))
+            problem.assert_exact(problem.solve(compiled, FP64, FP64))
         else:
             with torch.no_grad():
                 vectors = compiled(*problem.leaves(FP64, FP64))
-            problem.exact(dict(zip(("user", "item"), vectors, strict=True)))
+            problem.assert_exact(dict(zip(("user", "item"), vectors, strict=True)))
     # Once for the first number, once for all others.
     assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_rows_may_be_declared_dynamic(make, compiler, path):
-    problem = make(**SMALL | {"users": 9, "items": 11})
+def test_rows_may_be_declared_dynamic(make_problem, compiler, path):
+    problem = make_problem(**SMALL | {"users": 9, "items": 11})
     user, item, *raw = problem.leaves(FP64, FP64)
     for one in (user, item):
         # Torch refuses where the code takes their number for a constant.
         torch._dynamo.mark_dynamic(one, 0)
     vectors = compiler(adaptor(path), fullgraph=True, backend="aot_eager")(user, item, *raw)
-    problem.exact(dict(zip(("user", "item"), (one.detach() for one in vectors), strict=True)))
+    problem.assert_exact(dict(zip(("user", "item"), (one.detach() for one in vectors), strict=True)))
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 49), torch.ones(2, 64), torch.ones(50), torch.ones(1, 2, 50)])
 @pytest.mark.parametrize("tower", [0, 1])
-def test_encodings_of_another_size_are_refused(make, x, tower):
-    _, _, weights, _ = make(**SMALL, dtype=FP32).packed()
+def test_encodings_of_another_size_are_refused(make_problem, x, tower):
+    _, _, weights, _ = make_problem(**SMALL, dtype=FP32).packed()
     given = [torch.ones(2, 50), torch.ones(2, 50)]
     given[tower] = x
     sizes = ", ".join(map(str, x.shape))
@@ -137,15 +135,15 @@ def test_encodings_of_another_size_are_refused(make, x, tower):
         hybrid_expert_adaptor(*given, weights)
 
 
-def test_unpacked_weights_are_refused(make):
-    user, item, weights, _ = make(**SMALL).packed()
+def test_unpacked_weights_are_refused(make_problem):
+    user, item, weights, _ = make_problem(**SMALL).packed()
     with pytest.raises(ValueError, match="use `pack`"):
         hybrid_expert_adaptor(user, item, dataclasses.replace(weights, first=weights.first[1:]))
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_an_unknown_path_is_refused(make, gradients):
-    problem = make(**SMALL)
+def test_an_unknown_path_is_refused(make_problem, gradients):
+    problem = make_problem(**SMALL)
     user, item, *raw = problem.leaves(FP64, FP64)
     with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=r"split.*fused, tail, cpu, eager"):
         hybrid_expert_adaptor(user, item, pack(*raw), path="split")
@@ -154,8 +152,8 @@ def test_an_unknown_path_is_refused(make, gradients):
 @interpreted
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("path", ["fused", "tail"])
-def test_a_path_that_cannot_run_is_refused(make, monkeypatch, path, gradients):
-    problem = make(**SMALL)
+def test_a_path_that_cannot_run_is_refused(make_problem, monkeypatch, path, gradients):
+    problem = make_problem(**SMALL)
     user, item, *raw = problem.leaves(torch.bfloat16, torch.bfloat16)
     with torch.set_grad_enabled(gradients):
         with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly"):
@@ -167,10 +165,10 @@ def test_a_path_that_cannot_run_is_refused(make, monkeypatch, path, gradients):
 
 
 @pytest.mark.parametrize("named", [*KERNELS, "cpu", "eager"])
-def test_the_environment_names_the_path(make, monkeypatch, launches, named):
+def test_the_environment_names_the_path(make_problem, monkeypatch, launches, named):
     monkeypatch.setenv("KAR_ADAPTOR", named)
-    problem = make(**SMALL)
-    problem.exact(problem.by(None))
+    problem = make_problem(**SMALL)
+    problem.assert_exact(problem.solve_by(None))
     kernels = {
         "fused": ["split_forward_kernel", "split_reduce_kernel", "split_backward_kernel"],
         "tail": 2 * ["tail_forward_kernel"] + 2 * ["tail_backward_kernel"],
@@ -178,19 +176,19 @@ def test_the_environment_names_the_path(make, monkeypatch, launches, named):
     assert launches == kernels.get(named, [])
 
 
-def test_the_processor_runs_cpu(make, launches, monkeypatch):
+def test_the_processor_runs_cpu(make_problem, launches, monkeypatch):
     called = []
     forward, backward = operator.cpu.cpu_forward, operator.cpu.cpu_backward
     monkeypatch.setattr(operator.cpu, "cpu_forward", lambda *a, **k: called.append("forward") or forward(*a, **k))
     monkeypatch.setattr(operator.cpu, "cpu_backward", lambda *a, **k: called.append("backward") or backward(*a, **k))
-    problem = make(**SMALL)
-    problem.exact(problem.by(None))
+    problem = make_problem(**SMALL)
+    problem.assert_exact(problem.solve_by(None))
     assert (called, launches) == (["forward", "backward"], [])
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_runs_in_inference_mode(make, path):
-    problem = make(**SMALL)
+def test_runs_in_inference_mode(make_problem, path):
+    problem = make_problem(**SMALL)
     with torch.inference_mode():
-        vectors = problem.served_by(path)
-    problem.exact(vectors)
+        vectors = problem.vectors_by(path)
+    problem.assert_exact(vectors)

@@ -34,8 +34,8 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     wrong = gpu.check(device, tiny=options.tiny, on_row=_say)
     if wrong:
-        return _fail("\n".join(("kernels differ from float64 more than they may:", *wrong)))
-    print("every path is as near to float64 as the frozen loop, twice at most", file=sys.stderr)
+        return _fail("\n".join(("kernels differ from float64 by more than rounding explains:", *wrong)))
+    print("every path differs from float64 by no more than rounding explains", file=sys.stderr)
     report = gpu.measure_gpu(device, tiny=options.tiny, budget_s=options.budget, on_row=_say)
     name = device_name(device)
     table = gpu.verdict(report["cuda"])

@@ -20,6 +20,7 @@ from kar_kernels.adaptor import HybridExpertAdaptor
 from kar_kernels.benchmark.forms import BASELINES, Form, baseline, form, operator_form
 from kar_kernels.benchmark.processor import Times, dtype_name
 from kar_kernels.benchmark.roofline import Chip, Work, forward_work
+from kar_kernels.benchmark.rounding import INPUTS, Units, excesses, rounding_limits, with_sure_signs
 from kar_kernels.dispatch import choose
 from kar_kernels.layout import Shape
 
@@ -87,45 +88,46 @@ TINY: Final = [
 def check(device: torch.device, *, tiny: bool = False, on_row: OnRow = lambda text: None) -> list[str]:
     """Compare every path with float64: what is wrong, in words; empty if all is right.
 
-    A path may be twice as far from float64 as the frozen loop in the same dtype is, and the rounding of the largest
-    number beyond: absolute limits would fail correct code, since ReLU masks flip.
+    No number may be further away than rounding explains (`kar_kernels.benchmark.rounding`).
     """
     dtypes = [torch.float32, torch.float16] + ([] if tiny else [torch.bfloat16])
     sizes = [(3, 5, 64)] if tiny else [(1, 100, 768), (58, 33, 50), (512, 512, 384), (0, 5000, 768), (700, 4500, 1024)]
     wrong = []
     for users, items, dim in sizes:
-        torch.manual_seed(users + items + dim)
-        exact = HybridExpertAdaptor(dim).double().to(device)
-        x = torch.randn(users, dim, device=device).double(), torch.randn(items, dim, device=device).double()
-        dy = torch.randn(users + items, exact.out, device=device).double()
-        truth = _results(baseline("eager", exact), x, dy)
         for dtype in dtypes:
+            torch.manual_seed(users + items + dim)
             adaptor = HybridExpertAdaptor(dim).to(device=device, dtype=dtype)
-            adaptor.load_state_dict(exact.state_dict())
-            given, grad = (x[0].to(dtype), x[1].to(dtype)), dy.to(dtype)
-            eager = _results(baseline("eager", adaptor), given, grad)
+            exact = HybridExpertAdaptor(dim).to(device=device, dtype=torch.float64)
+            exact.load_state_dict(adaptor.state_dict())
+            # What both compute with are numbers that the dtype has.
+            x, dy = (
+                tuple(torch.randn(rows, size, device=device).to(dtype).double() for rows in (users, items))
+                for size in (dim, exact.out)
+            )
+            form = baseline("eager", exact)
+            inputs = dict(zip(INPUTS, (*x, *form.parameters), strict=True))
+            units = Units.of(dtype, tf32=device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
+            dy = with_sure_signs(inputs, dy, units)
+            limits, truth = rounding_limits(inputs, dy, units), _results(form, x, dy)
+            given, grad = tuple(one.to(dtype) for one in x), tuple(one.to(dtype) for one in dy)
             for path in ("fused", "tail"):
-                on_row(f"checking {path}, {users} + {items} rows, D = {dim}, {dtype_name(dtype)}")
-                found = _results(operator_form(path, adaptor, train=True), given, grad)
+                label = f"{path}, {users} + {items} rows, D = {dim}, {dtype_name(dtype)}"
+                on_row(f"checking {label}")
+                texts = list(excesses(_results(operator_form(path, adaptor, train=True), given, grad), truth, limits))
                 with torch.no_grad():
-                    found["without gradients"] = torch.cat(operator_form(path, adaptor).run(*given))
-                for name, value in found.items():
-                    right = truth.get(name, truth["vectors"])
-                    own = (value.double() - right).abs().max().item()
-                    loop = (eager.get(name, eager["vectors"]).double() - right).abs().max().item()
-                    allowed = 2 * loop + torch.finfo(dtype).eps / 2 * right.abs().max().item()
-                    if not own <= allowed:
-                        wrong.append(
-                            f"{path}, {users} + {items} rows, D = {dim}, {dtype_name(dtype)}: {name} is {own:.2e} from "
-                            f"float64, more than {allowed:.2e}"
-                        )
+                    vectors = dict(zip(INPUTS[:2], operator_form(path, adaptor).run(*given), strict=True))
+                texts += [f"without gradients, {text}" for text in excesses(vectors, truth, limits)]
+                wrong += [f"{label}: {text}" for text in texts]
     return wrong
 
 
-def _results(form: Form, x: tuple[Tensor, Tensor], dy: Tensor) -> dict[str, Tensor]:
-    out = torch.cat(form.run(*x))
-    grads = torch.autograd.grad(out, form.parameters, dy)
-    return {"vectors": out.detach()} | {f"gradient {number}": grad for number, grad in enumerate(grads)}
+def _results(form: Form, x: tuple[Tensor, Tensor], dy: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Both towers' vectors and the weights' gradients, by the names of `kar_kernels.benchmark.rounding`."""
+    vectors = form.run(*x)
+    gradients = torch.autograd.grad(vectors, form.parameters, dy)
+    return dict(zip(INPUTS[:2], (one.detach() for one in vectors), strict=True)) | {
+        f"gradient of {name}": gradient for name, gradient in zip(INPUTS[2:], gradients, strict=True)
+    }
 
 
 class Clock:
