@@ -40,7 +40,7 @@ from kar_bench.studies.quality_runs import Job, Protocol, default_jobs, possible
 from kar_offline.check import facts_table
 from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, once, refuse_unknown, write_json
 from kar_offline.dataset.splits import FOLDS
-from kar_offline.encoders.huggingface import ENCODERS
+from kar_offline.encoders.packaged import ENCODERS
 from kar_offline.generate.llama_cpp import MODEL, LocalChat
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.stage import cases_of, utc_now
@@ -328,7 +328,7 @@ def throughput(
     # It loads all that runs encoders, which takes seconds.
     from kar_bench.performance.generation import generation_contenders
     from kar_bench.performance.throughput import encoding_contenders, measure_throughput, throughput_table
-    from kar_offline.encoders.huggingface import mini_lm
+    from kar_offline.encoders.packaged import mini_lm
 
     released = [line.text for line in Pack.load("ml-100k").lines.values()]
     chosen = released[:: max(len(released) // texts, 1)][:texts]

@@ -15,7 +15,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.stage import Split, write_dataset
 from kar_offline.encode import encode
-from kar_offline.encoders.text_encoder import HashingEncoder
+from kar_offline.encoders.hashing import HashingEncoder
 from kar_offline.export import export
 from kar_offline.generate import ScriptedModel, generate
 from kar_offline.prompts import render_prompts

@@ -37,7 +37,7 @@ from transformers import AutoModel
 from kar_bench.studies.quality_report import IDLE_CORES
 from kar_kernels.benchmark.machine import machine, others_busy
 from kar_offline.encode.stage import encode_texts
-from kar_offline.encoders.huggingface import BATCH_TOKENS, HuggingFace, Runtime
+from kar_offline.encoders.huggingface import BATCH_TOKENS, HuggingFaceEncoder, Runtime
 from kar_offline.encoders.text_encoder import TextEncoder
 
 __all__ = ["BARE", "OURS", "Contender", "Seconds", "encoding_contenders", "measure_throughput", "throughput_table"]
@@ -144,7 +144,7 @@ def _ratios(contenders: Sequence[Contender], taken: Mapping[int, Sequence[Second
 
 
 def encoding_contenders(
-    make: Callable[[Runtime, int], HuggingFace], texts: Sequence[str], *, threads: int | None = None
+    make: Callable[[Runtime, int], HuggingFaceEncoder], texts: Sequence[str], *, threads: int | None = None
 ) -> list[Contender]:
     """The contenders of the task "encode".
 
@@ -154,7 +154,7 @@ def encoding_contenders(
         threads: Cores to use; default: all that this process may use.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    encoders: dict[Runtime, HuggingFace] = {"torch": make("torch", threads), "onnx": make("onnx", threads)}
+    encoders: dict[Runtime, HuggingFaceEncoder] = {"torch": make("torch", threads), "onnx": make("onnx", threads)}
     for encoder in encoders.values():
         encoder.encode(texts[:1])  # loads the model
     folder, graph = encoders["onnx"].folder, encoders["onnx"].graph

@@ -9,7 +9,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import build_dataset
 from kar_offline.dataset.movielens_1m import build_movielens_1m
 from kar_offline.encode import encode
-from kar_offline.encoders.huggingface import ENCODERS
+from kar_offline.encoders.packaged import ENCODERS
 from kar_offline.generate import Pack, generate
 from kar_offline.prompts import render_prompts
 from kar_offline.work_folder import WorkFolder

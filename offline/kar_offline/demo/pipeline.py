@@ -13,7 +13,7 @@ from rich.console import Console
 from kar_offline.dataset.movielens import build_dataset
 from kar_offline.demo.report import write_report
 from kar_offline.encode import encode
-from kar_offline.encoders.huggingface import mini_lm
+from kar_offline.encoders.packaged import mini_lm
 from kar_offline.evaluate import evaluate, evaluation_table
 from kar_offline.export import export
 from kar_offline.generate import Pack, generate

@@ -1,9 +1,5 @@
-"""Owns how texts become vectors: encoders behind one Protocol, and the stage that encodes each text once.
-
-The encoders are in `kar_offline.encoders`; the slow ones are imported where they are used.
-"""
+"""Owns the stage `encode`: each text is encoded once, and entities without a text get an imputed vector."""
 
 from kar_offline.encode.stage import SOURCES, encode
-from kar_offline.encoders.text_encoder import HashingEncoder, TextEncoder
 
-__all__ = ["SOURCES", "HashingEncoder", "TextEncoder", "encode"]
+__all__ = ["SOURCES", "encode"]

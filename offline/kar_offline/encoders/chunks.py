@@ -1,4 +1,4 @@
-"""Owns how texts that are too long for an encoder are cut into chunks, batched, and made whole again."""
+"""Owns chunks: cutting texts that are too long for an encoder, batching the chunks, and joining their vectors again."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -7,9 +7,9 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kar_offline.encoders.text_encoder import Encoded
+from kar_offline.encoders.text_encoder import EncodedTexts
 
-__all__ = ["Chunk", "batches", "even_cuts", "join"]
+__all__ = ["Chunk", "batches", "even_spans", "join_chunks"]
 
 T = TypeVar("T")
 
@@ -18,56 +18,64 @@ class Chunk(NamedTuple, Generic[T]):
     """A part of a text."""
 
     row: int
-    """Its text's."""
+    """Row of the text."""
     parts: int
-    """Of its text."""
+    """Number of chunks of the text."""
     length: int
-    """In the units that batches are measured in; also what it counts among the parts."""
+    """Tokens or characters; the chunk's weight in the mean of its text."""
     content: T
 
 
-def even_cuts(length: int, most: int) -> list[tuple[int, int]]:
-    """Begins and ends of the fewest parts of nearly equal length, and of at most `most`; nothing has one part, too."""
-    count = max(-(-length // most), 1)
-    return list(pairwise(length * i // count for i in range(count + 1)))
+def even_spans(length: int, limit: int) -> list[tuple[int, int]]:
+    """Starts and ends of the fewest parts of at most `limit`, of nearly equal length; an empty text has one part.
+
+    >>> even_spans(5, 4)
+    [(0, 2), (2, 5)]
+    """
+    count = max(-(-length // limit), 1)
+    return list(pairwise(length * part // count for part in range(count + 1)))
 
 
 def batches(
-    chunks: Iterable[Chunk[T]], size: int, *, extra: int = 0, most: int | None = None
+    chunks: Iterable[Chunk[T]], batch_length: int, *, overhead: int = 0, max_chunks: int | None = None
 ) -> Iterator[Sequence[Chunk[T]]]:
-    """Chunks in batches of nearly equal length, the longest first.
+    """Batch chunks of nearly equal length, the longest first.
 
     Args:
-        chunks: In any order.
-        size: Of a batch at most, when all its chunks are padded to the longest; one chunk is a batch anyway.
-        extra: What comes on top of each chunk's length.
-        most: Chunks of a batch.
+        chunks: The chunks, in any order.
+        batch_length: Maximal length of a batch whose chunks are all padded to the longest. A chunk that is longer
+            makes a batch of its own.
+        overhead: Length that the model adds to each chunk, such as special tokens.
+        max_chunks: Maximal number of chunks in a batch; None: no limit.
     """
-    left = sorted(chunks, key=lambda chunk: chunk.length, reverse=True)
+    by_length = sorted(chunks, key=lambda chunk: chunk.length, reverse=True)
     start = 0
-    while start < len(left):
-        count = max(size // max(left[start].length + extra, 1), 1)
-        stop = start + min(count, most or count)
-        yield left[start:stop]
+    while start < len(by_length):
+        count = max(batch_length // max(by_length[start].length + overhead, 1), 1)
+        stop = start + min(count, max_chunks or count)
+        yield by_length[start:stop]
         start = stop
 
 
-def join(pieces: Iterable[tuple[Sequence[Chunk[T]], NDArray[np.float32], int]]) -> Iterator[Encoded]:
-    """Texts as soon as all their chunks are there: the mean of these, weighted by length, scaled to unit length.
+def join_chunks(batches: Iterable[tuple[Sequence[Chunk[T]], NDArray[np.float32], int]]) -> Iterator[EncodedTexts]:
+    """Yield texts as soon as all their chunks are encoded.
+
+    A text's vector is the mean of its chunks' vectors, weighted by length and scaled to unit length.
 
     Args:
-        pieces: Chunks, their vectors [n, D], and the tokens that they took.
+        batches: n chunks, their vectors [n, D], and the number of tokens that were encoded.
     """
-    waiting: dict[int, tuple[int, NDArray[np.float32]]] = {}
-    for chunks, vectors, tokens in pieces:
+    incomplete: dict[int, tuple[int, NDArray[np.float32]]] = {}
+    for chunks, vectors, tokens in batches:
         rows, sums = [], []
         for chunk, vector in zip(chunks, vectors, strict=True):
-            missing, before = waiting.pop(chunk.row, (chunk.parts, np.zeros_like(vector)))
-            total = before + vector * max(chunk.length, 1)
+            missing, sum_before = incomplete.pop(chunk.row, (chunk.parts, np.zeros_like(vector)))
+            weighted_sum = sum_before + vector * max(chunk.length, 1)
             if missing > 1:
-                waiting[chunk.row] = missing - 1, total
+                incomplete[chunk.row] = missing - 1, weighted_sum
             else:
                 rows.append(chunk.row)
-                sums.append(total)
-        found = np.array(sums, dtype=np.float32).reshape(-1, vectors.shape[1])
-        yield Encoded(rows, found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12), tokens)
+                sums.append(weighted_sum)
+        complete = np.array(sums, dtype=np.float32).reshape(-1, vectors.shape[1])  # (texts, D)
+        unit = complete / np.maximum(np.linalg.norm(complete, axis=1, keepdims=True), 1e-12)
+        yield EncodedTexts(rows, unit, tokens)

@@ -1,8 +1,8 @@
-"""Owns what an encoder's folder holds: the files that vectors depend on, and what sentence-transformers says of them.
+"""Owns the folder of an encoder in sentence-transformers format: the files that vectors depend on, and its settings.
 
-modules.json                        which modules follow each other, in which folders; without it all is one model
-<module>/config.json                of the module Pooling: how it pools
-<model>/sentence_bert_config.json   how many tokens the model was trained with
+modules.json                        the modules in order, with their folders; without this file all is one model
+<module>/config.json                of the module Pooling: the pooling mode
+<model>/sentence_bert_config.json   the number of tokens that the model was trained with
 """
 
 import json
@@ -14,15 +14,15 @@ from typing import Any, Final, NamedTuple
 from kar_offline.encoders.pooling import Pooling
 from kar_sidecar.errors import NotFoundError, UnsupportedError
 
-__all__ = ["FILES", "EncoderFolder", "read_folder"]
+__all__ = ["FILES", "EncoderFolder", "read_encoder_folder"]
 
 FILES: Final = ("config.json", "model.safetensors", "tokenizer.json")
-"""What the vectors depend on; tokenizers without `tokenizer.json` and sharded weights are not read."""
-MODES: Final[Mapping[str, Pooling]] = MappingProxyType(
-    # The square root of the number of tokens changes a vector's length alone.
+"""Files that vectors depend on. Tokenizers without `tokenizer.json` and sharded weights are not supported."""
+POOLING_OF_MODE: Final[Mapping[str, Pooling]] = MappingProxyType(
+    # Dividing by the square root of the number of tokens changes the length of a vector only.
     {"cls": "cls", "mean": "mean", "mean_sqrt_len_tokens": "mean", "weightedmean": "weighted", "lasttoken": "last"}
 )
-FLAGS: Final[Mapping[str, str]] = MappingProxyType(
+MODE_OF_FLAG: Final[Mapping[str, str]] = MappingProxyType(
     {
         "pooling_mode_cls_token": "cls",
         "pooling_mode_max_tokens": "max",
@@ -32,71 +32,75 @@ FLAGS: Final[Mapping[str, str]] = MappingProxyType(
         "pooling_mode_lasttoken": "lasttoken",
     }
 )
-"""How older folders say what they pool by."""
-LONGEST: Final = 256
-"""Tokens of a chunk where the folder does not say what the model was trained with."""
+"""Older folders have one flag per pooling mode."""
+DEFAULT_MAX_TOKENS: Final = 256
+"""Tokens of a chunk where the folder does not name the length of training."""
 
 
 class EncoderFolder(NamedTuple):
-    """What a folder says of its encoder."""
+    """The settings of an encoder, from its folder."""
 
     model: Path
-    """The folder of FILES."""
+    """The folder that holds `FILES`."""
     dim: int
+    """Number of components of a vector."""
     pad_id: int
-    pooling: str
-    """As sentence-transformers calls it."""
-    longest: int
-    """Tokens that the model takes at once, the special ones included."""
+    """Token id of padding."""
+    pooling_mode: str
+    """The name that sentence-transformers uses."""
+    max_tokens: int
+    """Maximal number of tokens in one call of the model, special tokens included."""
 
     def own_pooling(self) -> Pooling:
         """The pooling that the encoder was trained with.
 
         Raises:
-            UnsupportedError: it is none of ours.
+            UnsupportedError: its pooling mode is not supported.
         """
-        if self.pooling not in MODES:
+        if self.pooling_mode not in POOLING_OF_MODE:
             raise UnsupportedError(
-                f"{self.model} pools by {self.pooling!r}, which is not built: name another encoder, or a --pooling"
+                f"{self.model} pools by {self.pooling_mode!r}, which is not supported: name another encoder, or a "
+                "--pooling"
             )
-        return MODES[self.pooling]
+        return POOLING_OF_MODE[self.pooling_mode]
 
 
-def read_folder(folder: Path) -> EncoderFolder:
-    """Read an encoder's folder.
+def read_encoder_folder(folder: Path) -> EncoderFolder:
+    """Read the settings of an encoder.
 
     Raises:
         NotFoundError: a needed file is missing.
-        UnsupportedError: it has a layer after pooling, such as Dense.
+        UnsupportedError: the encoder has a layer after pooling, such as Dense.
     """
-    model, pooling = folder, "mean"
-    for module in _json(folder / "modules.json") or ():
+    model, pooling_mode = folder, "mean"
+    for module in _read_json(folder / "modules.json") or ():
         kind = str(module["type"]).rpartition(".")[2]
         if kind == "Transformer":
             model = folder / module["path"]
         elif kind == "Pooling":
-            pooling = _mode(_json(folder / module["path"] / "config.json") or {})
-        elif kind != "Normalize":  # vectors have unit length anyway
+            pooling_mode = _pooling_mode(_read_json(folder / module["path"] / "config.json") or {})
+        elif kind != "Normalize":  # all encoders here give vectors of unit length
             raise UnsupportedError(
-                f"{folder} has a layer {kind!r}, which is not built: name another encoder, or serve this one and use "
-                "--encoder openai"
+                f"{folder} has a layer {kind!r}, which is not supported: name another encoder, or serve this one and "
+                "use --encoder openai"
             )
     for file in FILES:
         if not (model / file).is_file():
             raise NotFoundError(f"{model} holds no {file}: name an encoder in safetensors format")
-    config = _json(model / "config.json")
+    config = _read_json(model / "config.json")
     dim = config.get("hidden_size") or config.get("dim")
     if not dim:
         raise UnsupportedError(f"{model}/config.json names no hidden_size: name an encoder like BERT")
-    longest = (_json(model / "sentence_bert_config.json") or {}).get("max_seq_length") or LONGEST
-    positions = config.get("max_position_embeddings") or longest
-    return EncoderFolder(model, dim, config.get("pad_token_id") or 0, pooling, min(longest, positions))
+    trained_tokens = (_read_json(model / "sentence_bert_config.json") or {}).get("max_seq_length")
+    max_tokens = trained_tokens or DEFAULT_MAX_TOKENS
+    positions = config.get("max_position_embeddings") or max_tokens
+    return EncoderFolder(model, dim, config.get("pad_token_id") or 0, pooling_mode, min(max_tokens, positions))
 
 
-def _mode(config: Mapping[str, Any]) -> str:
-    found = config.get("pooling_mode") or [mode for flag, mode in FLAGS.items() if config.get(flag)] or "mean"
-    return found if isinstance(found, str) else "+".join(found)
+def _pooling_mode(config: Mapping[str, Any]) -> str:
+    modes = config.get("pooling_mode") or [mode for flag, mode in MODE_OF_FLAG.items() if config.get(flag)] or "mean"
+    return modes if isinstance(modes, str) else "+".join(modes)
 
 
-def _json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None

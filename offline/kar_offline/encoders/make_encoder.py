@@ -22,9 +22,9 @@ def make_encoder(options: EncoderOptions) -> TextEncoder:
     """
     encoder = _endpoint(options) if options.name == ENDPOINT else _local(options)
     if options.runner == "ray":
-        from kar_offline.encoders.ray import OnRay  # an extra of its own
+        from kar_offline.encoders.ray import RayEncoder  # an extra of its own
 
-        return OnRay(encoder, options.workers, options.ray_address)
+        return RayEncoder(encoder, options.workers, options.ray_address)
     return encoder
 
 
@@ -38,11 +38,12 @@ def _endpoint(options: EncoderOptions) -> TextEncoder:
 
 
 def _local(options: EncoderOptions) -> TextEncoder:
-    from kar_offline.encoders.huggingface import ENCODERS, HuggingFace  # tokenizers and their imports take their time
+    from kar_offline.encoders.huggingface import HuggingFaceEncoder  # tokenizers load slowly
+    from kar_offline.encoders.packaged import ENCODERS
 
     threads = options.threads or (1 if options.runner == "ray" else None)
     how = _given(runtime=options.runtime, pooling=options.pooling, threads=threads)
-    return ENCODERS[options.name](**how) if options.name in ENCODERS else HuggingFace(options.name, **how)
+    return ENCODERS[options.name](**how) if options.name in ENCODERS else HuggingFaceEncoder(options.name, **how)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Owns an encoder's model in ONNX Runtime, on a graph that is exported once and kept in the cache.
 
-It is fp32 as in PyTorch, and unit vectors of the two agree within 1e-6. That is rounding, so `encoder_id` names no
-runtime and vectors of either stand side by side.
+Weights and arithmetic are fp32 as in PyTorch. The unit vectors of both runtimes agree within 1e-6, so `encoder_id` does
+not name the runtime, and vectors of both may be stored together.
 
 <cache>/onnx/<digest of the encoder's files>/model.onnx
 """
@@ -21,21 +21,21 @@ from kar_sidecar.wheel_cache import cache_folder
 __all__ = ["OnnxModel", "graph_file"]
 
 TOLERANCE: Final = 1e-4
-"""Of the vectors that a graph gives tokens against PyTorch's, as a part of the largest component."""
+"""Largest difference between token vectors of the graph and of PyTorch, as a ratio of the largest component."""
 
 
 class OnnxModel:
     """A `TokenModel` in ONNX Runtime."""
 
     def __init__(self, graph: Path) -> None:
-        """Load a graph that `graph_file` made."""
+        """Load a graph that `graph_file` exported."""
         options = onnxruntime.SessionOptions()
-        # Each of the threads that call it works on a batch of its own: none waits inside a batch, and none spins.
+        # Each calling thread works on its own batch with one core: no thread waits or spins inside a batch.
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def one_core_each(self) -> AbstractContextManager[None]:
-        """See `TokenModel`."""
+        """See `TokenModel`; always so."""
         return nullcontext()
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -45,45 +45,47 @@ class OnnxModel:
 
 
 def graph_file(folder: Path, digest: str, cache: Path | None = None) -> Path:
-    """The ONNX graph of an encoder's model, exported and compared with PyTorch if it is not in the cache.
+    """The ONNX graph of an encoder's model; exported and compared with PyTorch first, if it is not in the cache.
 
     Args:
-        folder: Of the model.
-        digest: Names the content of its files.
-        cache: Default: that of this user.
+        folder: Folder of the model.
+        digest: Hash of the model's files; the graph's name in the cache.
+        cache: The cache; default: the user's.
 
     Raises:
         UnsupportedError: the model cannot be exported.
     """
     root = (cache or cache_folder()) / "onnx"
-    kept = root / digest
-    if not kept.is_dir():
+    exported = root / digest
+    if not exported.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{digest}-", dir=root) as temporary:
-            made = Path(temporary) / "whole"
-            made.mkdir()
-            _export(folder, made / "model.onnx")
+            draft = Path(temporary) / "whole"
+            draft.mkdir()
+            _export(folder, draft / "model.onnx")
             try:
-                made.replace(kept)
+                draft.replace(exported)
             except OSError:
-                if not kept.is_dir():  # else another process was first
+                if not exported.is_dir():  # otherwise another process exported it first
                     raise
-    return kept / "model.onnx"
+    return exported / "model.onnx"
 
 
 def _export(folder: Path, graph: Path) -> None:
-    from kar_offline.encoders.pytorch import TorchModel, export_graph
+    from kar_offline.encoders.pytorch import TorchModel, export_graph  # only an export needs torch
 
     try:
         export_graph(folder, graph)
-        # Another shape than the export saw, with padding.
-        ids = np.arange(21, dtype=np.int64).reshape(3, 7) % 5
+        # A shape that the exporter did not see, with padding.
+        ids = np.arange(21, dtype=np.int64).reshape(3, 7) % 5  # (3, 7)
         mask = (np.arange(7) < np.array([[7], [4], [1]])).astype(np.int64)
-        real = mask.astype(bool)
-        expected = TorchModel(folder)(ids, mask)[real]
-        differ = np.abs(OnnxModel(graph)(ids, mask)[real] - expected).max() / np.abs(expected).max()
-    except Exception as error:  # the exporter and the runtime raise as many kinds as there are models
+        is_token = mask.astype(bool)
+        expected = TorchModel(folder)(ids, mask)[is_token]  # (tokens, D)
+        difference = np.abs(OnnxModel(graph)(ids, mask)[is_token] - expected).max() / np.abs(expected).max()
+    except Exception as error:  # exporter and runtime raise exceptions of many classes
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedError(f"{folder} cannot be exported to ONNX ({reason}): use --runtime torch") from error
-    if not differ < TOLERANCE:
-        raise UnsupportedError(f"{folder} exported to ONNX differs from PyTorch by {differ:.1g}: use --runtime torch")
+    if not difference < TOLERANCE:
+        raise UnsupportedError(
+            f"{folder} exported to ONNX differs from PyTorch by {difference:.1g}: use --runtime torch"
+        )

@@ -12,41 +12,43 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from kar_offline.encoders.chunks import Chunk, batches, join
-from kar_offline.encoders.text_encoder import Encoded, gather
+from kar_offline.encoders.chunks import Chunk, batches, join_chunks
+from kar_offline.encoders.text_encoder import EncodedTexts, gather
 from kar_offline.openai_http.endpoint import Endpoint, RefusedError, Verdict, parse_json, verdict_of
 from kar_sidecar.errors import InputError
 
 __all__ = ["CHUNK_CHARS", "EndpointEncoder"]
 
 CHUNK_CHARS: Final = 1500
-"""About 375 tokens of English: below the 512 that the smallest usual encoders take."""
+"""Characters of a chunk: about 375 tokens of English. The smallest common encoders take 512 tokens."""
 CHARS_PER_TOKEN: Final = 4
-"""Of English; where an endpoint does not tell what it counted."""
+"""Characters of an English token, for endpoints that report no token count."""
 BATCH_CHARS: Final = 32_000
+"""Maximal characters of a request."""
 BATCH_TEXTS: Final = 32
-"""What servers take by default, among them TEI."""
-LARGEST_ANSWER_BYTES: Final = 64 << 20
+"""Maximal texts of a request; the default limit of TEI and other servers."""
+MAX_ANSWER_BYTES: Final = 64 << 20
+"""Longer answers are refused."""
 
-Piece = tuple[Sequence[Chunk[str]], NDArray[np.float32], int]
-"""Chunks, their vectors [n, D], the tokens that they took."""
+EncodedBatch = tuple[Sequence[Chunk[str]], NDArray[np.float32], int]
+"""n chunks, their vectors [n, D], and the number of tokens that were encoded."""
 
 
 class EndpointEncoder:
     """A model behind `<base_url>/embeddings`.
 
-    Only the endpoint knows its tokens, and some cut texts silently that are too long for them. So a text of more than
-    `chunk_chars` characters is cut at spaces, and its vector is the mean of its chunks', weighted by characters.
-    Vectors are scaled to unit length. A broken answer (not as many vectors as texts, numbers that are not finite) is
-    asked for again.
+    Tokens are counted by the endpoint only, and some endpoints truncate long texts silently. Therefore a text of more
+    than `chunk_chars` characters is cut at spaces, and its vector is the mean of its chunks' vectors, weighted by
+    characters and scaled to unit length. An invalid answer (a missing vector, numbers that are not finite) is requested
+    again.
 
     Args:
-        base_url: As of `Endpoint`.
-        model: The name that the endpoint knows the model by.
-        key: As of `Endpoint`.
-        chunk_chars: Characters of a chunk.
-        concurrency: Requests in flight at once.
-        **options: As of `Endpoint`.
+        base_url: See `Endpoint`.
+        model: The model's name at the endpoint.
+        key: See `Endpoint`.
+        chunk_chars: Maximal characters of a chunk.
+        concurrency: Maximal requests in flight.
+        **options: Further arguments of `Endpoint`.
     """
 
     def __init__(
@@ -62,34 +64,35 @@ class EndpointEncoder:
         """Check the address; nothing is sent yet.
 
         Raises:
-            InputError: as of `Endpoint`.
+            InputError: see `Endpoint`.
         """
         self._endpoint = Endpoint(base_url, key, connections=concurrency, **options)
         self._model, self._concurrency, self.chunk_chars = model, concurrency, chunk_chars
         self._dim = 0
         address = httpx.URL(self._endpoint.base_url)
-        # Another endpoint may have other weights under the name; who may hold a key in front of the host is left out.
+        # Two endpoints may serve different weights under one name. `netloc` has no credentials.
         self.encoder_id = f"{model}@{address.netloc.decode()}{address.path}/{chunk_chars}"
 
     @property
     def dim(self) -> int:
-        """Number of components D. Only an answer tells, so the first call may send a text of one word.
+        """Number of components D; the first call may send a text of one word, since only an answer shows it.
 
-        Raises: as `stream`.
+        Raises:
+            UnavailableError, InputError: see `stream`.
         """
         if not self._dim:
             list(self.stream(["text"]))
         return self._dim
 
-    def stream(self, texts: Sequence[str]) -> Iterator[Encoded]:
+    def stream(self, texts: Sequence[str]) -> Iterator[EncodedTexts]:
         """See `TextEncoder`: the longest texts first.
 
         Raises:
-            UnavailableError: no answer after all attempts.
-            InputError: the endpoint refuses the request, or its vectors change their number of components.
+            UnavailableError: no valid answer after all attempts.
+            InputError: the endpoint refuses the request, or the number of components changes between answers.
         """
-        cut = batches(self._chunks(texts), BATCH_CHARS, most=BATCH_TEXTS)
-        yield from join(self._pieces(cut))
+        planned = batches(self._chunks(texts), BATCH_CHARS, max_chunks=BATCH_TEXTS)
+        yield from join_chunks(self._encoded_batches(planned))
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """See `TextEncoder`."""
@@ -103,25 +106,25 @@ class EndpointEncoder:
             for part in parts:
                 yield Chunk(row, len(parts), len(part), part)
 
-    def _pieces(self, cut: Iterable[Sequence[Chunk[str]]]) -> Iterator[Piece]:
-        """Answers as they come, in a loop that runs only while one is waited for."""
+    def _encoded_batches(self, planned: Iterable[Sequence[Chunk[str]]]) -> Iterator[EncodedBatch]:
+        """Answers as they arrive; the event loop runs only while the caller waits for the next one."""
         with asyncio.Runner() as runner:
-            answers = self._answers(cut)
+            answers = self._answers(planned)
 
-            async def following() -> Piece | None:
+            async def next_answer() -> EncodedBatch | None:
                 return await anext(answers, None)
 
-            while (piece := runner.run(following())) is not None:
-                yield piece
+            while (encoded := runner.run(next_answer())) is not None:
+                yield encoded
 
-    async def _answers(self, cut: Iterable[Sequence[Chunk[str]]]) -> AsyncGenerator[Piece, None]:
-        left = iter(cut)
-        running: set[asyncio.Task[Piece]] = set()
+    async def _answers(self, planned: Iterable[Sequence[Chunk[str]]]) -> AsyncGenerator[EncodedBatch, None]:
+        remaining = iter(planned)
+        running: set[asyncio.Task[EncodedBatch]] = set()
         async with self._endpoint:
             try:
                 while True:
-                    while len(running) < self._concurrency and (batch := next(left, None)):
-                        running.add(asyncio.create_task(self._ask(batch)))
+                    while len(running) < self._concurrency and (batch := next(remaining, None)):
+                        running.add(asyncio.create_task(self._request(batch)))
                     if not running:
                         return
                     done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -132,14 +135,14 @@ class EndpointEncoder:
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
 
-    async def _ask(self, batch: Sequence[Chunk[str]]) -> Piece:
+    async def _request(self, batch: Sequence[Chunk[str]]) -> EncodedBatch:
         texts = [chunk.content for chunk in batch]
         try:
-            got = await self._endpoint.call(
+            answer = await self._endpoint.call(
                 "POST",
                 "/embeddings",
-                lambda content: _read(content, texts),
-                largest_bytes=LARGEST_ANSWER_BYTES,
+                lambda content: _read_answer(content, texts),
+                largest_bytes=MAX_ANSWER_BYTES,
                 content=json.dumps({"model": self._model, "input": texts}).encode(),
                 headers={"Content-Type": "application/json"},
             )
@@ -147,10 +150,10 @@ class EndpointEncoder:
             if verdict_of(error.http_status) is not Verdict.OWN_FAULT:
                 raise
             raise InputError(
-                f"{self._endpoint.base_url} refused with {error.reason}: where it says that a text is too long, lower "
-                "--chunk-chars, else correct the model, then run this again"
+                f"{self._endpoint.base_url} refused with {error.reason}: if a text is too long, lower --chunk-chars, "
+                "otherwise correct the model; then run this again"
             ) from error
-        vectors, tokens = got.value
+        vectors, tokens = answer.value
         dim = vectors.shape[1]
         if self._dim not in (0, dim):
             raise InputError(
@@ -161,18 +164,18 @@ class EndpointEncoder:
         return batch, vectors, tokens
 
 
-def _read(content: bytes, texts: Sequence[str]) -> tuple[NDArray[np.float32], int]:
-    """The vectors [n, D] of unit length and the tokens that an answer gives to n texts.
+def _read_answer(content: bytes, texts: Sequence[str]) -> tuple[NDArray[np.float32], int]:
+    """The vectors [n, D] of n texts, scaled to unit length, and the token count of an answer.
 
     Raises:
-        ValueError: it is broken.
+        ValueError: the answer is invalid.
     """
     answer = parse_json(content)
     try:
         data = sorted(answer["data"], key=lambda entry: entry["index"])
         if [entry["index"] for entry in data] != list(range(len(texts))):
             raise ValueError(f"{len(data)} vectors, not one for each of {len(texts)} texts")
-        vectors = np.array([_numbers(entry["embedding"]) for entry in data], dtype=np.float64)
+        vectors = np.array([_components(entry["embedding"]) for entry in data], dtype=np.float64)
         tokens = (answer.get("usage") or {}).get("prompt_tokens")
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"the answer is no list of embeddings: {str(answer)[:80]!r}") from error
@@ -185,6 +188,6 @@ def _read(content: bytes, texts: Sequence[str]) -> tuple[NDArray[np.float32], in
     return (vectors / lengths).astype(np.float32), tokens
 
 
-def _numbers(embedding: Any) -> Any:
-    """A list as it is, or what base64 holds."""
+def _components(embedding: Any) -> Any:
+    """Components of a vector: a list as it is, or decoded from base64."""
     return np.frombuffer(base64.b64decode(embedding), "<f4") if isinstance(embedding, str) else embedding

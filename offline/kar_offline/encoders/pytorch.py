@@ -1,4 +1,4 @@
-"""Owns an encoder's model in PyTorch: running it, and its export to ONNX."""
+"""Owns an encoder's model in PyTorch: how it runs, and its export to ONNX."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,18 +17,18 @@ from transformers.utils import logging
 
 __all__ = ["INPUTS", "OUTPUT", "TorchModel", "export_graph"]
 
-LOCAL: Final[Mapping[str, Any]] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
+LOAD_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
 OPSET: Final = 18
 INPUTS: Final = ("input_ids", "attention_mask")
 OUTPUT: Final = "last_hidden_state"
-AXES: Final[Mapping[int, str]] = MappingProxyType({0: "B", 1: "T"})
+VARIABLE_AXES: Final[Mapping[int, str]] = MappingProxyType({0: "B", 1: "T"})
 
 
 def _load(folder: Path, attention: str | None = None) -> Any:
-    """The model of an encoder's folder: safetensors only, no remote code, fp32, for inference."""
+    """Load the model of an encoder's folder for inference: safetensors only, no remote code, fp32."""
     logging.disable_progress_bar()
     return AutoModel.from_pretrained(
-        folder, use_safetensors=True, dtype=torch.float32, attn_implementation=attention, **LOCAL
+        folder, use_safetensors=True, dtype=torch.float32, attn_implementation=attention, **LOAD_OPTIONS
     ).eval()
 
 
@@ -42,23 +42,23 @@ class TorchModel:
     @contextmanager
     def one_core_each(self) -> Iterator[None]:
         """See `TokenModel`."""
-        before = torch.get_num_threads()
+        threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(threads_before)
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `TokenModel`."""
         with torch.inference_mode():
-            made = self._model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
-        hidden: NDArray[np.float32] = made.last_hidden_state.numpy()
+            output = self._model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+        hidden: NDArray[np.float32] = output.last_hidden_state.numpy()
         return hidden
 
 
-class _Hidden(nn.Module):
-    """The model with what the exporter wants: positional arguments, and one tensor out."""
+class _HiddenStates(nn.Module):
+    """The model as the exporter needs it: positional arguments, and one tensor as output."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -70,17 +70,17 @@ class _Hidden(nn.Module):
 
 
 def export_graph(folder: Path, path: Path) -> None:
-    """Write the model of `folder` to `path`: inputs INPUTS [B, T] int64, output OUTPUT [B, T, D] float32.
+    """Export the model of `folder` to `path`: inputs `INPUTS` [B, T] int64, output `OUTPUT` [B, T, D] float32.
 
-    Raises whatever the exporter meets in a model that it cannot follow.
+    The exporter's exceptions are passed on; they are of many classes.
     """
-    # Written out, attention is what ONNX Runtime has a kernel for; PyTorch's fused one is exported as small pieces.
-    model = _Hidden(_load(folder, attention="eager")).eval()
+    # ONNX Runtime has a kernel for "eager" attention; PyTorch's fused attention is exported as many small operators.
+    model = _HiddenStates(_load(folder, attention="eager")).eval()
     ids, mask = torch.ones((2, 5), dtype=torch.int64), torch.ones((2, 5), dtype=torch.int64)
     mask[0, 3:] = 0
     with warnings.catch_warnings():
-        # As for backbones, the tracing exporter: a tenth of the time for a graph that ONNX Runtime fuses better.
-        # What tracing may get wrong, such as a length taken for a constant, is found by who compares the two.
+        # The tracing exporter takes a tenth of the time, and ONNX Runtime fuses its graph better; backbones use it
+        # too. Tracing may take a length for a constant: `graph_file` compares the graph with PyTorch at other shapes.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", TracerWarning)
         warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
@@ -90,7 +90,7 @@ def export_graph(folder: Path, path: Path) -> None:
             str(path),
             input_names=list(INPUTS),
             output_names=[OUTPUT],
-            dynamic_axes={name: dict(AXES) for name in (*INPUTS, OUTPUT)},
+            dynamic_axes={name: dict(VARIABLE_AXES) for name in (*INPUTS, OUTPUT)},
             opset_version=OPSET,
             dynamo=False,
         )

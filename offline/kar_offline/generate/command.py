@@ -130,7 +130,7 @@ def _prepare(work: WorkFolder, dataset: Name, console: Console) -> None:
 def _sharing(share: float, provider: Provider) -> Sharing:
     if isinstance(provider, Pack):
         raise InputError("--share is for language models: a pack has a text for each entity that it knows")
-    from kar_offline.encoders.huggingface import mini_lm  # torch takes its time
+    from kar_offline.encoders.packaged import mini_lm  # torch takes its time
 
     return Sharing(share, mini_lm())
 

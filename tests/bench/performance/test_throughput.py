@@ -11,7 +11,7 @@ from kar_bench.performance.throughput import (
     measure_throughput,
     throughput_table,
 )
-from kar_offline.encoders.huggingface import HuggingFace
+from kar_offline.encoders.huggingface import HuggingFaceEncoder
 
 pytestmark = pytest.mark.unit
 
@@ -52,7 +52,9 @@ def test_all_implementations_of_encoding_run_on_the_same_tokens(tmp_path: Path) 
     folder = write_encoder(tmp_path / "letters")
     texts = ["a b c", "d", "e d c b a"] * 40
     contenders = encoding_contenders(
-        lambda runtime, threads: HuggingFace(folder, runtime=runtime, threads=threads, cache=tmp_path), texts, threads=2
+        lambda runtime, threads: HuggingFaceEncoder(folder, runtime=runtime, threads=threads, cache=tmp_path),
+        texts,
+        threads=2,
     )
     assert [(made.runtime, made.implementation) for made in contenders] == [
         ("torch", "bare"),

@@ -17,7 +17,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.encode import encode
-from kar_offline.encoders.text_encoder import HashingEncoder
+from kar_offline.encoders.hashing import HashingEncoder
 from kar_offline.evaluate.metrics import auc
 from kar_offline.knowledge.records import write_knowledge
 from kar_offline.prompts import render_prompts

@@ -9,9 +9,10 @@ import pytest
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
-from kar_offline.encode import HashingEncoder, encode
+from kar_offline.encode import encode
 from kar_offline.encode import stage as encode_stage
-from kar_offline.encoders.text_encoder import Encoded, gather
+from kar_offline.encoders.hashing import HashingEncoder
+from kar_offline.encoders.text_encoder import EncodedTexts, gather
 from kar_offline.knowledge.records import write_knowledge
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
@@ -31,7 +32,7 @@ class Counting(HashingEncoder):
         self.encoded: list[str] = []
         self.breaks_after = breaks_after
 
-    def stream(self, texts: Sequence[str]) -> Iterator[Encoded]:
+    def stream(self, texts: Sequence[str]) -> Iterator[EncodedTexts]:
         for encoded in super().stream(texts):
             if len(self.encoded) == self.breaks_after:
                 raise KeyboardInterrupt
@@ -185,10 +186,10 @@ class Compass:
     def __init__(self) -> None:
         self.encoded: list[str] = []
 
-    def stream(self, texts: Sequence[str]) -> Iterator[Encoded]:
+    def stream(self, texts: Sequence[str]) -> Iterator[EncodedTexts]:
         self.encoded += texts
         vectors = np.array([DIRECTIONS[text] for text in texts], np.float32).reshape(-1, 2)
-        yield Encoded(range(len(texts)), vectors, len(texts))
+        yield EncodedTexts(range(len(texts)), vectors, len(texts))
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         return gather(self, texts)

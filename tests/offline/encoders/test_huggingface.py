@@ -10,9 +10,9 @@ import torch
 from tests.support.letters import token_vectors, unit, write_encoder
 from transformers import BertModel
 
-from kar_offline.encoders.huggingface import HuggingFace
+from kar_offline.encoders.huggingface import HuggingFaceEncoder
 from kar_offline.encoders.pooling import Pooling
-from kar_offline.encoders.text_encoder import Encoded
+from kar_offline.encoders.text_encoder import EncodedTexts
 from kar_sidecar.errors import NotFoundError, UnsupportedError
 
 pytestmark = pytest.mark.unit
@@ -23,8 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_encoder(tmp_path_factory.mktemp("letters"))
 
 
-def encoder(folder: Path, **options: Any) -> HuggingFace:
-    return HuggingFace(folder, runtime="torch", **options)
+def encoder(folder: Path, **options: Any) -> HuggingFaceEncoder:
+    return HuggingFaceEncoder(folder, runtime="torch", **options)
 
 
 def pooled(vectors: np.ndarray, pooling: Pooling) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_a_stream_may_be_left(folder: Path) -> None:
     made = encoder(folder, threads=2)
     before = torch.get_num_threads()
     stream = made.stream(["a b c d e a b c d e"] * 5000)
-    assert isinstance(next(stream), Encoded)
+    assert isinstance(next(stream), EncodedTexts)
     stream.close()
     assert torch.get_num_threads() == before
 
@@ -110,7 +110,7 @@ def test_the_id_names_all_that_vectors_depend_on(folder: Path, tmp_path: Path) -
     assert known.startswith("letters@")
     assert known.endswith("/mean/14")
     assert encoder(folder, name="letters", threads=1).encoder_id == known
-    assert HuggingFace(folder, name="letters", runtime="onnx").encoder_id == known
+    assert HuggingFaceEncoder(folder, name="letters", runtime="onnx").encoder_id == known
     assert encoder(folder, name="letters", pooling="cls").encoder_id != known
     assert encoder(folder, name="letters", chunk_tokens=4).encoder_id != known
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -128,7 +128,7 @@ def test_an_encoder_travels_before_it_has_loaded_anything(folder: Path) -> None:
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(NotFoundError, match=r"no model\.safetensors"):
-        HuggingFace(tmp_path)
+        HuggingFaceEncoder(tmp_path)
 
 
 def sentence_transformer(

@@ -7,7 +7,7 @@ import torch
 from tests.support.letters import token_vectors, unit, write_encoder
 from transformers import BertConfig, BertModel
 
-from kar_offline.encoders.huggingface import HuggingFace
+from kar_offline.encoders.huggingface import HuggingFaceEncoder
 from kar_offline.encoders.onnx import OnnxModel, graph_file
 from kar_sidecar.errors import UnsupportedError
 
@@ -20,20 +20,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
-    return HuggingFace(folder, threads=2, cache=tmp_path_factory.mktemp("cache"))
+def encoder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceEncoder:
+    return HuggingFaceEncoder(folder, threads=2, cache=tmp_path_factory.mktemp("cache"))
 
 
-def test_vectors_are_those_of_torch_whatever_the_batch(folder: Path, encoder: HuggingFace) -> None:
+def test_vectors_are_those_of_torch_whatever_the_batch(folder: Path, encoder: HuggingFaceEncoder) -> None:
     texts = ["a b c", "d", "e d c b a e d", "", "a b c d e " * 20]
     vectors = encoder.encode(texts)
     for vector, text in zip(vectors[:4], texts[:4], strict=True):
         np.testing.assert_allclose(vector, unit(token_vectors(folder, text).mean(0)), atol=1e-5)
-    np.testing.assert_allclose(vectors, HuggingFace(folder, runtime="torch").encode(texts), atol=1e-5)
+    np.testing.assert_allclose(vectors, HuggingFaceEncoder(folder, runtime="torch").encode(texts), atol=1e-5)
 
 
 def test_hidden_states_are_those_of_torch_at_other_shapes_and_with_padding_on_the_left(
-    folder: Path, encoder: HuggingFace
+    folder: Path, encoder: HuggingFaceEncoder
 ) -> None:
     ids = np.array([[0, 0, 2, 4, 3, 1], [2, 5, 6, 7, 4, 3], [2, 3, 0, 0, 0, 0]])
     mask = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
@@ -44,11 +44,11 @@ def test_hidden_states_are_those_of_torch_at_other_shapes_and_with_padding_on_th
     np.testing.assert_allclose(hidden[mask == 1], expected.numpy()[mask == 1], atol=1e-5)
 
 
-def test_the_graph_is_made_once_for_all_files_of_the_same_content(encoder: HuggingFace, tmp_path: Path) -> None:
+def test_the_graph_is_made_once_for_all_files_of_the_same_content(encoder: HuggingFaceEncoder, tmp_path: Path) -> None:
     graph = encoder.graph
     made = graph.stat().st_mtime_ns
     shutil.copytree(encoder.folder, tmp_path / "copy")
-    again = HuggingFace(tmp_path / "copy", pooling="cls", cache=graph.parents[2]).graph
+    again = HuggingFaceEncoder(tmp_path / "copy", pooling="cls", cache=graph.parents[2]).graph
     assert (again, again.stat().st_mtime_ns) == (graph, made)
     assert list((graph.parents[1]).iterdir()) == [graph.parent]
 

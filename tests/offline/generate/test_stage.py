@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
-from kar_offline.encoders.text_encoder import HashingEncoder
+from kar_offline.encoders.hashing import HashingEncoder
 from kar_offline.generate import Ledger, Pack, ScriptedModel, generate, read_knowledge
 from kar_offline.generate.command import generate as generate_command
 from kar_offline.generate.provider import Failure, Question, Reply

@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
-from kar_offline.encode import HashingEncoder, encode
+from kar_offline.encode import encode
+from kar_offline.encoders.hashing import HashingEncoder
 from kar_offline.generate import ScriptedModel, generate
 from kar_offline.inspection.command import knowledge
 from kar_offline.prompts import render_prompts

@@ -33,7 +33,7 @@ from kar.ranking.v1.ranking_pb2 import Candidates, RankRequest, RankResponse, Us
 from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
 from kar_offline.dataset.dataset import Dataset
-from kar_offline.encoders.text_encoder import HashingEncoder
+from kar_offline.encoders.hashing import HashingEncoder
 from kar_offline.export import export
 from kar_offline.generate import ScriptedModel, read_knowledge
 from kar_offline.generate.ledger import Ledger
