@@ -36,7 +36,7 @@ from transformers import AutoModel
 
 from kar_bench.studies.quality_report import IDLE_CORES
 from kar_kernels.benchmark.machine import machine, others_busy
-from kar_offline.encode.stage import encode_texts
+from kar_offline.encode.journal import encode_texts
 from kar_offline.encoders.huggingface import BATCH_TOKENS, HuggingFaceEncoder, Runtime
 from kar_offline.encoders.text_encoder import TextEncoder
 

@@ -36,7 +36,7 @@ from kar_kernels.benchmark.machine import machine
 from kar_offline.dataset.dataset import PROMPT_EVENTS, Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.splits import SPLITS, TEST, TRAIN, VALIDATION
-from kar_offline.encode.stage import SOURCES, lent_ids
+from kar_offline.encode.vector_files import SOURCES, imputed_ids
 from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.evaluate.metrics import auc, bootstrap_weights, gauc, interval, logloss, resampled_auc
 from kar_offline.generate.estimate import TOKENS_PER_CHAR
@@ -177,7 +177,7 @@ class _Study(NamedTuple):
         """
         (month, data), life = self.month(), self.life(arm, budget)
         released, raw = (load_text_vectors(self.work.root / self.base, source, month.dataset) for source in SOURCES)
-        lent = lent_ids(self.work.root / self.base, "knowledge", "item")
+        lent = imputed_ids(self.work.root / self.base, "knowledge", "item")
         own = torch.tensor([item.id not in lent for item in month.dataset.items])
         released = replace(released, item_present=released.item_present & own)
         versions = np.zeros((0, released.dim), np.float32)

@@ -18,8 +18,9 @@ WORD: Final = re.compile(r"\w+")
 class HashingEncoder:
     """Adds 1 to one component per word, which the word's hash selects. Similar texts get similar vectors.
 
-    >>> HashingEncoder(8).encode(["a good film", "A film: good!"]).round(3).tolist()[0][:3]
-    [0.577, 0.0, 0.0]
+    >>> first, second = HashingEncoder().encode(["a good film", "A film: good!"])
+    >>> bool((first == second).all())
+    True
     """
 
     def __init__(self, dim: int = 16) -> None:

@@ -22,7 +22,7 @@ from kar_kernels import PRECISIONS, FrozenAdaptor, HybridExpertAdaptor, Precisio
 from kar_model_repository.render import TARGETS, Backbone, Sizes, is_current, render
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
-from kar_offline.encode.stage import lent_ids
+from kar_offline.encode.vector_files import imputed_ids
 from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.models.onnx import export_onnx
@@ -108,7 +108,7 @@ def export(
     releases = work.releases
     draft = releases / f".{backbone}_{arm}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    lent = {kind: lent_ids(work.encoding, texts, kind) for kind in TOWERS}
+    lent = {kind: imputed_ids(work.encoding, texts, kind) for kind in TOWERS}
     vector_error = _write_files(draft, work.knowledge, knowledge, control, dataset, vectors, lent)
     manifest = _manifest(draft, knowledge, control, dataset, vectors, texts)
     manifest.release_id = manifest_id(manifest)

@@ -10,7 +10,8 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.encode import encode
-from kar_offline.encode import stage as encode_stage
+from kar_offline.encode.stage import JOURNAL
+from kar_offline.encode.vector_files import imputed_ids
 from kar_offline.encoders.hashing import HashingEncoder
 from kar_offline.encoders.text_encoder import EncodedTexts, gather
 from kar_offline.knowledge.records import write_knowledge
@@ -21,11 +22,11 @@ from kar_sidecar.errors import PreconditionError
 pytestmark = pytest.mark.unit
 
 ITEM_TEXTS = {"1": "a comedy", "3": "a long war drama"}
-"""Item 2 has no text, and borrows; user 8 has neither text nor facts."""
+"""Item 2 has no text: its vector is imputed. User 8 has neither text nor facts."""
 
 
 class Counting(HashingEncoder):
-    """Remembers what it encoded; may break off after some texts."""
+    """Records the texts that it encodes; raises KeyboardInterrupt after `breaks_after` texts."""
 
     def __init__(self, dim: int = 16, breaks_after: int | None = None) -> None:
         super().__init__(dim)
@@ -128,14 +129,14 @@ def test_a_second_run_encodes_nothing_and_a_changed_text_only_itself(work: WorkF
     np.testing.assert_array_equal(vectors, expected)
 
 
-def test_texts_can_be_cut(work: WorkFolder) -> None:
+def test_long_texts_can_be_shortened_to_their_first_words(work: WorkFolder) -> None:
     encode(work, HashingEncoder(), folder="encoding_2_words", words=2)
     vectors = np.load(work.root / "encoding_2_words" / "knowledge_item.npy")
     np.testing.assert_array_equal(vectors[[0, 2]], HashingEncoder().encode(["a comedy", "a long"]))
     assert encode(work, HashingEncoder(), folder="encoding_2_words", words=1).ran
 
 
-def test_another_encoder_takes_over_nothing(work: WorkFolder) -> None:
+def test_another_encoder_reuses_no_vectors(work: WorkFolder) -> None:
     encode(work, HashingEncoder(16))
     other = Counting(8)
     encode(work, other)
@@ -149,7 +150,7 @@ def test_an_interrupted_run_resumes(work: WorkFolder) -> None:
         encode(work, first)
     assert not (work.encoding).exists()
     # A kill may leave half an entry.
-    with (work.root / ".encoding.draft" / encode_stage.JOURNAL).open("ab") as journal:
+    with (work.root / ".encoding.draft" / JOURNAL).open("ab") as journal:
         journal.write(b"half an entry")
     second = Counting()
     report = encode(work, second).report
@@ -178,7 +179,7 @@ DIRECTIONS = {"east": [1, 0], "north": [0, 1], "film one": [1, 0], "film three":
 
 
 class Compass:
-    """Knows a few texts."""
+    """Encodes the texts of `DIRECTIONS`."""
 
     encoder_id = "compass"
     dim = 2
@@ -195,18 +196,18 @@ class Compass:
         return gather(self, texts)
 
 
-def record(kind: EntityKind, identity: str, text: str = "", **loans: float) -> records_pb2.KnowledgeRecord:
-    """`loans` are named without the slash: cluster0 is cluster/0, item1 is item 1."""
-    ids = {name: name.replace("cluster", "cluster/").removeprefix("item").removeprefix("user") for name in loans}
-    lent = [records_pb2.Loan(id=ids[name], weight=weight) for name, weight in loans.items()]
-    return records_pb2.KnowledgeRecord(id=identity, entity=kind.number, text=text, loans=lent)
+def record(kind: EntityKind, identity: str, text: str = "", **weights: float) -> records_pb2.KnowledgeRecord:
+    """`weights` are those of neighbours, named without the slash: cluster0 is cluster/0, item1 is item 1."""
+    ids = {name: name.replace("cluster", "cluster/").removeprefix("item").removeprefix("user") for name in weights}
+    loans = [records_pb2.Loan(id=ids[name], weight=weight) for name, weight in weights.items()]
+    return records_pb2.KnowledgeRecord(id=identity, entity=kind.number, text=text, loans=loans)
 
 
 def header(work: WorkFolder, name: str = "knowledge_item") -> dict:
     return json.loads((work.encoding / f"{name}.json").read_text())
 
 
-def test_who_borrows_has_the_weighted_mean_of_the_lenders(work: WorkFolder) -> None:
+def test_an_imputed_vector_is_the_weighted_mean_of_its_neighbours(work: WorkFolder) -> None:
     own = [
         record(ITEM, "1", "north"),
         record(ITEM, "2", item1=4 / 7, cluster0=3 / 7),
@@ -218,10 +219,10 @@ def test_who_borrows_has_the_weighted_mean_of_the_lenders(work: WorkFolder) -> N
     # (3, 4) / 7 has the direction (0.6, 0.8).
     np.testing.assert_allclose(vectors, [[0, 1], [0.6, 0.8], [1, 0]], atol=1e-6)
     assert header(work)["lent"] == ["2", "3"]
-    assert encode_stage.lent_ids(work.encoding, "knowledge", "item") == {"2", "3"}
-    assert encode_stage.lent_ids(work.encoding, "raw", "item") == set()
+    assert imputed_ids(work.encoding, "knowledge", "item") == {"2", "3"}
+    assert imputed_ids(work.encoding, "raw", "item") == set()
     assert header(work)["text_sha256"][0] == sha256("north")
-    # Items' clusters lend nothing to users, and nobody among these has a text.
+    # Clusters of items are no neighbours of users, and no user has a text.
     assert header(work, "knowledge_user")["text_sha256"] == [None, None]
     assert not np.load(work.encoding / "knowledge_user.npy").any()
     assert np.load(work.encoding / "knowledge_item_clusters.npy").tolist() == [[1, 0]]
@@ -230,8 +231,8 @@ def test_who_borrows_has_the_weighted_mean_of_the_lenders(work: WorkFolder) -> N
     assert report["texts"]["knowledge_item"] == report["texts"]["knowledge_item_clusters"] == 1
 
 
-def test_a_lender_without_a_text_does_not_count(work: WorkFolder) -> None:
-    # Cluster 9 was quarantined, item 3 only borrows itself, cluster 1 is empty.
+def test_a_neighbour_without_a_text_does_not_count(work: WorkFolder) -> None:
+    # Cluster 9 was quarantined, item 3 has an imputed vector, cluster 1 has an empty text.
     own = [
         record(ITEM, "1", cluster0=0.2, cluster9=0.5, item3=0.3),
         record(ITEM, "2", cluster9=0.5, cluster1=0.5),
@@ -245,7 +246,7 @@ def test_a_lender_without_a_text_does_not_count(work: WorkFolder) -> None:
     assert header(work, "knowledge_item_clusters")["text_sha256"] == [sha256("north"), None]
 
 
-def test_an_own_text_goes_before_loans(work: WorkFolder) -> None:
+def test_an_own_text_goes_before_neighbours(work: WorkFolder) -> None:
     own = [record(ITEM, "1", "north", cluster0=1)]
     write_knowledge(work.knowledge, own, [record(ITEM, "cluster/0", "east")])
     encode(work, Compass())
@@ -253,22 +254,22 @@ def test_an_own_text_goes_before_loans(work: WorkFolder) -> None:
     assert "1" not in header(work)["lent"]
 
 
-def test_without_text_and_loans_those_most_alike_by_their_facts_lend(work: WorkFolder) -> None:
-    # Item 2 borrows itself, so it lends nothing, though its facts are those of item 3.
+def test_without_text_and_record_a_vector_is_imputed_from_the_most_similar_facts(work: WorkFolder) -> None:
+    # Item 2 has an imputed vector, so it is no neighbour, though its facts are those of item 3.
     own = [record(ITEM, "1", "north"), record(ITEM, "2", cluster0=1)]
     write_knowledge(work.knowledge, own, [record(ITEM, "cluster/0", "east")])
     report = encode(work, Compass()).report
     assert np.load(work.encoding / "knowledge_item.npy").tolist() == [[0, 1], [1, 0], [0, 1]]
     assert header(work)["lent"] == ["2", "3"]
     assert report["lent"] == {"knowledge_item": 2}
-    # A text of its own takes the place of what was lent; what borrowed it goes on.
+    # An own text replaces the imputed vector; item 1's is now imputed.
     write_knowledge(work.knowledge, [record(ITEM, "3", "east")])
     encode(work, Compass())
     assert np.load(work.encoding / "knowledge_item.npy").tolist() == [[1, 0], [1, 0], [1, 0]]
     assert header(work)["lent"] == ["1", "2"]
 
 
-def test_a_changed_loan_changes_the_hash_and_encodes_nothing(work: WorkFolder) -> None:
+def test_a_changed_weight_changes_the_hash_and_encodes_nothing(work: WorkFolder) -> None:
     clusters = [record(ITEM, "cluster/0", "east"), record(ITEM, "cluster/1", "north")]
     hashes = []
     for weight in (0.5, 0.25, 0.25):
@@ -285,20 +286,22 @@ def test_a_changed_loan_changes_the_hash_and_encodes_nothing(work: WorkFolder) -
     assert header(work)["text_sha256"][1] not in hashes
 
 
-def test_headers_of_before_there_were_loans_name_nobody(work: WorkFolder) -> None:
-    work.encoding.mkdir()
-    (work.encoding / "knowledge_item.json").write_text('{"ids": ["1"], "text_sha256": ["00"]}')
-    assert encode_stage.lent_ids(work.encoding, "knowledge", "item") == set()
+def test_headers_of_older_releases_name_no_imputed_rows(work: WorkFolder) -> None:
+    (work.encoding).mkdir()
+    (work.encoding / "knowledge_item.json").write_text(
+        '{"encoder_id": "e", "dim": 1, "ids": ["1"], "text_sha256": ["00"]}'
+    )
+    assert imputed_ids(work.encoding, "knowledge", "item") == set()
 
 
-def test_clusters_texts_are_cut_too(work: WorkFolder) -> None:
+def test_texts_of_clusters_are_shortened_too(work: WorkFolder) -> None:
     write_knowledge(work.knowledge, [record(ITEM, "1", cluster0=1)], [record(ITEM, "cluster/0", "a long tale")])
     encode(work, HashingEncoder(), words=2)
     vectors = np.load(work.encoding / "knowledge_item.npy")
     np.testing.assert_allclose(vectors[0], HashingEncoder().encode(["a long"])[0], atol=1e-6)
 
 
-def test_loans_of_unknown_entities_are_refused(work: WorkFolder) -> None:
+def test_records_of_unknown_entities_are_refused(work: WorkFolder) -> None:
     write_knowledge(work.knowledge, [record(ITEM, "99", item1=1)])
     with pytest.raises(PreconditionError, match="knowledge texts are about '99'"):
         encode(work, HashingEncoder())

@@ -1,0 +1,80 @@
+"""Owns the files of encoded texts: an array of vectors and a header per text source and kind of entity.
+
+<folder>/{knowledge,raw}_{item,user}.npy     float32 [dataset rows, D]; a row of zeros where there is no vector
+<folder>/{knowledge,raw}_{item,user}.json    the header, see `VectorHeader`
+<folder>/knowledge_{item,user}_clusters.*    the same for texts about clusters, if there are any
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kar_sidecar.errors import PreconditionError
+
+__all__ = ["SOURCES", "VectorHeader", "create_array", "imputed_ids", "read_header", "vectors_by_text", "write_header"]
+
+SOURCES: Final = ("knowledge", "raw")
+"""Text sources: what the language model wrote, and the facts that its prompts show."""
+
+
+class VectorHeader(NamedTuple):
+    """What the rows of one array are."""
+
+    encoder_id: str
+    dim: int
+    ids: list[str]
+    """Id of each row."""
+    text_sha256: list[str | None]
+    """SHA-256 of each row's text; of an imputed row a hash of what it was imputed from; None without a vector."""
+    imputed: list[str]
+    """Ids of the rows whose vector was imputed. The file's name for this field is `lent`."""
+
+
+def read_header(folder: Path, name: str) -> VectorHeader:
+    """The header of an array such as "knowledge_item".
+
+    Headers of older releases have no imputed rows.
+
+    Raises:
+        PreconditionError: the texts were not encoded.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise PreconditionError(f"{path} does not exist: run `kar encode` first")
+    values = json.loads(path.read_text())
+    return VectorHeader(
+        values["encoder_id"], values["dim"], values["ids"], values["text_sha256"], values.get("lent", [])
+    )
+
+
+def write_header(folder: Path, name: str, header: VectorHeader) -> None:
+    """Write a header for `read_header`."""
+    values = header._asdict()
+    values["lent"] = values.pop("imputed")
+    (folder / f"{name}.json").write_text(json.dumps(values) + "\n")
+
+
+def create_array(folder: Path, name: str, rows: int, dim: int) -> "np.memmap[Any, np.dtype[np.float32]]":
+    """A new memory-mapped array [rows, dim] of zeros, whose file belongs to the header of the same name."""
+    return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(np.float32), (rows, dim))
+
+
+def imputed_ids(folder: Path, source: str, kind: str) -> set[str]:
+    """Ids of the entities of one kind whose vector was imputed."""
+    return set(read_header(folder, f"{source}_{kind}").imputed)
+
+
+def vectors_by_text(folder: Path, encoder_id: str) -> dict[str, NDArray[np.float32]]:
+    """Vectors [D] of a folder by the SHA-256 of their text, if `encoder_id` made them; imputed ones are left out."""
+    vectors: dict[str, NDArray[np.float32]] = {}
+    for path in folder.glob("*_*.json"):
+        header = read_header(folder, path.stem)
+        if header.encoder_id == encoder_id:
+            array = np.load(path.with_suffix(".npy"), mmap_mode="r")
+            imputed = set(header.imputed)
+            rows = enumerate(zip(header.ids, header.text_sha256, strict=True))
+            vectors |= {digest: array[row] for row, (id_, digest) in rows if digest and id_ not in imputed}
+    return vectors
