@@ -19,6 +19,9 @@ class EntityKind(StrEnum):
     ITEM = "item"
     USER = "user"
 
+    # Enum's own hash is a Python function; a store read would call it for every key.
+    __hash__ = str.__hash__
+
     @property
     def number(self) -> records_pb2.EntityKind:
         """The value of `kar.records.v1.EntityKind`."""
@@ -29,12 +32,12 @@ class EntityKind(StrEnum):
         """The kind with this number on the wire.
 
         Raises:
-            ValueError: the number is no kind's, such as 0 (unspecified).
+            ValueError: no kind has this number, such as 0 (unspecified).
         """
         for kind in cls:
             if _NUMBERS[kind] == number:
                 return kind
-        raise ValueError(f"{number} is the number of no kind of entity")
+        raise ValueError(f"no kind of entity has the number {number}")
 
 
 ITEM: Final = EntityKind.ITEM

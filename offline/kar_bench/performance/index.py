@@ -31,7 +31,8 @@ from rich.text import Text
 from kar_bench.studies.quality_report import IDLE_CORES
 from kar_kernels.benchmark.machine import machine, others_busy
 from kar_sidecar.index.config import KINDS, RECALL_AT, IndexConfig, Kind, Storage
-from kar_sidecar.index.faiss import FaissIndex, faiss_threads
+from kar_sidecar.index.faiss import FaissIndex
+from kar_sidecar.index.library import faiss_threads
 from kar_sidecar.index.snapshot import PAYLOAD, open_snapshot
 
 __all__ = ["FLAT_MOST", "SIZES", "Options", "index_table", "measure_index", "mixture"]
@@ -145,7 +146,7 @@ def _row(
     built = FaissIndex.build(ids, vectors, config)
     build_s = time.perf_counter() - began
     folder = root / built.save(root)
-    about = built.about
+    about = built.description.to_json()
     built.close()
     began = time.perf_counter()
     open_snapshot(folder).lock.close()

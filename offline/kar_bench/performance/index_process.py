@@ -13,7 +13,8 @@ from typing import Final
 
 import numpy as np
 
-from kar_sidecar.index.faiss import FaissIndex, import_faiss
+from kar_sidecar.index.faiss import FaissIndex
+from kar_sidecar.index.library import import_faiss
 
 SEARCHES: Final = 64
 

@@ -30,7 +30,7 @@ from kar_offline.knowledge.imputation import NEIGHBOURS, nearest_by_cosine, neig
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError
 from kar_sidecar.index import unit_rows
-from kar_sidecar.index.faiss import faiss_threads
+from kar_sidecar.index.library import faiss_threads
 
 __all__ = ["CLUSTER_PREFIX", "HEAD", "CallPlan", "Clusters", "cluster", "duplicates", "event_counts", "plan_calls"]
 

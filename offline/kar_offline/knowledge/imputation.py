@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kar_sidecar.index import unit_rows
-from kar_sidecar.index.faiss import faiss_threads
+from kar_sidecar.index.library import faiss_threads
 
 __all__ = [
     "NEIGHBOURS",

@@ -1,4 +1,7 @@
-"""Owns nearest-neighbour search over vectors of one space: the Protocol, and what every implementation checks."""
+"""Owns nearest-neighbour search over vectors of one space: the Protocol, its implementations, snapshots on disk.
+
+This file has the Protocol, and the checks of arguments that all implementations share.
+"""
 
 from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol, Self
@@ -11,7 +14,7 @@ from kar_sidecar.errors import InputError
 __all__ = ["Neighbours", "VectorIndex", "checked_entries", "checked_queries", "unit_rows"]
 
 ROWS: Final = 16_384
-"""Vectors that are scaled together: bounds memory beside the result."""
+"""Vectors that are scaled at a time: bounds the memory beside the result."""
 
 
 class Neighbours(NamedTuple):
@@ -20,7 +23,7 @@ class Neighbours(NamedTuple):
     ids: list[list[str]]
     """[n][at most k]"""
     similarities: NDArray[np.float32]
-    """Cosines [n, k]; an approximate search that finds fewer leaves the rest of a row at -inf."""
+    """Cosines [n, k]; -inf at the end of a row where an approximate search found fewer than k."""
 
 
 class VectorIndex(Protocol):
@@ -30,28 +33,28 @@ class VectorIndex(Protocol):
     """Components of a vector."""
 
     def __len__(self) -> int:
-        """How many vectors there are."""
+        """Number of vectors."""
         ...
 
     @classmethod
     def build(cls, ids: Sequence[str], vectors: NDArray[np.floating]) -> Self:
-        """Index `vectors` [n, dim], which need not have unit length; one of length 0 has similarity 0 to all.
+        """Index `vectors` [n, dim] of any length; a vector of zeros has similarity 0 to every other.
 
         Raises:
-            InputError: ids and vectors do not pair up, an id comes twice, or a number is not finite.
+            InputError: ids and vectors differ in number, an id is repeated, or a number is not finite.
         """
         ...
 
     def search(self, queries: NDArray[np.floating], k: int) -> Neighbours:
-        """The `k` nearest entities of each query [n, dim], or all where there are fewer.
+        """The `k` nearest entities of each query [n, dim]; all entities where there are fewer.
 
         Raises:
-            InputError: another number of components, a number that is not finite, or k < 1.
+            InputError: a query has another number of components or is not finite, or k < 1.
         """
         ...
 
     def search_like(self, id_: str, k: int) -> Neighbours:
-        """The `k` entities nearest to one of them, itself left out.
+        """The `k` entities nearest to the entity `id_`, without itself.
 
         Raises:
             NotFoundError: there is no such entity.
@@ -60,7 +63,7 @@ class VectorIndex(Protocol):
         ...
 
     def close(self) -> None:
-        """Finish the searches under way, then release threads and memory. The index cannot be used afterwards."""
+        """Finish running searches, then release threads and memory. The index cannot be used afterwards."""
         ...
 
 
@@ -70,15 +73,15 @@ def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     Raises:
         InputError: not two-dimensional, or not finite.
     """
-    given = np.asarray(vectors)
-    if given.ndim != 2:
-        raise InputError(f"vectors must be of shape [n, dim], not {given.shape}: mend them")
-    rows = np.empty(given.shape, np.float32)
+    array = np.asarray(vectors)
+    if array.ndim != 2:
+        raise InputError(f"vectors must have the shape [n, dim], not {array.shape}: correct them")
+    rows = np.empty(array.shape, np.float32)
     for start in range(0, len(rows), ROWS):
-        values = given[start : start + ROWS].astype(np.float32)
+        values = array[start : start + ROWS].astype(np.float32)
         if not np.isfinite(values).all():
             raise InputError(
-                f"vectors must be finite, and one of rows {start} to {start + len(values)} is not: mend it"
+                f"vectors must be finite, but a row from {start} to {start + len(values) - 1} is not: correct it"
             )
         # Norms in float64: squares of large float32 numbers overflow.
         lengths = np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
@@ -87,15 +90,17 @@ def unit_rows(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def checked_entries(ids: Sequence[str], vectors: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Unit rows of what an index is built from; see `VectorIndex.build`."""
+    """Unit rows of the vectors that an index is built from; raises as `VectorIndex.build` does."""
     rows = unit_rows(vectors)
     if len(ids) != len(rows) or len(set(ids)) != len(ids):
-        raise InputError(f"{len(rows)} vectors need as many different ids, not {len(set(ids))}: pair them up")
+        raise InputError(
+            f"{len(rows)} vectors need {len(rows)} different ids, not {len(set(ids))}: send one id per vector"
+        )
     return rows
 
 
 def checked_queries(queries: NDArray[np.floating], k: int, dim: int) -> NDArray[np.float32]:
-    """Unit rows of queries; see `VectorIndex.search`."""
+    """Unit rows of queries; raises as `VectorIndex.search` does."""
     rows = unit_rows(queries)
     if rows.shape[1] != dim:
         raise InputError(f"queries have {rows.shape[1]} components, the index {dim}: use the same encoder")

@@ -1,27 +1,38 @@
-"""Owns what an index is made of: its kind, its parameters, and the recall that it must reach to be used."""
+"""Owns the description of an index: what is asked for, and what was built with which recall."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from math import isqrt
-from typing import Final, Literal
+from typing import Any, Final, Literal, Self
 
 from kar_sidecar.errors import InputError
 
-__all__ = ["FLAT_UP_TO", "KINDS", "RECALL_AT", "STORAGES", "IndexConfig", "Kind", "Storage"]
+__all__ = [
+    "FLAT_UP_TO",
+    "KINDS",
+    "RECALL_AT",
+    "STORAGES",
+    "IndexConfig",
+    "IndexDescription",
+    "Kind",
+    "MeasuredRecall",
+    "Storage",
+]
 
 Kind = Literal["flat", "ivf", "hnsw"]
 KINDS: Final[tuple[Kind, ...]] = ("flat", "ivf", "hnsw")
 Storage = Literal["float32", "float16", "int8"]
 STORAGES: Final[dict[Storage, str]] = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}
-"""What FAISS's index factory calls each."""
+"""Names of the storages in FAISS's index factory."""
 FLAT_UP_TO: Final = 50_000
-"""Vectors that are searched exactly unless told otherwise: one query takes a few milliseconds."""
+"""Largest number of vectors that is searched exactly by default: one query takes a few milliseconds."""
 RECALL_AT: Final = 10
-"""Neighbours among which recall is measured."""
+"""Number of nearest neighbours that recall is measured on."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexConfig:
-    """How to build an index. The defaults suit any number of vectors; what is None is chosen by a rule.
+    """How to build an index. The defaults suit any number of vectors; a value of None is chosen by a rule.
 
     Raises:
         InputError: a value is out of range.
@@ -30,25 +41,25 @@ class IndexConfig:
     kind: Kind | None = None
     """None: flat up to `FLAT_UP_TO` vectors, hnsw above."""
     recall: float = 0.95
-    """Least share of the exact 10 nearest that a search finds; a build that does not reach it fails."""
+    """Required share of the exact 10 nearest that a search finds; a build that finds less fails."""
     storage: Storage = "float32"
-    """What a component is kept in."""
+    """Data type of the stored components."""
     lists: int | None = None
-    """ivf: lists; None: 4 sqrt(n)."""
+    """ivf: number of lists; None: 4 sqrt(n)."""
     probes: int | None = None
-    """ivf: lists that a search looks into; None: the fewest that reach `recall`."""
+    """ivf: number of lists that a search reads; None: the smallest that reaches `recall`."""
     links: int = 16
-    """hnsw: links of a vector on a level (M); twice as many on the lowest."""
+    """hnsw: links per vector on a level (M); twice as many on the lowest level."""
     ef_construction: int = 40
     """hnsw: candidates kept while a vector is linked."""
     ef_search: int | None = None
-    """hnsw: candidates kept while searching; None: the fewest that reach `recall`."""
+    """hnsw: candidates kept while searching; None: the smallest number that reaches `recall`."""
     sample: int = 1000
-    """Vectors that recall is measured with, at most a tenth of all."""
+    """Number of vectors that recall is measured with, at most a tenth of all."""
     seed: int = 1
-    """Of that sample and of the lists."""
+    """Seed of that sample and of the lists."""
     threads: int = 1
-    """Cores that build. With one, the same vectors give the same bytes; more link hnsw in an order of chance."""
+    """Cores that build. With one, the same vectors give the same bytes; with more, hnsw's links depend on chance."""
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -56,12 +67,12 @@ class IndexConfig:
         if self.storage not in STORAGES:
             raise InputError(f"index storage {self.storage!r} is not known: choose from {', '.join(STORAGES)}")
         if not 0 < self.recall <= 1:
-            raise InputError(f"recall {self.recall:g} is no share: give one above 0 and at most 1")
-        least = {"links": 2, "ef_construction": 1, "lists": 1, "probes": 1, "ef_search": 1, "sample": 1, "threads": 1}
-        for name, low in least.items():
+            raise InputError(f"recall {self.recall:g} is not a share: give one above 0 and at most 1")
+        minima = {"links": 2, "ef_construction": 1, "lists": 1, "probes": 1, "ef_search": 1, "sample": 1, "threads": 1}
+        for name, minimum in minima.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{name} {value} is too small: give at least {low}")
+            if value is not None and value < minimum:
+                raise InputError(f"{name} {value} is too small: give at least {minimum}")
 
     def kind_for(self, count: int) -> Kind:
         """The kind of an index of `count` vectors."""
@@ -72,6 +83,49 @@ class IndexConfig:
         return max(1, min(self.lists or 4 * isqrt(count), count))
 
     def factory(self, count: int) -> str:
-        """The index of `count` vectors, as FAISS's index factory writes it."""
+        """The index of `count` vectors, in the language of FAISS's index factory."""
         structure = {"flat": "", "ivf": f"IVF{self.lists_for(count)},", "hnsw": f"HNSW{self.links},"}
         return structure[self.kind_for(count)] + STORAGES[self.storage]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRecall:
+    """The recall that a build measured."""
+
+    at: int
+    """Number of nearest neighbours, `RECALL_AT`."""
+    value: float
+    """Share of the exact nearest that was found."""
+    required: float
+    queries: int
+    """Number of queries; 0: too few vectors to measure with."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexDescription:
+    """An index as it was built. `snapshot.json` holds these fields in this order; those that are None are left out."""
+
+    kind: Kind
+    storage: Storage
+    dim: int
+    count: int
+    """Number of vectors."""
+    lists: int | None = None
+    links: int | None = None
+    ef_construction: int | None = None
+    probes: int | None = None
+    ef_search: int | None = None
+    recall: MeasuredRecall | None = None
+    """None for an empty index."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of `snapshot.json`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """The description in a snapshot's record; its other fields are ignored."""
+        known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        if "recall" in known:
+            known["recall"] = MeasuredRecall(**known["recall"])
+        return cls(**known)

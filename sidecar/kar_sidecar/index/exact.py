@@ -1,6 +1,6 @@
-"""Owns exact search in numpy: the reference that other indexes are compared with, and enough for a few thousand rows.
+"""Owns exact search in NumPy: the reference that other indexes are tested against, fast enough for some thousand rows.
 
-similarity(q, x) = <q, x> / (|q| |x|); ties go to the earlier row.
+similarity(q, x) = <q, x> / (|q| |x|); of equally near rows the earlier one comes first.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class ExactIndex:
     """A `VectorIndex` that compares each query with every row."""
 
     def __init__(self, ids: Sequence[str], rows: NDArray[np.float32]) -> None:
-        """Take unit rows [n, dim] as they are."""
+        """Take the ids [n] and unit rows [n, dim]."""
         self._ids = list(ids)
         self._rows = rows
         self.dim = int(rows.shape[1])

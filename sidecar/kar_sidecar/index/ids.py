@@ -1,8 +1,8 @@
-"""Owns the ids of an index in a form that is memory-mapped: found by row, and rows by id, without reading them all.
+"""Owns the ids of an index, memory-mapped: an id is found by its row, and a row by its id, without reading all ids.
 
 ids.utf8        all ids, one after the other
-id_ends.npy     [n] uint64, where each ends
-id_order.npy    [n] uint32, rows by rising id (as bytes), for binary search
+id_ends.npy     [n] uint64, the byte where each id ends
+id_order.npy    [n] uint32, the rows sorted by id (as bytes), for binary search
 """
 
 from collections.abc import Sequence
@@ -37,20 +37,20 @@ class Ids:
         encoded = [id_.encode(errors=ERRORS) for id_ in ids]
         order = sorted(range(len(encoded)), key=encoded.__getitem__)
         text = np.frombuffer(b"".join(encoded), np.uint8)
-        return cls(text, np.cumsum([len(one) for one in encoded], dtype=np.uint64), np.array(order, np.uint32))
+        return cls(text, np.cumsum([len(id_) for id_ in encoded], dtype=np.uint64), np.array(order, np.uint32))
 
     @classmethod
     def load(cls, folder: Path, *, mapped: bool = True) -> Self:
-        """Read or map what `save` wrote.
+        """Read or map the files that `save` wrote.
 
         Raises:
-            IntegrityError: the files do not fit each other.
+            IntegrityError: the files do not belong together.
         """
         mode: Literal["r"] | None = "r" if mapped else None
         ends, order = (np.load(folder / name, mmap_mode=mode, allow_pickle=False) for name in (ENDS, ORDER))
         size = (folder / TEXT).stat().st_size
         if ends.dtype != np.uint64 or order.dtype != np.uint32 or ends.shape != order.shape or ends[-1:].sum() != size:
-            raise IntegrityError(f"{folder / ENDS} does not fit the ids beside it: publish again")
+            raise IntegrityError(f"{folder / ENDS} does not match the ids beside it: publish again")
         # An empty file cannot be mapped.
         text = np.memmap(folder / TEXT, np.uint8, "r") if mapped and size else np.fromfile(folder / TEXT, np.uint8)
         # Views as plain arrays: indexing a memmap object costs several times as much.
@@ -66,7 +66,7 @@ class Ids:
         return len(self._ends)
 
     def at(self, rows: NDArray[np.integer]) -> list[str]:
-        """Ids of some rows [m]."""
+        """Ids of rows [m]."""
         ends = self._ends[rows]
         starts = np.where(rows > 0, self._ends[rows - 1], np.uint64(0))
         text = self._text.data
@@ -75,14 +75,14 @@ class Ids:
         ]
 
     def row(self, id_: str) -> int | None:
-        """The row of an id; None where it is not known."""
-        wanted, low, high = id_.encode(errors=ERRORS), 0, len(self)
+        """The row of an id; None for an unknown one."""
+        target, low, high = id_.encode(errors=ERRORS), 0, len(self)
         while low < high:
             middle = (low + high) // 2
             row = int(self._order[middle])
             start = int(self._ends[row - 1]) if row else 0
-            found = self._text[start : int(self._ends[row])].tobytes()
-            if found == wanted:
+            candidate = self._text[start : int(self._ends[row])].tobytes()
+            if candidate == target:
                 return row
-            low, high = (middle + 1, high) if found < wanted else (low, middle)
+            low, high = (middle + 1, high) if candidate < target else (low, middle)
         return None

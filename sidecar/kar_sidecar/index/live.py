@@ -1,10 +1,11 @@
 """Owns the snapshots of a running server: found when they are published, verified off the event loop, then swapped.
 
-A search is answered by the snapshot that was current when it was asked for, which is closed after its last search.
+A search is answered by the snapshot that was current when it began; that snapshot is closed after its last search.
 """
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,120 +19,125 @@ __all__ = ["LiveIndexes", "LiveSnapshot"]
 
 log = logging.getLogger(__name__)
 
+LoadIndex = Callable[[Path], FaissIndex]
+"""Loads the snapshot in a folder; raises as `FaissIndex.load` does."""
+
 
 @dataclass(frozen=True, slots=True)
 class LiveSnapshot:
-    """A snapshot that answers."""
+    """A snapshot that answers searches."""
 
     index: FaissIndex
     snapshot_id: str
     published_at_ms: int
-    """Milliseconds since the epoch."""
+    """When it was published, milliseconds since 1970."""
 
 
 @dataclass(slots=True)
-class _Slot:
-    """Where one release's snapshots of one kind are published, and what is known of them."""
+class _WatchedFolder:
+    """The snapshots of one release and one kind of entity."""
 
     root: Path
     space: records_pb2.VectorSpace
     live: LiveSnapshot | None = None
-    seen: Current | None = None
+    examined: Current | None = None
+    """The last pointer that was loaded or found faulty: it is not tried again before it changes."""
     fault: KarError | None = None
-    """Why what is current cannot be used; `seen` is looked at again when it changes, what may pass at every look."""
-    look: "asyncio.Task[None] | None" = None
-    """Looks for a new snapshot. It outlives who waits for it: a caller whose deadline ends must not end a load."""
+    """Why the current snapshot cannot be used."""
+    check: "asyncio.Task[None] | None" = None
+    """Checks for a new snapshot. A task of its own: a caller whose deadline ends must not end a load."""
 
 
 class LiveIndexes:
-    """The current snapshots below <folder>/<release id>/<user or item>, of the releases that were asked for."""
+    """The current snapshots below <folder>/<release id>/<user or item>, of each release that was asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read nothing yet."""
+    def __init__(self, folder: Path, *, load: LoadIndex = FaissIndex.load) -> None:
+        """Read nothing yet; `load` will load each snapshot."""
         self._folder = folder
-        self._slots: dict[tuple[str, EntityKind], _Slot] = {}
+        self._load = load
+        self._watched: dict[tuple[str, EntityKind], _WatchedFolder] = {}
 
     async def get(self, release_id: str, space: records_pb2.VectorSpace, kind: EntityKind) -> LiveSnapshot:
         """The current snapshot of a release's vectors in its encoder's space. Use it before the next await.
 
         Raises:
             PreconditionError: none was published.
-            IntegrityError: it is corrupt, or of another space.
+            IntegrityError: it is corrupt, or holds vectors of another space.
             UnavailableError: it cannot be loaded now.
             UnsupportedError: FAISS is not installed.
         """
-        slot = self._slot(release_id, space, kind)
-        if slot.live is None:
-            await self._look(slot)
-        if slot.live is not None:
-            return slot.live
-        if slot.fault is not None:
-            raise type(slot.fault)(str(slot.fault))
-        raise PreconditionError(f"{slot.root} holds no index snapshot: run `kar publish` first")
+        watched = self._watch(release_id, space, kind)
+        if watched.live is None:
+            await self._check(watched)
+        if watched.live is not None:
+            return watched.live
+        if watched.fault is not None:
+            raise type(watched.fault)(str(watched.fault))
+        raise PreconditionError(f"{watched.root} holds no index snapshot: run `kar publish` first")
 
     async def refresh(self, release_id: str, space: records_pb2.VectorSpace) -> None:
-        """Look for new snapshots of a release, and of all that were asked for before, and swap what is new.
+        """Check for new snapshots of a release, and of all that were asked for before, and swap them in.
 
-        What keeps one of them from being used is told by `get`, and keeps no other back.
+        A snapshot that cannot be used does not stop the others; `get` raises its fault.
         """
         for kind in EntityKind:
-            self._slot(release_id, space, kind)
-        for slot in list(self._slots.values()):
-            await self._look(slot)
+            self._watch(release_id, space, kind)
+        for watched in list(self._watched.values()):
+            await self._check(watched)
 
     async def close(self) -> None:
-        """Finish the loads and searches under way."""
-        for slot in self._slots.values():
-            if slot.look is not None:
-                await asyncio.wait([slot.look])
-            if slot.live is not None:
-                await asyncio.to_thread(slot.live.index.close)
-                slot.live = None
+        """Finish running loads and searches."""
+        for watched in self._watched.values():
+            if watched.check is not None:
+                await asyncio.wait([watched.check])
+            if watched.live is not None:
+                await asyncio.to_thread(watched.live.index.close)
+                watched.live = None
 
-    def _slot(self, release_id: str, space: records_pb2.VectorSpace, kind: EntityKind) -> _Slot:
-        # A release id that is loaded is a folder's name, and no path.
-        return self._slots.setdefault((release_id, kind), _Slot(self._folder / release_id / kind, space))
+    def _watch(self, release_id: str, space: records_pb2.VectorSpace, kind: EntityKind) -> _WatchedFolder:
+        # The id of a loaded release is the name of a folder, so it is safe in a path.
+        return self._watched.setdefault((release_id, kind), _WatchedFolder(self._folder / release_id / kind, space))
 
-    async def _look(self, slot: _Slot) -> None:
-        if slot.look is None or slot.look.done():
-            slot.look = asyncio.create_task(_swap(slot))
-        await asyncio.shield(slot.look)
+    async def _check(self, watched: _WatchedFolder) -> None:
+        if watched.check is None or watched.check.done():
+            watched.check = asyncio.create_task(_swap(watched, self._load))
+        await asyncio.shield(watched.check)
 
 
-async def _swap(slot: _Slot) -> None:
-    """Load what is current, if it is new; otherwise what is loaded goes on answering."""
-    old = slot.live
+async def _swap(watched: _WatchedFolder, load: LoadIndex) -> None:
+    """Load the current snapshot if it is new. Whatever fails, the loaded snapshot goes on answering."""
+    former = watched.live
     current = None
     try:
-        current = await asyncio.to_thread(read_current, slot.root)
+        current = await asyncio.to_thread(read_current, watched.root)
         if current is None:
-            slot.seen = slot.fault = None
+            watched.examined = watched.fault = None
             return
-        if current == slot.seen:
+        if current == watched.examined:
             return
-        if old is not None and old.snapshot_id == current.snapshot_id:
-            slot.live, slot.seen, slot.fault = LiveSnapshot(old.index, *current), current, None
+        if former is not None and former.snapshot_id == current.snapshot_id:  # the same content, published again
+            watched.live, watched.examined, watched.fault = LiveSnapshot(former.index, *current), current, None
             return
-        index = await asyncio.to_thread(_load, slot.root / current.snapshot_id, slot.space)
+        index = await asyncio.to_thread(_load_of_space, load, watched.root / current.snapshot_id, watched.space)
     except Exception as error:
         if isinstance(error, KarError):
             fault = error
         else:
-            fault = UnavailableError(f"{slot.root} could not be loaded ({error!r}): see the log, then retry")
-        if str(fault) != str(slot.fault):
-            log.warning("index_unavailable root=%s reason=%s", slot.root, fault, exc_info=fault is not error)
-        # What may pass is looked at again, whether or not something else is published.
-        slot.fault, slot.seen = fault, None if isinstance(fault, UnavailableError) else current
+            fault = UnavailableError(f"{watched.root} could not be loaded ({error!r}): see the log, then retry")
+        if str(fault) != str(watched.fault):
+            log.warning("index_unavailable root=%s reason=%s", watched.root, fault, exc_info=fault is not error)
+        # A temporary fault is tried again at the next check, damage only when something else is published.
+        watched.fault, watched.examined = fault, None if isinstance(fault, UnavailableError) else current
         return
-    slot.live, slot.seen, slot.fault = LiveSnapshot(index, *current), current, None
-    log.info("index_loaded root=%s snapshot=%s vectors=%d", slot.root, current.snapshot_id, len(index))
-    if old is not None:
-        await asyncio.to_thread(old.index.close)
+    watched.live, watched.examined, watched.fault = LiveSnapshot(index, *current), current, None
+    log.info("index_loaded root=%s snapshot=%s vectors=%d", watched.root, current.snapshot_id, len(index))
+    if former is not None:
+        await asyncio.to_thread(former.index.close)
 
 
-def _load(folder: Path, space: records_pb2.VectorSpace) -> FaissIndex:
-    index = FaissIndex.load(folder)
-    if (index.about["space_id"], index.dim) != (space.space_id, space.dim):
+def _load_of_space(load: LoadIndex, folder: Path, space: records_pb2.VectorSpace) -> FaissIndex:
+    index = load(folder)
+    if (index.space_id, index.dim) != (space.space_id, space.dim):
         index.close()
         raise IntegrityError(f"{folder} holds vectors of another space than its release: publish the release again")
     return index

@@ -1,4 +1,4 @@
-"""Owns indexes on disk: immutable folders named by their content, and a pointer to the current one.
+"""Owns indexes on disk: immutable folders named by their content, and a pointer to the current snapshot.
 
 <root>/
   current             {"snapshot_id", "published_at_ms"}, replaced by a rename
@@ -7,7 +7,7 @@
     index.faiss       FAISS's own file
     ids.utf8 ...      see `kar_sidecar.index.ids`
 
-Whoever reads a snapshot holds a shared lock on its snapshot.json, and what is locked is not deleted.
+A reader holds a shared lock on snapshot.json; a snapshot that is locked is not deleted.
 """
 
 import fcntl
@@ -26,11 +26,11 @@ __all__ = [
     "KEPT",
     "PAYLOAD",
     "Current",
-    "Held",
+    "OpenSnapshot",
     "make_current",
     "open_snapshot",
-    "passing_faults",
     "read_current",
+    "unavailable_when_unreadable",
     "write_snapshot",
 ]
 
@@ -40,19 +40,19 @@ PAYLOAD: Final = "index.faiss"
 CURRENT: Final = "current"
 DRAFT: Final = ".draft"
 KEPT: Final = 2
-"""Snapshots that stay: the current one, and the one before it for those that are about to read it."""
+"""Snapshots that stay: the current one, and the one before for readers that have just read the pointer."""
 
 
 class Current(NamedTuple):
-    """Which snapshot is to be used, and since when."""
+    """The pointer to the snapshot in use."""
 
     snapshot_id: str
     published_at_ms: int
-    """Milliseconds since the epoch."""
+    """When it was published, milliseconds since 1970."""
 
 
-class Held(NamedTuple):
-    """A snapshot that nobody deletes until `lock` is closed."""
+class OpenSnapshot(NamedTuple):
+    """A snapshot that is not deleted before `lock` is closed."""
 
     folder: Path
     record: Mapping[str, Any]
@@ -60,38 +60,38 @@ class Held(NamedTuple):
 
 
 @contextmanager
-def passing_faults(path: Path) -> Iterator[None]:
-    """Have what the system refuses for now, such as too many open files, told apart from damage.
+def unavailable_when_unreadable(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system, such as too many open files, into UnavailableError: they are no damage.
 
     Raises:
-        UnavailableError: for any OSError or MemoryError.
+        UnavailableError: an OSError or MemoryError was raised inside the block.
     """
     try:
         yield
     except (OSError, MemoryError) as error:
-        told = str(error) or "out of memory"
+        reason = str(error) or "out of memory"
         raise UnavailableError(
-            f"{path} cannot be read now ({told}): see its permissions, its disk and this process's limits, then retry"
+            f"{path} cannot be read now ({reason}): check permissions, disk and limits of this process, then retry"
         ) from error
 
 
-def write_snapshot(root: Path, about: Mapping[str, Any], write: Callable[[Path], None]) -> str:
-    """Write a snapshot below `root`, unless it is there and whole, and return its id.
+def write_snapshot(root: Path, description: Mapping[str, Any], write: Callable[[Path], None]) -> str:
+    """Write a snapshot below `root`, unless an undamaged one with the same content exists, and return its id.
 
     Args:
-        root: Of one kind of entity.
-        about: What the record says; it must depend on the content alone.
-        write: Writes the files into the folder that it is given.
+        root: The folder of one kind of entity.
+        description: Fields of the record beside the hashes; they must depend on the content alone.
+        write: Writes the files into a folder.
 
     Raises:
-        UnavailableError: what is there under that id cannot be read now.
+        UnavailableError: an existing snapshot with that id cannot be read now.
     """
     draft = root / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     write(draft)
     hashes = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
-    text = json.dumps({"format": FORMAT, **about, "sha256": hashes}, indent=2) + "\n"
+    text = json.dumps({"format": FORMAT, **description, "sha256": hashes}, indent=2) + "\n"
     (draft / RECORD).write_text(text)
     snapshot_id = _content_id(text.encode())
     folder = root / snapshot_id
@@ -106,10 +106,10 @@ def write_snapshot(root: Path, about: Mapping[str, Any], write: Callable[[Path],
 
 
 def make_current(root: Path, snapshot_id: str, published_at_ms: int) -> None:
-    """Have readers use a snapshot from now on, and delete old ones that nobody reads.
+    """Point readers to a snapshot, and delete old snapshots that nobody reads.
 
     Raises:
-        UnavailableError: the pointer to the former one cannot be read now.
+        UnavailableError: the pointer to the former snapshot cannot be read now.
     """
     draft = root / f".{CURRENT}"
     draft.write_text(json.dumps({"snapshot_id": snapshot_id, "published_at_ms": published_at_ms}) + "\n")
@@ -118,55 +118,55 @@ def make_current(root: Path, snapshot_id: str, published_at_ms: int) -> None:
     except IntegrityError:
         former = None
     draft.replace(root / CURRENT)
-    # Newest first; publishing the same content again makes it no younger, so the two in use are named.
-    named = [snapshot_id, *([former.snapshot_id] if former else [])]
-    found = sorted(root.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    found.sort(key=lambda path: named.index(path.parent.name) if path.parent.name in named else len(named))
-    for path in found[KEPT:]:
+    # The two in use first, then the newest: a folder's time does not change when its content is published again.
+    in_use = [snapshot_id, *([former.snapshot_id] if former else [])]
+    records = sorted(root.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    records.sort(key=lambda path: in_use.index(path.parent.name) if path.parent.name in in_use else len(in_use))
+    for path in records[KEPT:]:
         with path.open("rb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                continue  # somebody reads it: the next publish looks again
+                continue  # a reader holds it: the next publish tries again
             shutil.rmtree(path.parent)
 
 
 def read_current(root: Path) -> Current | None:
-    """The snapshot to use; None where none was published.
+    """The pointer to the snapshot in use; None where nothing was published.
 
     Raises:
         IntegrityError: the pointer is corrupt.
-        UnavailableError: it cannot be read now.
+        UnavailableError: the pointer cannot be read now.
     """
     path = root / CURRENT
     try:
-        with passing_faults(path):
+        with unavailable_when_unreadable(path):
             try:
                 text = path.read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        found = json.loads(text)
-        return Current(str(found["snapshot_id"]), int(found["published_at_ms"]))
+        pointer = json.loads(text)
+        return Current(str(pointer["snapshot_id"]), int(pointer["published_at_ms"]))
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path} does not name a snapshot ({error}): publish again with --force") from error
 
 
-def open_snapshot(folder: Path, *, verify: bool = True) -> Held:
-    """Hold a snapshot and, with `verify`, check the hash of every file.
+def open_snapshot(folder: Path, *, verify: bool = True) -> OpenSnapshot:
+    """Lock a snapshot against deletion and, with `verify`, check the hash of every file.
 
     Raises:
-        PreconditionError: no snapshot there.
-        IntegrityError: a missing, corrupt or foreign file, which the text names.
-        UnavailableError: it cannot be read now, which says nothing of what is there.
+        PreconditionError: there is no snapshot.
+        IntegrityError: a missing, corrupt or foreign file; the text names it.
+        UnavailableError: a file cannot be read now; it may be undamaged.
     """
-    with passing_faults(folder):
+    with unavailable_when_unreadable(folder):
         try:
             lock = (folder / RECORD).open("rb")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise PreconditionError(f"{folder} holds no index snapshot: run `kar publish` first") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
-            return Held(folder, _checked_record(folder, lock.read(), verify), lock)
+            return OpenSnapshot(folder, _checked_record(folder, lock.read(), verify), lock)
         except BaseException:
             lock.close()
             raise
@@ -178,11 +178,11 @@ def _checked_record(folder: Path, text: bytes, verify: bool) -> Mapping[str, Any
         raise IntegrityError(f"{path} was changed after it was written: delete {folder} and publish again")
     try:
         record: dict[str, Any] = json.loads(text)
-        known, hashes = record["format"], dict(record["sha256"])
+        format_, hashes = record["format"], dict(record["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path} is not a snapshot's record ({error}): delete {folder} and publish") from error
-    if known != FORMAT:
-        raise IntegrityError(f"{path} is of format {known!r}, not {FORMAT!r}: publish again with this version")
+    if format_ != FORMAT:
+        raise IntegrityError(f"{path} has format {format_!r}, not {FORMAT!r}: publish again with this version")
     for name, sha256 in hashes.items():
         if not (folder / name).is_file() or (verify and file_sha256(folder / name) != sha256):
             raise IntegrityError(f"{folder / name} is missing or corrupt: delete {folder} and publish again")

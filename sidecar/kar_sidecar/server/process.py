@@ -65,9 +65,18 @@ class Sidecar:
     """
 
     def __init__(
-        self, settings: Settings, store: Store, scorer: Scorer, *, ready: Callable[[Addresses], None] | None = None
+        self,
+        settings: Settings,
+        store: Store,
+        scorer: Scorer,
+        *,
+        indexes: LiveIndexes | None = None,
+        ready: Callable[[Addresses], None] | None = None,
     ) -> None:
-        """Prepare; `ready` is called once, when health first says SERVING."""
+        """Prepare; `ready` is called once, when health first says SERVING.
+
+        `indexes` are those below the settings' folder unless others are given; they are closed at the end.
+        """
         self._settings = settings
         self._ready = ready
         self._reason = "starting"
@@ -80,7 +89,7 @@ class Sidecar:
             probe_tensors=probe_tensors,
             warm_timeout_s=settings.warm_timeout_ms / 1e3,
         )
-        self._indexes = LiveIndexes(settings.index)
+        self._indexes = indexes or LiveIndexes(settings.index)
         self._health = health.aio.HealthServicer()
         # A port is ours alone: with SO_REUSEPORT a second server would silently take half of the requests.
         self._server = grpc.aio.server(

@@ -1,4 +1,7 @@
-"""Owns where knowledge vectors and features live online: the Protocol, the record layout, the implementations."""
+"""Owns the online store of knowledge vectors, features and texts: the Protocol, the bytes of a record, the stores.
+
+This file has the Protocol, and the names of parts and meta values.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -26,12 +29,12 @@ def vector_part(space_id: str) -> str:
 
 
 def space_meta(space_id: str) -> str:
-    """Name of the meta value that says that a vector space is completely published."""
+    """Name of the meta value that exists once all vectors of a space are published: its seal."""
     return f"space:{space_id}"
 
 
 def schema_meta(schema_hash: str) -> str:
-    """Name of the meta value that says that features of a schema are completely published."""
+    """Name of the meta value that exists once all features of a schema are published: its seal."""
     return f"schema:{schema_hash}"
 
 
@@ -43,46 +46,46 @@ class EntityKey(NamedTuple):
 
 
 Record = tuple[bytes | None, ...]
-"""The parts of one entity in the order asked for; None where a part is absent."""
+"""The requested parts of one entity, in the order of the request; None where a part is absent."""
 
 
 class Store(Protocol):
-    """Entities with independently written parts; see `kar_sidecar.store.records` for the bytes of a part.
+    """Entities whose parts are written independently of each other; `kar_sidecar.store.records` owns a part's bytes.
 
-    Reads are one batch a request. Every method may raise `UnavailableError`.
+    Every method may raise `UnavailableError`.
     """
 
     blocking: bool
-    """Whether reads leave the process: then the server calls them from a thread."""
+    """Whether reads leave the process; the server then calls them from a thread."""
 
     def read(self, keys: Sequence[EntityKey], parts: Sequence[str], timeout_s: float | None = None) -> list[Record]:
-        """Read `parts` of all `keys` in one batch, in the order of `keys`; duplicates are allowed.
+        """Read `parts` of all `keys` in one batch, in the order of `keys`; a key may be repeated.
 
         Raises:
             DeadlineError: no answer within `timeout_s`.
-            IncompleteError: some records could not be read; it carries those that could.
+            IncompleteError: some records could not be read; the error carries the others.
         """
         ...
 
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
-        """Write one part of many entities, leaving their other parts alone; returns how many were written.
+        """Write one part of many entities and keep their other parts; returns the number of records written.
 
-        A record whose very bytes are there already is not written. With `newer_only`, a record is kept when its
-        header's `written_at` is not older than the new one's; texts, which have no header, cannot be written so. Of
-        several records of one key the last one counts.
+        A record that is stored already with the same bytes is not written. With `newer_only`, neither is one whose
+        stored part has an equal or later `written_at_ms` in its header; texts have no header, so they cannot be written
+        with `newer_only`. When a key is repeated, its last record wins.
         """
         ...
 
     def remove_part(self, part: str) -> int:
-        """Remove one part of every entity, such as a drained vector space; returns how many had it."""
+        """Remove one part of every entity, such as the vectors of an unused space; returns how many entities had it."""
         ...
 
     def read_meta(self, name: str) -> bytes | None:
-        """Read a small named value that belongs to the store as a whole."""
+        """Read a small named value of the whole store; None where it was never written."""
         ...
 
     def write_meta(self, name: str, value: bytes | None) -> None:
-        """Write a small named value, replacing it; None removes it."""
+        """Write or replace a small named value; None removes it."""
         ...
 
     def close(self) -> None:

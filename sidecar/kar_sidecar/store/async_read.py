@@ -1,4 +1,4 @@
-"""Owns how the event loop calls a store: inline where a read is a memory access, else from a thread."""
+"""Owns calls of a store from the event loop: directly where a read is a memory access, otherwise in a thread."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,11 +12,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 STORE_SHARE: Final = 0.8
-"""Of the time for the store, what it may take itself: so its answer in part gets here before that time is over."""
+"""Share of the limit that the store itself is given: a partial answer then arrives before the limit is over."""
 
 
 async def call_store(store: Store, method: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """The result of `store`'s bound `method`, without holding up the event loop for longer than a memory access."""
+    """The result of `method`, a method of `store`; the event loop is never blocked for longer than a memory access."""
     if store.blocking:
         return await asyncio.to_thread(method, *arguments, **options)
     return method(*arguments, **options)

@@ -1,7 +1,7 @@
 """Owns the embedded store: one memory-mapped LMDB file, many reader processes beside one writer.
 
-Key: kind byte, part, NUL, id. Ids too long for LMDB's keys are replaced by 0xFF (never in UTF-8) and their hash.
-Meta values have kind byte 0, which is no entity's.
+A key is the kind's number as a byte, the part, NUL and the id. An id too long for LMDB's keys is replaced by 0xFF (a
+byte that UTF-8 never contains) and its hash. Keys of meta values start with the byte 0, which is no kind's number.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from kar_sidecar.store.records import in_batches, is_newer
 __all__ = ["LmdbStore"]
 
 MAP_SIZE_BYTES: Final = 64 << 30
-"""Address space, not disk: the file grows as it is written."""
+"""Address space that is reserved; the file itself grows as it is written."""
 MAX_READERS: Final = 1024
 BATCH: Final = 10_000
-"""Records in one write transaction: bounds the time that another writer waits."""
+"""Records in one write transaction; bounds how long another writer waits."""
 BATCH_BYTES: Final = 4 << 20
-"""Bytes that end a write transaction: bounds what has to reach the disk while another writer waits."""
+"""A write transaction ends with the record that reaches this size; bounds the flush that another writer waits for."""
 LONGEST_ID_BYTES: Final = 440
 DATA: Final = "data.mdb"
 
@@ -46,7 +46,7 @@ def _id_bytes(identity: str) -> bytes:
 
 
 class LmdbStore:
-    """A `Store` in a folder. Open it once per process; a write is visible to the next read of every process."""
+    """A `Store` in a folder. Open it once per process; the next read of any process sees a finished write."""
 
     blocking = False
 
@@ -54,8 +54,8 @@ class LmdbStore:
         """Open, and unless `readonly` create, the store below `path`.
 
         Raises:
-            PreconditionError: `readonly`, and nothing was written yet.
-            IntegrityError: not an LMDB file, or a truncated one; the text names it.
+            PreconditionError: `readonly`, and the store is empty.
+            IntegrityError: the file is truncated or not LMDB's; the text names it.
         """
         self._file = path / DATA
         if readonly and not (self._file.is_file() and self._file.stat().st_size):
@@ -73,10 +73,10 @@ class LmdbStore:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        damage = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
+        damaged = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError)
         try:
             yield
-        except damage as error:
+        except damaged as error:
             raise IntegrityError(f"{self._file} is corrupt ({error}): delete its folder and publish again") from error
         except lmdb.MapFullError as error:
             raise PreconditionError(f"{self._file} is full: open it with a larger map_size_bytes") from error
@@ -84,7 +84,7 @@ class LmdbStore:
             raise UnavailableError(f"{self._file} cannot be used: {error}") from error
 
     def _missing_bytes(self) -> int:
-        """How far the file ends before its last page; to touch a page beyond its end would kill the process."""
+        """Bytes missing up to the end of the last page. Reading a page beyond the end of the file kills the process."""
         pages = self._env.info()["last_pgno"] + 1
         return pages * self._env.stat()["psize"] - self._file.stat().st_size
 
@@ -93,12 +93,12 @@ class LmdbStore:
         with self._failures():
             with self._env.begin(write=True) as transaction:
                 yield transaction
-            # LMDB leaves pages that were freed at once unwritten; with them the file's size proves it is whole.
+            # LMDB leaves pages unwritten that it freed at once. With them, the file's size proves it complete.
             if (missing := self._missing_bytes()) > 0:
                 os.truncate(self._file, self._file.stat().st_size + missing)
 
     def read(self, keys: Sequence[EntityKey], parts: Sequence[str], timeout_s: float | None = None) -> list[Record]:
-        """See `Store.read`; one snapshot for the whole batch."""
+        """See `Store.read`; the whole batch sees one state of the store."""
         prefixes = {kind: [_prefix(kind, part) for part in parts] for kind in {key.kind for key in keys}}
         with self._failures(), self._env.begin() as transaction:
             get = transaction.get
@@ -108,7 +108,7 @@ class LmdbStore:
             ]
 
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
-        """See `Store.write`; a killed write leaves whole batches, of at most `BATCH` records each."""
+        """See `Store.write`; a killed write leaves complete batches of at most `BATCH` records."""
         written = 0
         prefixes = {kind: _prefix(kind, part) for kind in EntityKind}
         for batch in in_batches(records, BATCH, BATCH_BYTES):
@@ -132,11 +132,11 @@ class LmdbStore:
                 cursor = transaction.cursor()
                 cursor.set_range(prefix)
                 names = map(bytes, islice(cursor.iternext(values=False), BATCH))
-                doomed = [name for name in names if name.startswith(prefix)]
-                for name in doomed:
+                matching = [name for name in names if name.startswith(prefix)]
+                for name in matching:
                     transaction.delete(name)
-            removed += len(doomed)
-            if len(doomed) < BATCH:
+            removed += len(matching)
+            if len(matching) < BATCH:
                 return removed
 
     def read_meta(self, name: str) -> bytes | None:

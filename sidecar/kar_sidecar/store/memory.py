@@ -1,4 +1,4 @@
-"""Owns the in-memory store: one process, no files; for tests and for trying things out."""
+"""Owns the in-memory store: one process, no files; for tests and experiments."""
 
 import threading
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ __all__ = ["MemoryStore"]
 
 
 class MemoryStore:
-    """A `Store` in a dictionary; lost when the process ends."""
+    """A `Store` in dictionaries; its content ends with the process."""
 
     blocking = False
 

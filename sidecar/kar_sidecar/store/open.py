@@ -1,4 +1,4 @@
-"""Owns which store a URL names."""
+"""Owns the URLs of stores: which store a URL names, and how it is opened."""
 
 import os
 from pathlib import Path
@@ -16,14 +16,17 @@ FORMS = "lmdb:PATH or aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET"
 def open_store(url: str, *, aerospike: AerospikeSettings | None = None, readonly: bool = False) -> Store:
     """Open the store that `url` names: `lmdb:PATH` or `aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET`.
 
-    Implementations are imported on demand: only the one in use needs its package. `aerospike` has the settings of such
-    a store, by default their defaults; its password comes from the environment.
+    Args:
+        url: Names the store.
+        aerospike: Settings of an Aerospike store; None: the defaults. Its password comes from the environment.
+        readonly: Whether an LMDB store is opened for reading only.
 
     Raises:
-        InputError: not such a URL.
-        PreconditionError: a read-only LMDB store that nothing was published to.
+        InputError: the URL names no store.
+        PreconditionError: a read-only LMDB store is empty.
         UnavailableError: Aerospike does not answer.
     """
+    # Implementations are imported on demand: only the one in use needs its package.
     scheme, _, rest = url.partition(":")
     if scheme == "lmdb" and rest:
         from kar_sidecar.store.lmdb import LmdbStore
@@ -35,14 +38,14 @@ def open_store(url: str, *, aerospike: AerospikeSettings | None = None, readonly
         if all(host and port for host, port in hosts) and len(path) == 2 and all(path):
             from kar_sidecar.store.aerospike import AerospikeStore
 
-            known = [(host, port) for host, port in hosts if host and port]
+            complete = [(host, port) for host, port in hosts if host and port]
             settings = aerospike or AerospikeSettings()
-            return AerospikeStore(known, path[0], path[1], settings, password=os.environ.get(PASSWORD, ""))
+            return AerospikeStore(complete, path[0], path[1], settings, password=os.environ.get(PASSWORD, ""))
     raise InputError(f"{url!r} is not a store URL: use {FORMS}")
 
 
 def _host(server: str) -> tuple[str | None, int | None]:
-    """Name and port of HOST:PORT; None where there is none."""
+    """Name and port of HOST:PORT; None for what is missing or malformed."""
     try:
         parsed = urlsplit(f"//{server}")
         return parsed.hostname, parsed.port

@@ -1,9 +1,9 @@
 """Owns the bytes of a store record's parts: one fixed header, then numbers that `np.frombuffer` reads in place.
 
-Every part but a text (a serialised KnowledgeRecord) starts with `HEADER` (32 bytes, little-endian). A vector part
-goes on with `dim` float32 or float16 values, a features part with the schema's packed row (`FeatureLayout`), for
-users followed by their history. The fingerprint is the vector space or the feature schema that the payload belongs
-to; another one is refused, and so is a record whose checksum (CRC-32 of every other byte) does not fit.
+Every part but a text (a serialised KnowledgeRecord) starts with `HEADER` (32 bytes, little-endian). In a vector part,
+`dim` float32 or float16 values follow; in a features part, the schema's packed row (`FeatureLayout`) and, for users,
+their history. The header's fingerprint names the vector space or feature schema of the payload. A part with another
+fingerprint, or with a wrong checksum (CRC-32 of all its other bytes), is refused.
 """
 
 import time
@@ -47,7 +47,7 @@ HEADER: Final = np.dtype(
     [
         ("magic", "<u2"),
         ("layout", "u1"),
-        ("level", "u1"),  # KnowledgeLevel that the publisher resolved; 0 for features
+        ("level", "u1"),  # KnowledgeLevel at the time of publishing; 0 for features
         ("crc32", "<u4"),  # of all bytes of the part but these four
         ("fingerprint", "<u8"),  # first 16 hexadecimal digits of space or schema hash
         ("written_at_ms", "<i8"),
@@ -56,7 +56,7 @@ HEADER: Final = np.dtype(
 )
 
 PACKED: Final = Struct("<HBBIQqq")
-"""The same as `HEADER`, for one record: a fifth of NumPy's time."""
+"""The same layout as `HEADER`; for one record it takes a fifth of NumPy's time."""
 
 FULL: Final = int(records_pb2.KNOWLEDGE_LEVEL_FULL)
 STALE: Final = int(records_pb2.KNOWLEDGE_LEVEL_STALE)
@@ -64,34 +64,38 @@ NEUTRAL: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEUTRAL)
 
 
 def now_ms() -> int:
-    """Wall-clock milliseconds since the epoch."""
+    """Time of day, milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
 @lru_cache(maxsize=64)
 def fingerprint(content_hash: str) -> int:
-    """The number in a header for a hexadecimal content hash of at most 16 digits."""
+    """The number in a header that stands for a content hash of at most 16 hexadecimal digits."""
     return int(content_hash, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is known of one part before its payload is read."""
+    """The header of one part."""
 
     level: int
+    """Knowledge level at the time of publishing; 0 for features."""
     fingerprint: int
+    """Of the vector space or the feature schema."""
     written_at_ms: int
+    """When the payload was true, milliseconds since 1970."""
     expires_at_ms: int
+    """When it becomes stale, milliseconds since 1970; `NEVER`: it does not."""
 
     def seal(self, payload: bytes) -> bytes:
-        """The part: 32 bytes of header and the payload."""
+        """The part: 32 bytes of header with the checksum, then the payload."""
         head = PACKED.pack(MAGIC, LAYOUT, self.level, 0, self.fingerprint, self.written_at_ms, self.expires_at_ms)
-        known = crc32(payload, crc32(head[8:], crc32(head[:4])))
-        return head[:4] + known.to_bytes(4, "little") + head[8:] + payload
+        crc = crc32(payload, crc32(head[8:], crc32(head[:4])))
+        return head[:4] + crc.to_bytes(4, "little") + head[8:] + payload
 
 
 def checksum(blob: bytes | memoryview) -> int:
-    """CRC-32 of a part without the four bytes that hold it."""
+    """CRC-32 of all bytes of a part but the four that store it."""
     return crc32(blob[8:], crc32(blob[:4]))
 
 
@@ -99,47 +103,47 @@ def read_header(blob: bytes | memoryview) -> Header:
     """Parse the header of one part.
 
     Raises:
-        IntegrityError: not one of our records, another layout, or damaged.
+        IntegrityError: the part has another layout or is damaged.
     """
     if len(blob) < HEADER.itemsize:
-        raise IntegrityError(f"a store record has {len(blob)} bytes, less than its header: publish it again")
-    magic, layout, level, known, *rest = PACKED.unpack_from(blob)
+        raise IntegrityError(f"a store record has {len(blob)} bytes, fewer than its header: publish it again")
+    magic, layout, level, crc, *rest = PACKED.unpack_from(blob)
     if (magic, layout) != (MAGIC, LAYOUT):
         raise IntegrityError("a store record is not in this version's layout: publish it again")
-    if known != checksum(blob):
+    if crc != checksum(blob):
         raise IntegrityError("a store record is corrupt (its checksum differs): publish it again")
     return Header(level, *rest)
 
 
 def is_newer(blob: bytes, stored: bytes | memoryview | None) -> bool:
-    """Whether `blob` was true later than the part that is stored, as `Store.write(newer_only=True)` asks.
+    """Whether a part has a later `written_at_ms` than the stored one, as `Store.write(newer_only=True)` asks.
 
-    A stored part that is damaged is older than anything.
+    An absent or damaged stored part counts as older.
     """
     if stored is None:
         return True
     try:
-        known = read_header(stored)
+        stored_header = read_header(stored)
     except IntegrityError:
         return True
-    return read_header(blob).written_at_ms > known.written_at_ms
+    return read_header(blob).written_at_ms > stored_header.written_at_ms
 
 
 def in_batches(
     records: Iterable[tuple[EntityKey, bytes]], size: int, size_bytes: float = inf
 ) -> Iterator[dict[EntityKey, bytes]]:
-    """Cut a stream into batches of at most `size` records; a key that comes again starts a new batch.
+    """Cut a stream into batches of at most `size` records, each key at most once per batch.
 
-    A batch ends, too, with the record that makes it `size_bytes` or more.
+    A batch also ends with the record with which it reaches `size_bytes`.
     """
     batch: dict[EntityKey, bytes] = {}
-    held_bytes = 0
+    batch_bytes = 0
     for key, blob in records:
-        if len(batch) == size or held_bytes >= size_bytes or key in batch:
+        if len(batch) == size or batch_bytes >= size_bytes or key in batch:
             yield batch
-            batch, held_bytes = {}, 0
+            batch, batch_bytes = {}, 0
         batch[key] = blob
-        held_bytes += len(blob)
+        batch_bytes += len(blob)
     if batch:
         yield batch
 
@@ -161,37 +165,42 @@ def encode_vectors(
 
 @dataclass(frozen=True, slots=True)
 class VectorBatch:
-    """Vectors [n, dim] float32 and their knowledge levels [n] uint8, aligned with the keys that were read."""
+    """Vectors of one space for n keys, in the order of the keys."""
 
     vectors: NDArray[np.float32]
+    """[n, dim]; the neutral vector where there is none."""
     levels: NDArray[np.uint8]
+    """Knowledge levels [n]; NEUTRAL where there is no vector."""
     written_at_ms: NDArray[np.int64]
-    """[n] since the epoch; 0 where there is no vector."""
+    """When each was written [n], milliseconds since 1970; 0 where there is no vector."""
 
 
 def decode_parts(
     blobs: Sequence[bytes | None], layout: np.dtype, content_hash: str, kind: str
 ) -> tuple[list[int], NDArray[np.void]]:
-    """Decode equally long parts in one pass: which of `blobs` are there, and their records of `layout`.
+    """Decode equally long parts in one pass: the positions of those that exist, and their records of `layout`.
 
-    `layout` starts with a field `header`; all records must carry the fingerprint of `content_hash`, which is the hash
-    of a `kind` ("space" or "schema").
+    Args:
+        blobs: Parts; None where one is absent.
+        layout: Structured type of a part; its first field is `header`.
+        content_hash: Hash of the space or schema whose fingerprint every part must have.
+        kind: "space" or "schema", for error messages.
 
     Raises:
-        IntegrityError: a record of another size, layout or fingerprint, or a damaged one.
+        IntegrityError: a part has another size, layout or fingerprint, or is damaged.
     """
     present = [i for i, blob in enumerate(blobs) if blob is not None]
     if not present:
         return present, np.zeros(0, layout)
-    found = [blob for blob in blobs if blob is not None]
-    if {layout.itemsize} != set(map(len, found)):
+    parts = [blob for blob in blobs if blob is not None]
+    if {layout.itemsize} != set(map(len, parts)):
         raise IntegrityError(f"a store record has the wrong size for {kind} {content_hash}: publish it again")
-    records = np.frombuffer(b"".join(found), dtype=layout)
+    records = np.frombuffer(b"".join(parts), dtype=layout)
     header = records["header"]
-    mine = (header["magic"] == MAGIC) & (header["layout"] == LAYOUT)
-    if not (mine & (header["fingerprint"] == fingerprint(content_hash))).all():
-        raise IntegrityError(f"a store record is not of {kind} {content_hash}: publish it again")
-    if (header["crc32"] != np.fromiter(map(checksum, found), np.uint32, len(found))).any():
+    has_layout = (header["magic"] == MAGIC) & (header["layout"] == LAYOUT)
+    if not (has_layout & (header["fingerprint"] == fingerprint(content_hash))).all():
+        raise IntegrityError(f"a store record belongs to another {kind} than {content_hash}: publish it again")
+    if (header["crc32"] != np.fromiter(map(checksum, parts), np.uint32, len(parts))).any():
         raise IntegrityError(
             f"a store record of {kind} {content_hash} is corrupt (its checksum differs): publish it again"
         )
@@ -206,10 +215,18 @@ def _vector_layout(dim: int, dtype: str) -> np.dtype:
 def decode_vectors(
     blobs: Sequence[bytes | None], space_id: str, dim: int, neutral: NDArray[np.float32], *, dtype: str, at_ms: int
 ) -> VectorBatch:
-    """Decode vector parts of one space in one pass; absent ones become `neutral` [dim].
+    """Decode vector parts of one space in one pass.
+
+    Args:
+        blobs: Parts; None where one is absent.
+        space_id: The space, 12 hexadecimal digits.
+        dim: Components of a vector.
+        neutral: [dim], stands for absent vectors.
+        dtype: "float32" or "float16", as stored.
+        at_ms: The time of day, milliseconds since 1970: vectors that expire until then are STALE.
 
     Raises:
-        IntegrityError: a record of another space, size or layout.
+        IntegrityError: a part has another space, size or layout, or is damaged.
     """
     present, records = decode_parts(blobs, _vector_layout(dim, dtype), space_id, "space")
     vectors = np.tile(neutral.astype(np.float32), (len(blobs), 1))

@@ -10,9 +10,10 @@ from tests.support.paths import ROOT
 
 from kar_sidecar.errors import InputError, NotFoundError, PreconditionError, UnavailableError, UnsupportedError
 from kar_sidecar.index import VectorIndex, unit_rows
-from kar_sidecar.index.config import FLAT_UP_TO, KINDS, IndexConfig
+from kar_sidecar.index.config import FLAT_UP_TO, KINDS, IndexConfig, MeasuredRecall
 from kar_sidecar.index.exact import ExactIndex
-from kar_sidecar.index.faiss import FaissIndex, import_faiss, require_one_faiss
+from kar_sidecar.index.faiss import FaissIndex
+from kar_sidecar.index.library import import_faiss, require_one_faiss
 
 pytestmark = pytest.mark.unit
 
@@ -100,9 +101,9 @@ def test_the_recall_that_is_told_is_the_share_of_the_exact_ten_nearest(kind) -> 
     index = FaissIndex.build(named(600), vectors, config, queries=queries)
     expected = ExactIndex.build(named(600), vectors).search(queries, 10).ids
     hits = [len(set(a) & set(b)) for a, b in zip(index.search(queries, 10).ids, expected, strict=True)]
-    told = index.about["recall"]
-    assert told == {"at": 10, "value": pytest.approx(np.mean(hits) / 10, abs=1e-6), "required": 0.2, "queries": 80}
-    assert (told["value"] == 1) is (kind == "flat")
+    recall = index.description.recall
+    assert recall == MeasuredRecall(at=10, value=pytest.approx(np.mean(hits) / 10, abs=1e-6), required=0.2, queries=80)
+    assert (recall.value == 1) is (kind == "flat")
     index.close()
 
 
@@ -112,7 +113,7 @@ def test_recall_is_measured_with_vectors_that_are_not_there_yet(kind) -> None:
     told = []
     for config in (IndexConfig(kind, recall=0.9, sample=20), IndexConfig(kind, recall=0.9)):
         index = FaissIndex.build(named(300), vectors, config)
-        told.append(index.about["recall"]["queries"])
+        told.append(index.description.recall.queries)
         assert [index.search(vectors[row : row + 1], 1).ids[0] for row in range(300)] == [[id_] for id_ in named(300)]
         index.close()
     assert told == [20, 30]  # a tenth at most
@@ -123,8 +124,8 @@ def test_the_fewest_that_reach_the_recall_are_chosen(kind, name) -> None:
     vectors = clustered(1500, 24)
     base = {"links": 4, "ef_construction": 16}
     index = FaissIndex.build(named(1500), vectors, IndexConfig(kind, recall=0.9, **base))
-    chosen = index.about[name]
-    assert index.about["recall"]["value"] >= 0.9
+    chosen = getattr(index.description, name)
+    assert index.description.recall.value >= 0.9
     index.close()
     with pytest.raises(InputError, match=rf"{name} {chosen - 1}, and 0.9 is required: raise {name}"):
         FaissIndex.build(named(1500), vectors, IndexConfig(kind, recall=0.9, **base, **{name: chosen - 1}))

@@ -1,6 +1,7 @@
 """A snapshot is named by its content, checked when it is read, and kept for as long as somebody reads it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from tests.support.open_files import no_file_left
 
 from kar_sidecar.errors import IntegrityError, KarError, PreconditionError, UnavailableError
 from kar_sidecar.index.config import KINDS, IndexConfig
-from kar_sidecar.index.faiss import FaissIndex, import_faiss
+from kar_sidecar.index.faiss import FaissIndex
 from kar_sidecar.index.ids import Ids
+from kar_sidecar.index.library import import_faiss
 from kar_sidecar.index.snapshot import make_current, read_current
 
 pytestmark = pytest.mark.unit
@@ -67,7 +69,7 @@ def test_a_snapshot_finds_the_same(kind, mapped, tmp_path: Path) -> None:
     np.testing.assert_array_equal(after.similarities, before.similarities)
     for id_ in IDS:
         assert loaded.search_like(id_, 3).ids == index.search_like(id_, 3).ids
-    assert loaded.about["recall"] == index.about["recall"]
+    assert loaded.description == index.description
     index.close()
     loaded.close()
 
@@ -104,7 +106,7 @@ def test_the_record_says_what_is_in_it(tmp_path: Path) -> None:
     folder = tmp_path / index.save(tmp_path, space_id="eeee")
     record = json.loads((folder / "snapshot.json").read_text())
     hashes = record.pop("sha256")
-    assert record.pop("recall") == index.about["recall"]
+    assert record.pop("recall") == asdict(index.description.recall)
     assert record == {
         "format": 2,
         "space_id": "eeee",
@@ -113,7 +115,7 @@ def test_the_record_says_what_is_in_it(tmp_path: Path) -> None:
         "dim": 8,
         "count": 300,
         "lists": 68,  # 4 x 17, the root of 300 rounded down
-        "probes": index.about["probes"],
+        "probes": index.description.probes,
     }
     assert set(hashes) | {"snapshot.json"} == {path.name for path in folder.iterdir()}
     index.close()

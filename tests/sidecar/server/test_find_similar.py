@@ -24,7 +24,8 @@ from kar_sidecar.errors import (
     UnsupportedError,
 )
 from kar_sidecar.index import live
-from kar_sidecar.index.faiss import FaissIndex, require_one_faiss
+from kar_sidecar.index.faiss import FaissIndex
+from kar_sidecar.index.library import require_one_faiss
 from kar_sidecar.index.live import LiveIndexes
 from kar_sidecar.index.snapshot import make_current
 from kar_sidecar.server.process import Sidecar
@@ -49,10 +50,10 @@ def root_of(world, kind="item") -> Path:
     return world.folder.parent / "index" / world.release_id / kind
 
 
-def with_sidecar(world, body, **changes):
+def with_sidecar(world, body, *, indexes=None, **changes):
     async def run():
         settings = world.settings(index=world.folder.parent / "index", **changes)
-        async with Sidecar(settings, world.store, world.scorer) as sidecar:
+        async with Sidecar(settings, world.store, world.scorer, indexes=indexes) as sidecar:
             return await asyncio.wait_for(body(sidecar), PATIENCE_S)
 
     return asyncio.run(run())
@@ -246,21 +247,20 @@ def test_a_bad_snapshot_leaves_the_good_one_answering_and_is_told_once(world, ca
 @pytest.mark.parametrize(
     "fault", [OSError(5, "Input/output error"), MemoryError(), RuntimeError("can't start new thread")]
 )
-def test_a_fault_that_may_pass_holds_no_other_kind_up_and_is_tried_again(world, monkeypatch, caplog, fault):
+def test_a_fault_that_may_pass_holds_no_other_kind_up_and_is_tried_again(world, caplog, fault):
     publish(root_of(world), VECTORS)
     publish(root_of(world, "user"), {"u1": [1, 0, 0], "u2": [0, 1, 0]})
-    load, faulty = FaissIndex.load, {root_of(world, "user")}
+    faulty = {root_of(world, "user")}
 
-    def fail(folder):
+    def load(folder):
         if folder.parent in faulty:
             raise fault
-        return load(folder)
+        return FaissIndex.load(folder)
 
-    monkeypatch.setattr(live.FaissIndex, "load", fail)
     caplog.set_level("INFO", live.__name__)
 
     async def body():
-        indexes = LiveIndexes(root_of(world).parents[1])
+        indexes = LiveIndexes(root_of(world).parents[1], load=load)
         for _ in range(2):
             await indexes.refresh(world.release_id, SPACE)
         with pytest.raises(UnavailableError, match="user could not be loaded"):
@@ -293,21 +293,19 @@ def test_a_fault_that_passes_leaves_what_was_known(world):
     asyncio.run(body())
 
 
-def test_a_load_outlives_the_caller_that_asked_for_it(world, monkeypatch):
+def test_a_load_outlives_the_caller_that_asked_for_it(world):
     publish(root_of(world), VECTORS)
-    begun, go, load = threading.Event(), threading.Event(), FaissIndex.load
+    begun, go = threading.Event(), threading.Event()
     loads = []
 
     def slow(folder):
         loads.append(folder)
         begun.set()
         assert go.wait(PATIENCE_S)
-        return load(folder)
-
-    monkeypatch.setattr(live.FaissIndex, "load", slow)
+        return FaissIndex.load(folder)
 
     async def body():
-        indexes = LiveIndexes(root_of(world).parents[1])
+        indexes = LiveIndexes(root_of(world).parents[1], load=slow)
         impatient = asyncio.create_task(indexes.get(world.release_id, SPACE, ITEM))
         assert await asyncio.to_thread(begun.wait, PATIENCE_S)
         impatient.cancel()
@@ -321,15 +319,15 @@ def test_a_load_outlives_the_caller_that_asked_for_it(world, monkeypatch):
     assert len(loads) == 1
 
 
-def test_without_faiss_it_is_unimplemented(world, monkeypatch):
+def test_without_faiss_it_is_unimplemented(world):
     publish(root_of(world), VECTORS)
-    monkeypatch.setattr(live.FaissIndex, "load", lambda folder: require_one_faiss([]))
+    indexes = LiveIndexes(root_of(world).parents[1], load=lambda folder: require_one_faiss([]))
 
     def body(client):
         with pytest.raises(UnsupportedError, match="FAISS is not installed"):
             client.find_similar("item", "i1")
 
-    with_client(world, body)
+    with_client(world, body, indexes=indexes)
 
 
 def test_kinds_have_folders_of_their_own(world):

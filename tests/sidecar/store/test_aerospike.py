@@ -148,7 +148,7 @@ def test_pauses_grow_are_jittered_and_bounded(opened) -> None:
 
 def test_patience_ends(opened, caplog) -> None:
     store, slept = opened(ScriptedClient(lambda key, call: OVERLOAD), write_patience_ms=3_000)
-    with pytest.raises(UnavailableError, match="is overloaded, its devices cannot follow"):
+    with pytest.raises(UnavailableError, match="is overloaded, its devices are too slow"):
         store.write(FEATURES, RECORDS)
     assert 1 < sum(slept) <= 3
     assert "trying again" in caplog.text  # by then a user hears of it
@@ -169,12 +169,12 @@ def test_a_server_that_is_lost_and_back_takes_the_write(opened) -> None:
     ("code", "kind", "complaint"),
     [
         (FULL, PreconditionError, "is full"),
-        (TOO_BIG, InputError, "this large"),
+        (TOO_BIG, InputError, "no record of this size"),
         (20, PreconditionError, "no such namespace"),
-        (21, InputError, "this long"),
+        (21, InputError, "part name of this length"),
         (81, PreconditionError, "refuses the user"),
         (51, PreconditionError, "has no users"),
-        (4, PreconditionError, "no such request"),
+        (4, PreconditionError, "does not accept the request"),
     ],
 )
 def test_what_waiting_does_not_mend_is_told_at_once(opened, code: int, kind: type[KarError], complaint: str) -> None:
