@@ -166,7 +166,7 @@ class FeatureLayout:
         header = read_header(blob)
         if header.fingerprint != fingerprint(self.schema_hash):
             raise IntegrityError(
-                f"a user features record is not of schema {self.schema_hash}: publish features again for this release"
+                f"a user features record belongs to another schema than {self.schema_hash}: publish features again"
             )
         at = self._record.itemsize
         try:

@@ -190,9 +190,9 @@ def test_histories_are_aligned_and_can_be_stored() -> None:
 def test_records_of_another_schema_are_refused() -> None:
     other = FeatureLayout(records_pb2.FeatureSchema(features=SCHEMA.features, history_length=9), USER)
     items = FeatureLayout(records_pb2.FeatureSchema(features=SCHEMA.features, history_length=9), ITEM)
-    with pytest.raises(IntegrityError, match="not of schema"):
+    with pytest.raises(IntegrityError, match="another schema"):
         USERS.decode_user(other.encode(other.missing, written_at_ms=1, history=NO_HISTORY))
-    with pytest.raises(IntegrityError, match="not of schema"):
+    with pytest.raises(IntegrityError, match="another schema"):
         ITEMS.decode_items([items.encode(items.missing, written_at_ms=1)])
 
 

@@ -308,7 +308,7 @@ def test_settings_come_from_file_and_environment_and_the_password_from_another(e
         ("batch_records = 0", "batch_records"),
         ("auth_mode = 'none'", "auth_mode"),
         ("tls_name = 'a'", "need tls = true"),
-        ("tls = true\ntls_cert_file = '/etc/hostname'", "go together"),
+        ("tls = true\ntls_cert_file = '/etc/hostname'", "need each other"),
         ("tls = true\ntls_ca_file = '/no/such.pem'", "/no/such.pem is not a file"),
     ],
 )
