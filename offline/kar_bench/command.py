@@ -43,7 +43,7 @@ from kar_offline.dataset.splits import FOLDS
 from kar_offline.encoders.packaged import ENCODERS
 from kar_offline.generate.llama_cpp import MODEL, LocalChat
 from kar_offline.generate.pack import Pack
-from kar_offline.generate.stage import cases_of, utc_now
+from kar_offline.generate.stage import generation_tasks, utc_now
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.train.arms import ARMS
 from kar_offline.train.fit import TrainSettings
@@ -337,7 +337,7 @@ def throughput(
         with console.status("loading the models"):
             contenders = encoding_contenders(lambda runtime, threads: mini_lm(runtime=runtime, threads=threads), chosen)
             if prompts:
-                cases, _ = cases_of(work, ITEM, prompts, None, None, utc_now().date())
+                cases, _ = generation_tasks(work, ITEM, prompts, None, None, utc_now().date())
                 contenders += stack.enter_context(generation_contenders(cases))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         progress = stack.enter_context(Progress(*columns, console=console))

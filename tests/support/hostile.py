@@ -469,7 +469,7 @@ class Notes:
         self.refuse(len(questions))
         self.sent.append(([question.prompt_sha256 for question in questions], handle))
 
-    def opened(self) -> list[Any]:
+    def pending_batches(self) -> list[Any]:
         return self.open
 
 

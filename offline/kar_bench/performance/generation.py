@@ -20,8 +20,9 @@ from kar_bench.performance.throughput import BARE, OURS, Contender
 from kar_offline.generate.ledger import Ledger
 from kar_offline.generate.llama_cpp import LocalChat
 from kar_offline.generate.openai_chat import OpenAIChat, Price
-from kar_offline.generate.runner import GenerationTask, work_through
+from kar_offline.generate.runner import work_through
 from kar_offline.generate.stage import utc_now
+from kar_offline.generate.task import GenerationTask
 from kar_offline.work_folder import WorkFolder
 
 __all__ = ["generation_contenders"]

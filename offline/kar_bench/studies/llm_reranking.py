@@ -113,7 +113,7 @@ class _Unnoted:
     def sending(self, questions: Sequence[Question], handle: str = "") -> None:
         pass
 
-    def opened(self) -> Sequence[PendingBatch]:
+    def pending_batches(self) -> Sequence[PendingBatch]:
         return ()
 
 

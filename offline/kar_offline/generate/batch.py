@@ -152,7 +152,7 @@ class OpenAIBatch(ChatModel):
         """The batches of earlier runs that hold questions of this one."""
         opened = {
             handle: keys
-            for handle, questions in log.opened()
+            for handle, questions in log.pending_batches()
             if (keys := [question.prompt_sha256 for question in questions if question.prompt_sha256 in asked])
         }
         ids = await self._find(opened) if opened else {}
@@ -309,7 +309,7 @@ class OpenAIBatch(ChatModel):
 def _answers(outcome: Reply | Failure, questions: Sequence[Question]) -> Iterator[Answer]:
     first, *twins = questions
     yield Answer(first, outcome)
-    free = outcome._replace(requests=0, unsure=0)
+    free = outcome._replace(requests=0, maybe_charged=0)
     if isinstance(free, Reply):
         free = free._replace(input_tokens=0, output_tokens=0)
     for twin in twins:

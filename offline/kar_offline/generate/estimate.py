@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 from kar_offline.generate.ledger import Usage
 from kar_offline.generate.provider import Provider, Question
-from kar_offline.generate.runner import GenerationTask
+from kar_offline.generate.task import GenerationTask
 
 __all__ = ["Estimate", "estimate"]
 

@@ -111,21 +111,21 @@ class OpenAIChat(ChatModel):
                     f"{self.base_url} refused each of the first {FIRST} questions (last: {error.reason}): "
                     "correct the model or the parameters, then run this again"
                 ) from error
-            return Failure(f"refused with {error.reason}", error.requests, error.unsure)
+            return Failure(f"refused with {error.reason}", error.requests, error.maybe_charged)
         self._answered = True
         return outcome
 
     async def complete(self, question: Question) -> Reply | Failure:
         """Answer one question, with retries; errors as of `Endpoint.call`."""
         began = time.perf_counter()
-        outcome, requests, unsure = await self.call(
+        outcome, requests, maybe_charged = await self.call(
             "POST",
             "/chat/completions",
             lambda content: read_completion(parse_json(content), question.prompt),
             content=json.dumps(self.body(question.prompt)).encode(),
             headers={"Content-Type": "application/json"},
         )
-        outcome = outcome._replace(requests=requests, unsure=outcome.unsure + unsure)
+        outcome = outcome._replace(requests=requests, maybe_charged=outcome.maybe_charged + maybe_charged)
         if isinstance(outcome, Reply):
             return outcome._replace(latency_ms=(time.perf_counter() - began) * 1e3)
         return outcome
@@ -167,7 +167,7 @@ def read_completion(answer: Any, prompt: str) -> Reply | Failure:
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the answer is not a chat completion: {str(answer)[:80]!r}") from error
     if finish == "content_filter":
-        return Failure("blocked by a content filter", unsure=1)  # what came before the filter may be charged for
+        return Failure("blocked by a content filter", maybe_charged=1)  # what came before the filter may be charged for
     text = storable(text or "")
     tokens = (_tokens(usage, "prompt_tokens", prompt), _tokens(usage, "completion_tokens", text))
     return Reply(text, *tokens, finish=storable(finish)[:40] if isinstance(finish, str) else "stop")

@@ -1,4 +1,4 @@
-"""Owns the seam to whoever answers prompts: what is asked, what comes back, and a provider in memory for tests."""
+"""Owns the interface of providers, which answer prompts: questions, answers, and a provider in memory for tests."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from kar_sidecar.errors import BudgetError, KarError
 
 __all__ = [
     "Answer",
+    "CachedAnswer",
     "Failure",
     "Log",
     "Origin",
@@ -35,7 +36,7 @@ class Question(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where a text comes from that was not written for this prompt."""
+    """The source of a text that was not written for this prompt."""
 
     llm: str
     template: str
@@ -44,64 +45,71 @@ class Origin(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What a model wrote."""
+    """A text that a model wrote."""
 
     text: str
-    """Empty: the model declined."""
+    """Empty: the model wrote nothing."""
     input_tokens: int
     output_tokens: int
     finish: str = "stop"
-    """Why it ended; "length": it was cut off at the most tokens it may write."""
+    """Why the text ended; "length": it was cut off at the most tokens that the model may write."""
     latency_ms: float = 0.0
-    """From the first attempt to the answer."""
+    """Time from the first attempt to the answer."""
     requests: int = 1
-    """Requests that it took, refused and failed ones included; 0: nothing was sent, so nothing is accounted for."""
-    unsure: int = 0
-    """Attempts before it that ended without an answer, such as by a timeout, and may have been charged for."""
+    """Number of requests, refused and failed ones included; 0: nothing was sent."""
+    maybe_charged: int = 0
+    """Number of attempts that ended without an answer, such as by a timeout, and may have been charged for."""
     origin: Origin | None = None
-    """Set where the text was written elsewhere."""
+    """Set where the text was not written for this prompt."""
 
 
 class Failure(NamedTuple):
-    """Why there is no answer to one question while others may have one: too long, or blocked by a content filter."""
+    """No answer to one question, while others may have one: too long, or blocked by a content filter."""
 
     reason: str
     requests: int = 1
-    unsure: int = 0
-    """As of `Reply`."""
+    maybe_charged: int = 0
+    """As in `Reply`."""
 
 
 class Answer(NamedTuple):
-    """A question with what became of it."""
+    """A question with its outcome."""
 
     question: Question
     outcome: Reply | Failure
 
 
+class CachedAnswer(NamedTuple):
+    """The outcome of a question that need not be asked again: from the ledger, a pack or an existing record."""
+
+    outcome: Reply | Failure
+    answered_at: datetime
+
+
 class PendingBatch(NamedTuple):
-    """Questions that a provider accepted in an earlier run and still works on, such as a batch job."""
+    """Questions that a provider accepted in an earlier run and still works on: a batch job."""
 
     handle: str
-    """The provider's name for them."""
+    """The provider's name for the batch."""
     questions: Sequence[Question]
 
 
 class Log(Protocol):
-    """What a provider tells before and after it sends. Everything told is on disk when the call returns."""
+    """Notes what a provider sends. Each note is on disk when the call returns."""
 
     def sending(self, questions: Sequence[Question], handle: str = "") -> None:
-        """These questions are about to leave; must be called before they do.
+        """Note that questions are about to leave; must be called before they do.
 
         Args:
-            questions: What leaves.
-            handle: A name under which the provider finds them again after a crash; empty: it cannot.
+            questions: The questions.
+            handle: The name under which the provider finds them again after a crash; empty: it cannot.
 
         Raises:
-            BudgetError: they could cost more than is left; nothing was noted, and nothing may be sent.
+            BudgetError: the questions could cost more than is left; nothing was noted, and nothing may be sent.
         """
 
-    def opened(self) -> Sequence[PendingBatch]:
-        """What earlier runs sent under a handle and got no answer to."""
+    def pending_batches(self) -> Sequence[PendingBatch]:
+        """The batches of earlier runs that have no answer yet."""
 
 
 class Provider(Protocol):
@@ -109,7 +117,7 @@ class Provider(Protocol):
 
     @property
     def provider(self) -> str:
-        """What kind of provider: "openai", "openai-batch", "local", "pack"."""
+        """The kind of provider: "openai", "openai-batch", "local", "pack"."""
 
     @property
     def model(self) -> str:
@@ -142,16 +150,16 @@ class Provider(Protocol):
     def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
         """Answer questions, each once, in any order, as answers come.
 
-        Questions of `log.opened()` that are among `questions` are waited for and not sent again.
+        Those of `questions` that are in `log.pending_batches()` are waited for and not sent again.
 
         Raises:
             UnavailableError: no answer after all attempts.
-            InputError: the endpoint refuses such requests altogether (wrong key, model or parameters).
-            BudgetError: the log refused to let a question leave; those under way are answered first.
+            InputError: the endpoint refuses all requests (wrong key, model or parameters).
+            BudgetError: the log refused to let a question leave; the answers under way came first.
         """
 
     def cost_usd(self, input_tokens: int, output_tokens: int) -> float | None:
-        """What so many tokens cost; None where prices are unknown."""
+        """The cost of these tokens; None where prices are unknown."""
 
     def worst_usd(self, question: Question) -> float | None:
         """The most that one attempt at a question can cost; None where prices are unknown."""
@@ -165,15 +173,16 @@ async def each(
 ) -> AsyncGenerator[Answer, None]:
     """Ask for each question by itself, `concurrency` at once: how a provider without batches implements `ask`.
 
-    Where the log refuses for want of money, answers under way are awaited first: they may free some of what is held
-    for them. When `complete` raises, nothing more is sent, what is under way is answered, then the error goes on.
+    When the log refuses a question because of the budget, the answers under way are awaited first: they may cost less
+    than was reserved for them. When `complete` raises, nothing more is sent; the answers under way come first, then
+    the error.
     """
 
     async def answer(question: Question) -> Answer:
         return Answer(question, await complete(question))
 
-    waiting = iter(questions)
-    following = next(waiting, None)
+    unsent = iter(questions)
+    following = next(unsent, None)
     running: set[asyncio.Task[Answer]] = set()
     stopped: KarError | None = None
     try:
@@ -185,17 +194,17 @@ async def each(
                     stopped = None if running else error
                     break
                 running.add(asyncio.create_task(answer(following)))
-                following = next(waiting, None)
+                following = next(unsent, None)
             if not running:
                 break
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 try:
-                    found = task.result()
+                    answered = task.result()
                 except KarError as error:
                     stopped = stopped or error
                     continue
-                yield found
+                yield answered
     finally:
         for task in running:
             task.cancel()
@@ -205,7 +214,7 @@ async def each(
 
 
 class ScriptedModel:
-    """Answers with what `script` returns or raises; tokens are words. `asked` holds the prompts so far."""
+    """Answers with the text that `script` returns, or raises its error; tokens are words. `asked` holds all prompts."""
 
     provider: Final = "scripted"
     attempts: Final = 1
@@ -238,7 +247,7 @@ class ScriptedModel:
         return each(self.complete, questions, log, self.concurrency)
 
     def worst_usd(self, question: Question) -> float | None:
-        """Of a prompt as long as it is, and an answer of 100 tokens."""
+        """The cost of the prompt's words and an answer of 100 tokens."""
         return self.cost_usd(len(question.prompt.split()), 100)
 
     async def complete(self, question: Question) -> Reply:

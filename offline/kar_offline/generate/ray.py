@@ -27,7 +27,7 @@ class _Untold:
     def sending(self, questions: Sequence[Question], handle: str = "") -> None:
         pass
 
-    def opened(self) -> Sequence[PendingBatch]:
+    def pending_batches(self) -> Sequence[PendingBatch]:
         return ()
 
 

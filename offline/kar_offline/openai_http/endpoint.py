@@ -64,7 +64,7 @@ class Got(NamedTuple, Generic[T]):
     value: T
     requests: int
     """Attempts that it took."""
-    unsure: int
+    maybe_charged: int
     """Those of them that may have been charged for without an answer."""
 
 
@@ -73,15 +73,15 @@ class RefusedError(InputError):
 
     def __init__(self, text: str, status: int = 0, reason: str = "") -> None:
         super().__init__(text)
-        self.http_status, self.reason, self.requests, self.unsure = status, reason, 1, 0
+        self.http_status, self.reason, self.requests, self.maybe_charged = status, reason, 1, 0
 
 
 class _TransientError(Exception):
     """The reason why an attempt failed that may be repeated, and whether it may have been charged for."""
 
-    def __init__(self, reason: str, *, unsure: bool) -> None:
+    def __init__(self, reason: str, *, maybe_charged: bool) -> None:
         super().__init__(reason)
-        self.unsure = unsure
+        self.maybe_charged = maybe_charged
 
 
 class Endpoint:
@@ -175,25 +175,25 @@ class Endpoint:
             RefusedError: the endpoint refuses the request: for its own fault, or whatever it asks (wrong address,
                 key or model).
         """
-        reason, unsure, timeout_s = "", 0, patience * self._timeout_s
+        reason, maybe_charged, timeout_s = "", 0, patience * self._timeout_s
         for attempt in range(self._retry.attempts):
             await self._wait(attempt)
             if attempt and recover is not None and (found := await recover()) is not None:
-                return Got(found, attempt, unsure)
+                return Got(found, attempt, maybe_charged)
             try:
                 async with asyncio.timeout(timeout_s):
                     content = await self._attempt(method, path, largest_bytes, request)
-                return Got(read(content), attempt + 1, unsure)
+                return Got(read(content), attempt + 1, maybe_charged)
             except TimeoutError:
                 reason, lost = f"no answer within {timeout_s:g} s", True
             except (ValueError, RecursionError) as error:
                 reason, lost = str(error), True
             except _TransientError as error:
-                reason, lost = str(error), error.unsure
+                reason, lost = str(error), error.maybe_charged
             except RefusedError as error:
-                error.requests, error.unsure = attempt + 1, unsure
+                error.requests, error.maybe_charged = attempt + 1, maybe_charged
                 raise
-            unsure += lost
+            maybe_charged += lost
         raise UnavailableError(
             f"{self.base_url} gave no answer in {self._retry.attempts} attempts (last: {self._hide(reason)}): "
             "check the endpoint, then run the same command to go on"
@@ -220,7 +220,7 @@ class Endpoint:
                         raise ValueError(f"an answer of more than {largest_bytes:,} bytes")
         except httpx.RequestError as error:
             sent = not isinstance(error, httpx.ConnectError)
-            raise _TransientError(f"{type(error).__name__}: {error}", unsure=sent) from error
+            raise _TransientError(f"{type(error).__name__}: {error}", maybe_charged=sent) from error
         status = response.status_code
         verdict = verdict_of(status)
         if verdict is Verdict.GOOD:
@@ -228,7 +228,7 @@ class Endpoint:
         moved = f"it redirects to {response.headers['location']}" if "location" in response.headers else ""
         reason = self._hide(f"status {status}: {moved or said(bytes(content))}")
         if verdict is Verdict.AGAIN:
-            raise _TransientError(reason, unsure=status in CUT_SHORT)
+            raise _TransientError(reason, maybe_charged=status in CUT_SHORT)
         what = f"{self.base_url} refused with {reason}"
         raise RefusedError(
             f"{what}; correct the address, model, key or parameters, then run this again", status, reason

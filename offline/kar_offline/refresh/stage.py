@@ -25,11 +25,12 @@ from kar_offline.dataset.stage import extend_dataset
 from kar_offline.encode.stage import encode
 from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.generate.estimate import estimate
-from kar_offline.generate.ledger import CachedAnswer, Ledger, Usage
+from kar_offline.generate.ledger import Ledger, Usage
 from kar_offline.generate.pack import Pack
-from kar_offline.generate.provider import Provider
-from kar_offline.generate.runner import GenerationTask, first_questions
+from kar_offline.generate.provider import CachedAnswer, Provider
+from kar_offline.generate.runner import first_questions
 from kar_offline.generate.stage import regenerate, utc_now
+from kar_offline.generate.task import GenerationTask
 from kar_offline.prompts import Renderer, read_renderer, render_again
 from kar_offline.publish.knowledge_update import check_published, publish_knowledge
 from kar_offline.refresh.ingest import read_arrivals
@@ -150,7 +151,7 @@ def _answers(work: WorkFolder, provider: Provider) -> tuple[dict[str, CachedAnsw
     if isinstance(provider, Pack) or not work.ledger.is_file():
         return {}, {}
     with Ledger.read(work) as ledger:
-        return ledger.kept(provider.provenance), ledger.usage(provider.provenance)
+        return ledger.cached_answers(provider.provenance), ledger.usage(provider.provenance)
 
 
 def refresh(

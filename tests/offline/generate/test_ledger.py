@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kar_offline.generate.ledger import LEDGER, CachedAnswer, Ledger, Spending, Usage
-from kar_offline.generate.provider import Answer, Failure, PendingBatch, Question, Reply, ScriptedModel
+from kar_offline.generate.ledger import LEDGER, Ledger, Spending, Usage
+from kar_offline.generate.provider import Answer, CachedAnswer, Failure, PendingBatch, Question, Reply, ScriptedModel
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import BudgetError, IntegrityError, PreconditionError
 
@@ -53,11 +53,11 @@ def test_answers_are_kept_by_prompt_and_model(tmp_path: Path) -> None:
         run.answered(Answer(question(2), Failure("too long", 1)))
         run.end("done")
     with Ledger.read(WorkFolder(tmp_path)) as ledger:
-        assert ledger.kept("scripted") == {
+        assert ledger.cached_answers("scripted") == {
             "sha1": CachedAnswer(Reply("A text.", 3, 2, "stop", 12.5, 2), NOON + timedelta(seconds=2)),
             "sha2": CachedAnswer(Failure("too long", 1), NOON + timedelta(seconds=3)),
         }
-        assert ledger.kept("another") == {}
+        assert ledger.cached_answers("another") == {}
 
 
 def test_what_a_dead_process_had_under_way_is_uncertain_unless_its_provider_can_find_it(tmp_path: Path) -> None:
@@ -69,11 +69,11 @@ def test_what_a_dead_process_had_under_way_is_uncertain_unless_its_provider_can_
         assert ledger.uncertain() == 1
         run = ledger.run(MODEL, TEMPLATES, None)
         expected = [Question("item", number, "", f"sha{number}") for number in "23"]
-        assert run.opened() == [PendingBatch("batch-7", expected)]
-        assert ledger.run(ScriptedModel(str, model="another"), TEMPLATES, None).opened() == []
+        assert run.pending_batches() == [PendingBatch("batch-7", expected)]
+        assert ledger.run(ScriptedModel(str, model="another"), TEMPLATES, None).pending_batches() == []
         # The provider does not know the batch, so its questions leave anew.
         run.sending([question(2), question(3)], "batch-8")
-        assert [handle for handle, _ in run.opened()] == ["batch-8"]
+        assert [handle for handle, _ in run.pending_batches()] == ["batch-8"]
         assert ledger.uncertain() == 3
 
 
@@ -113,7 +113,7 @@ def test_attempts_that_may_have_been_charged_stay_in_the_account(tmp_path: Path)
     with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
         run = ledger.run(MODEL, TEMPLATES, None)
         run.sending([question(1)])
-        run.answered(Answer(question(1), Reply("Text.", 3, 1, requests=3, unsure=2)))
+        run.answered(Answer(question(1), Reply("Text.", 3, 1, requests=3, maybe_charged=2)))
         assert run.spent_usd == 13.0 + 2 * 1003.0
 
 
@@ -217,7 +217,7 @@ def test_a_kill_loses_nothing_that_was_told(tmp_path: Path) -> None:
                 break
         told = max([int(line), *(int(rest) for rest in writer.stdout if rest.endswith("\n"))])
     with Ledger.open(WorkFolder(tmp_path), ticking()) as ledger:
-        kept = ledger.kept("scripted")
+        kept = ledger.cached_answers("scripted")
         assert {f"sha{number}" for number in range(told + 1)} <= kept.keys()
         assert len(kept) <= told + 2
         assert ledger.uncertain() <= 1

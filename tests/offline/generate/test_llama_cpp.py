@@ -65,7 +65,7 @@ def test_a_real_model_answers_several_questions_at_once_and_is_gone_afterwards(m
         assert CAPITALS[question.id] in outcome.text
         assert outcome.input_tokens == counted[question.id]
         assert 1 <= outcome.output_tokens <= 24
-        assert (outcome.requests, outcome.unsure) == (1, 0)
+        assert (outcome.requests, outcome.maybe_charged) == (1, 0)
         assert outcome.latency_ms > 0
     assert (chat.provider, chat.model, chat.cost_usd(10, 10)) == ("local", MODEL, 0.0)
 

@@ -87,16 +87,20 @@ def test_what_may_pass_is_asked_again(endpoint: Hostile, name: str) -> None:
     reply = ask_one(chat)
     assert isinstance(reply, Reply)
     assert (reply.text, reply.requests) == ("About Heat?", 3)
-    assert reply.unsure == (0 if name[:3] in ("429", "500", "503") else 2)
+    assert reply.maybe_charged == (0 if name[:3] in ("429", "500", "503") else 2)
     assert 0 <= clock.slept[0] <= 2.05
     assert 0 <= clock.slept[1] <= 4.05
 
 
-@pytest.mark.parametrize(("status", "unsure"), [(408, 1), (409, 0), (425, 0), (500, 0), (502, 1), (504, 1), (529, 0)])
-def test_only_what_a_proxy_cut_short_may_have_been_charged_for(endpoint: Hostile, status: int, unsure: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "maybe_charged"), [(408, 1), (409, 0), (425, 0), (500, 0), (502, 1), (504, 1), (529, 0)]
+)
+def test_only_what_a_proxy_cut_short_may_have_been_charged_for(
+    endpoint: Hostile, status: int, maybe_charged: int
+) -> None:
     endpoint.scripts["chat"] = [reply(status)]
     reply_ = ask_one(OpenAIChat(endpoint.url, "tiny", retry=Retry(2, 0.0)))
-    assert (reply_.requests, reply_.unsure) == (2, unsure)
+    assert (reply_.requests, reply_.maybe_charged) == (2, maybe_charged)
 
 
 @pytest.mark.parametrize(
@@ -209,13 +213,13 @@ def test_a_question_at_fault_by_itself_fails_alone(endpoint: Hostile, status: in
 def test_a_failure_counts_what_it_took(endpoint: Hostile) -> None:
     endpoint.scripts["chat"] = [reply(500), reply(502), REFUSED]
     assert ask_one(OpenAIChat(endpoint.url, "tiny", retry=Retry(3, 0.0))) == Failure(
-        "refused with status 400: too long", requests=3, unsure=1
+        "refused with status 400: too long", requests=3, maybe_charged=1
     )
 
 
 def test_a_filtered_answer_fails_alone(endpoint: Hostile) -> None:
     endpoint.scripts["chat"] = [content("He", finish_reason="content_filter")]
-    assert ask_one(OpenAIChat(endpoint.url, "tiny")) == Failure("blocked by a content filter", unsure=1)
+    assert ask_one(OpenAIChat(endpoint.url, "tiny")) == Failure("blocked by a content filter", maybe_charged=1)
 
 
 def test_refusals_from_the_first_question_on_mean_that_the_request_is_wrong(endpoint: Hostile) -> None:
