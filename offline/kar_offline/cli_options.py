@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
@@ -53,7 +54,7 @@ class Offered(NamedTuple):
 def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter of a command that is an `OptionTable` by one option for each of its settings.
 
-    The command also has a parameter `config: ConfigFile`, from whose file settings are read that are not given.
+    The command also has a parameter `config: ConfigFile`. Settings that are not given as options are read from its file.
 
     Example:
         @settings_as_options
@@ -94,7 +95,7 @@ def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _table_of(annotation: Any) -> tuple[type[OptionTable] | None, Offered | None]:
-    """The table that a parameter stands for, if it does, and its mark, if it has one."""
+    """The option table and the `Offered` mark in a parameter's annotation; None for each that it lacks."""
     table, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     if not (isinstance(table, type) and issubclass(table, OptionTable)):
         return None, None
@@ -157,14 +158,19 @@ def refuse_unknown(kind: str, names: Iterable[str], known: Iterable[str]) -> Non
 
 
 def write_json(file: Path | None, report: object) -> None:
-    """Write a report to `file`, if a file was named; numbers that are not finite become null."""
+    """Write a report to `file`, if a file was named.
+
+    Mappings and dataclasses become objects; numbers that are not finite become null.
+    """
     if file is not None:
-        file.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+        file.write_text(json.dumps(_strict_json(report), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def _strict_json(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _strict_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: _strict_json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [_strict_json(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

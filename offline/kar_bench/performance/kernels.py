@@ -63,7 +63,9 @@ def measure_kernels(
         else:
             chip = torch.device("cuda", torch.cuda.current_device())
             if wrong := gpu.check(chip, on_row=say):
-                raise PreconditionError(f"kernels differ from float64 by more than rounding explains: {'; '.join(wrong)}")
+                raise PreconditionError(
+                    f"kernels differ from float64 by more than rounding explains: {'; '.join(wrong)}"
+                )
             report = gpu.measure_gpu(chip, budget_s=budget_s, on_row=say)
             report |= {"device": device_name(chip), "verdict": gpu.verdict(report["cuda"])}
         try:
