@@ -54,7 +54,7 @@ class Offered(NamedTuple):
 def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter of a command that is an `OptionTable` by one option for each of its settings.
 
-    The command also has a parameter `config: ConfigFile`. Settings that are not given as options are read from its file.
+    The command also has a parameter `config: ConfigFile`. Settings that are not given as options come from its file.
 
     Example:
         @settings_as_options
