@@ -48,14 +48,14 @@ NEUTRAL = [0.25, 0.75]
 
 def write_onnx(path, summed, knowledge):
     """A backbone whose score is the sigmoid of the sum of one input's columns."""
-    kinds = {"history_item": 2, "history_rating": 2, "user_categorical": 1, "item_categorical": 1}
-    kinds |= {"user_numeric": 1, "item_numeric": 1, "user_knowledge": 2, "item_knowledge": 2}
+    widths = {"history_item": 2, "history_rating": 2, "user_categorical": 1, "item_categorical": 1}
+    widths |= {"user_numeric": 1, "item_numeric": 1, "user_knowledge": 2, "item_knowledge": 2}
     names = (*BASE_INPUTS, "request_of_row", *(KNOWLEDGE_INPUTS if knowledge else ()))
     inputs = [
         onnx.helper.make_tensor_value_info(
             name,
             onnx.TensorProto.FLOAT if name.endswith(("numeric", "knowledge")) else onnx.TensorProto.INT64,
-            [None, kinds[name]] if name in kinds else [None],
+            [None, widths[name]] if name in widths else [None],
         )
         for name in names
     ]
@@ -209,20 +209,20 @@ def test_killed_children_come_back_and_the_stop_is_clean(work):
             await_true(lambda: is_serving(ready["grpc"]), f"health is well after {name}", process)
             assert_scores(ready["grpc"], ready["release"])
 
-            def noted(name=name, before=pids[name]):
+            def ready_file_has_the_new_process(name=name, before=pids[name]):
                 return json.loads((work / "ready.json").read_text())["pids"][name] != before
 
-            await_true(noted, f"the ready file has the new {name}", process)
+            await_true(ready_file_has_the_new_process, f"the ready file has the new {name}", process)
         pids = json.loads((work / "ready.json").read_text())["pids"]
         pids_of_all = [*pids.values(), *stubs_of(pids["triton"])]
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT_S) == 0
         await_gone(pids_of_all)
     assert not (work / "ready.json").exists()
-    said = (work / "serve.log").read_text()
-    assert "triton was killed by SIGKILL; starting it again" in said
-    assert "sidecar was killed by SIGKILL; starting it again" in said
-    assert said.count("ready on") == 3
+    log = (work / "serve.log").read_text()
+    assert "triton was killed by SIGKILL; starting it again" in log
+    assert "sidecar was killed by SIGKILL; starting it again" in log
+    assert log.count("ready on") == 3
 
 
 def test_a_killed_model_process_comes_back(work):
@@ -246,9 +246,9 @@ def test_a_killed_supervisor_leaves_nothing_and_the_next_one_starts(work):
         await_gone(pids)
     (work / "ready.json").unlink()
     port = ready["grpc"].split(":")[1]
-    with serving(work, "--port", port, "--metrics-port", "0") as (_, again):
-        assert again["grpc"] == ready["grpc"]
-        assert_scores(again["grpc"], again["release"])
+    with serving(work, "--port", port, "--metrics-port", "0") as (_, restarted):
+        assert restarted["grpc"] == ready["grpc"]
+        assert_scores(restarted["grpc"], restarted["release"])
 
 
 def test_a_release_exported_later_can_be_activated(work):
@@ -266,7 +266,7 @@ def test_a_release_exported_later_can_be_activated(work):
 
 
 @pytest.mark.parametrize(
-    ("damage", "exit_code", "said"),
+    ("damage", "exit_code", "message"),
     [
         ("corrupt", 1, "knowledge.onnx is corrupt"),
         ("missing", 1, "control.onnx is missing"),
@@ -277,7 +277,7 @@ def test_a_release_exported_later_can_be_activated(work):
         ("wrong mode", 2, "mode"),
     ],
 )
-def test_what_cannot_serve_is_refused_in_one_sentence(work, damage, exit_code, said):
+def test_what_cannot_serve_is_refused_in_one_sentence(work, damage, exit_code, message):
     [backbones] = work.glob("releases/*/backbones")
     options = ["--port", "0"]
     with contextlib.ExitStack() as stack:
@@ -303,6 +303,6 @@ def test_what_cannot_serve_is_refused_in_one_sentence(work, damage, exit_code, s
                 options += ["--mode", "sideways"]
         done = subprocess.run(kar_serve(work, *options), capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == exit_code, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (work / "ready.json").exists()
