@@ -46,7 +46,7 @@ from kar_offline.generate.pack import Pack
 from kar_offline.generate.stage import generation_tasks, utc_now
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.train.arms import ARMS
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.settings import TrainSettings
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import InputError

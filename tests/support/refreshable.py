@@ -24,7 +24,8 @@ from kar_offline.refresh.policy import Policy
 from kar_offline.refresh.stage import Budget, refresh
 from kar_offline.train.checkpoint import build_model, run_folder, save_trained
 from kar_offline.train.features import encode_dataset
-from kar_offline.train.knowledge_inputs import AffinityInput, principal
+from kar_offline.train.knowledge_inputs import AffinityInput
+from kar_offline.train.principal_components import principal_components
 from kar_offline.train.vectors import load_text_vectors
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
@@ -133,7 +134,7 @@ def _train(work: WorkFolder) -> None:
     dataset = work.read(Dataset)
     data = encode_dataset(dataset)
     texts = load_text_vectors(work.encoding, "knowledge", dataset)
-    components = principal(texts.item, texts.item_present, WIDTH)
+    components = principal_components(texts.item, texts.item_present, WIDTH)
     affinity = AffinityInput((("text", WIDTH),), components, torch.zeros(COLUMNS), torch.ones(COLUMNS))
     adaptor = {"dim": texts.dim, "hidden": 5, "out": KNOWLEDGE, "shared": 1, "dedicated": 2, "towers": ("item",)}
     for arm, made in (("control", None), ("knowledge", adaptor)):

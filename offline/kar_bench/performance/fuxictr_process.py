@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kar_offline.dataset.splits import SPLITS
 from kar_offline.train.features import EncodedDataset
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.samples import samples_of_split
+from kar_offline.train.settings import TrainSettings
 from kar_sidecar.errors import UnavailableError
 from kar_sidecar.features import MAX_RATING_BUCKET
 
@@ -74,7 +75,7 @@ def write_task(folder: Path, data: EncodedDataset, settings: TrainSettings) -> N
     }
     (folder / "task.json").write_text(json.dumps(task))
     for number, name in enumerate(SPLITS):
-        samples = data.samples(number)
+        samples = samples_of_split(data, number)
         order = np.random.default_rng(settings.seed).permutation(len(samples))
         columns: dict[str, Tensor] = {
             "history_item": samples.history_item,

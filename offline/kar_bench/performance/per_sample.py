@@ -14,8 +14,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from kar_kernels import Tower
 from kar_offline.models import CTRModel, Encodings
-from kar_offline.train.batches import BatchFeed
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.batches import Batches
+from kar_offline.train.settings import TrainSettings
 from kar_sidecar.scoring import AFFINITY
 
 __all__ = ["PerSample", "score_seconds", "train_seconds"]
@@ -24,7 +24,7 @@ __all__ = ["PerSample", "score_seconds", "train_seconds"]
 class PerSample(TorchDataset[dict[str, Tensor]]):
     """The rows of a feed as lists, converted one sample at a time."""
 
-    def __init__(self, feed: BatchFeed) -> None:
+    def __init__(self, feed: Batches) -> None:
         samples = feed.samples
         self._own: dict[str, list[Any]] = {
             "history_item": samples.history_item.tolist(),
@@ -35,9 +35,9 @@ class PerSample(TorchDataset[dict[str, Tensor]]):
             self._own[AFFINITY] = feed.affinity.tolist()
         self._rows = {"user": samples.user.tolist(), "item": samples.item.tolist()}
         self._of_entity = {name: column.tolist() for name, column in feed.data.columns.items()}
-        self.towers: tuple[Tower, ...] = feed.given.arm.towers
+        self.towers: tuple[Tower, ...] = feed.knowledge_inputs.arm.towers
         for tower in self.towers:
-            vectors, present = feed.given.known(tower)
+            vectors, present = feed.knowledge_inputs.encodings(tower)
             self._of_entity |= {f"{tower}_text": vectors.tolist(), f"{tower}_present": present.tolist()}
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class PerSample(TorchDataset[dict[str, Tensor]]):
         return model(batch, encodings)
 
 
-def train_seconds(model: CTRModel, feed: BatchFeed, settings: TrainSettings) -> float:
+def train_seconds(model: CTRModel, feed: Batches, settings: TrainSettings) -> float:
     """Seconds of one pass with optimisation, lists made beforehand."""
     rows = PerSample(feed)
     optimiser = torch.optim.AdamW(
@@ -73,7 +73,7 @@ def train_seconds(model: CTRModel, feed: BatchFeed, settings: TrainSettings) -> 
 
 
 @torch.no_grad()
-def score_seconds(model: CTRModel, feed: BatchFeed, batch: int) -> tuple[float, Tensor]:
+def score_seconds(model: CTRModel, feed: Batches, batch: int) -> tuple[float, Tensor]:
     """Seconds of one pass without optimisation, lists made beforehand, and the log-odds [S]."""
     rows = PerSample(feed)
     model.eval()

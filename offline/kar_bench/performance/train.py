@@ -24,11 +24,14 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.splits import TEST, TRAIN
 from kar_offline.evaluate.metrics import auc
 from kar_offline.train.arms import ARMS
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.features import EncodedDataset, encode_dataset
-from kar_offline.train.fit import TrainSettings, fit, predict_logits
+from kar_offline.train.fit import fit
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
-from kar_offline.train.stage import Run, new_model, train_run
+from kar_offline.train.predict import predict_logits
+from kar_offline.train.run import Run, new_model, train_run
+from kar_offline.train.samples import samples_of_split
+from kar_offline.train.settings import TrainSettings
 from kar_offline.work_folder import WorkFolder
 
 __all__ = ["Options", "measure_training"]
@@ -78,14 +81,14 @@ class _Ours:
 
     def __init__(self, data: EncodedDataset, encodings: Path, run: Run, options: Options) -> None:
         self.run, self.data, self.settings = run, data, TrainSettings(epochs=1)
-        every = data.samples(TRAIN)
+        every = samples_of_split(data, TRAIN)
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
         self.rows = every.rows(order[: options.rows])
-        self.given = KnowledgeInputs.of(ARMS[run.arm], data, every, encodings, seed=0)
-        self.feed = BatchFeed.of(data, self.rows, self.given)
+        self.given = KnowledgeInputs.for_training(ARMS[run.arm], data, every, encodings, seed=0)
+        self.feed = Batches(data, self.rows, self.given)
         few = torch.arange(min(SLOW_ROWS, options.rows))
-        self.slow = BatchFeed.of(data, self.rows.rows(few), self.given)
-        self.one = BatchFeed.of(data, self.rows.rows(few[:1]), self.given)
+        self.slow = Batches(data, self.rows.rows(few), self.given)
+        self.one = Batches(data, self.rows.rows(few[:1]), self.given)
 
     def model(self) -> Any:
         """A new model."""
@@ -100,7 +103,7 @@ class _Ours:
     def score(self) -> float:
         """Seconds to score the rows; affinities are computed on the way."""
         model = self.model()
-        return _timed(lambda: predict_logits(model, BatchFeed.of(self.data, self.rows, self.given)))
+        return _timed(lambda: predict_logits(model, Batches(self.data, self.rows, self.given)))
 
     def contenders(self) -> Iterator[Contender]:
         """Our turns and those of the per-sample loop."""
@@ -119,8 +122,8 @@ class _Ours:
 def _fit_ours(data: EncodedDataset, encodings: Path, model: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trained = train_run(data, encodings, Run(model, "control"), TrainSettings(), folder=Path(folder))
-    test = data.samples(TEST)
-    scores = predict_logits(trained.model, BatchFeed.of(data, test, trained.given))
+    test = samples_of_split(data, TEST)
+    scores = predict_logits(trained.model, Batches(data, test, trained.knowledge_inputs))
     return {"auc": auc(test.label.numpy(), scores.numpy()), "epochs": len(trained.fitted.epochs)}
 
 

@@ -28,8 +28,8 @@ from kar_offline.generate.collective import HEAD, CallPlan, event_counts, plan_c
 from kar_offline.knowledge.imputation import NEIGHBOURS, mean_of_neighbours
 from kar_offline.prompts import read_prompts
 from kar_offline.stage_runner import run_stage
-from kar_offline.train.fit import TrainSettings
 from kar_offline.train.processes import in_processes
+from kar_offline.train.settings import TrainSettings
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import EntityKind

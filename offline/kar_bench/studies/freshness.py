@@ -44,11 +44,13 @@ from kar_offline.knowledge.records import read_knowledge
 from kar_offline.prompts import read_prompts, read_renderer
 from kar_offline.stage_runner import StageResult, folder_hash, run_stage
 from kar_offline.train.arms import ARMS
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.features import EncodedDataset, encode_dataset
-from kar_offline.train.fit import STATE, TrainSettings, fit, predict_logits
+from kar_offline.train.fit import STATE, fit
+from kar_offline.train.predict import predict_logits
 from kar_offline.train.processes import in_processes
-from kar_offline.train.stage import Run, new_model
+from kar_offline.train.run import Run, new_model
+from kar_offline.train.settings import TrainSettings
 from kar_offline.train.vectors import load_text_vectors
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
@@ -259,8 +261,8 @@ def run_job(task: Task, notify: Callable[[tuple[Job, int]], None]) -> StageResul
         learned = mornings.learned(train)
         fitted = fit(
             partial(new_model, Run(study.options.model, job.arm), data, learned, settings),
-            BatchFeed.of(data, train, learned),
-            BatchFeed.of(data, held_out, learned),
+            Batches(data, train, learned),
+            Batches(data, held_out, learned),
             settings,
             folder=draft,
             on_epoch=lambda epoch: notify((job, epoch.number)),
@@ -271,7 +273,7 @@ def run_job(task: Task, notify: Callable[[tuple[Job, int]], None]) -> StageResul
             for day in np.unique(month.event_day[events]).tolist():
                 today = month.event_day[events] == day
                 given = mornings.given(day, learned, lending=loans != LOANS[0])
-                feed = BatchFeed.of(data, mornings.samples(events[today]), given)
+                feed = Batches(data, mornings.samples(events[today]), given)
                 scores[today] = torch.sigmoid(predict_logits(fitted.model, feed)).numpy()
             np.save(draft / f"predictions_{loans}.npy", scores)
         (draft / STATE).unlink()

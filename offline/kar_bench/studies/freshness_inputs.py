@@ -18,8 +18,10 @@ from torch import Tensor
 from kar_bench.studies.freshness_simulation import NEVER, Month, SimulatedHistory
 from kar_offline.knowledge.imputation import impute_from_neighbours
 from kar_offline.train.arms import Arm
-from kar_offline.train.features import EncodedDataset, Samples
-from kar_offline.train.knowledge_inputs import TEXT, WIDTH, AffinityInput, Components, KnowledgeInputs
+from kar_offline.train.features import EncodedDataset
+from kar_offline.train.knowledge_inputs import TEXT, WIDTH, AffinityInput, KnowledgeInputs
+from kar_offline.train.principal_components import Components
+from kar_offline.train.samples import Samples, samples_before
 from kar_offline.train.vectors import TextVectors
 from kar_sidecar.ranking.affinity import affinity_columns
 
@@ -86,7 +88,7 @@ class Mornings:
     def samples(self, events: NDArray[np.int64]) -> Samples:
         """Rows of these events, each with the text about its user that was in use on its morning."""
         dataset = self.month.dataset
-        found = self.data.at(events, dataset.event_item[events], dataset.labels[events])
+        found = samples_before(self.data, events, dataset.event_item[events], dataset.labels[events])
         return replace(found, user=torch.from_numpy(self.user_row[events]))
 
     def items(self, day: int, *, lending: bool = True) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ class Mornings:
         given = self.given(self.month.first, lending=self.on_loans)
         if given.affinity is None:
             return given
-        raw = given.columns(train.rows(torch.arange(0, len(train), max(1, len(train) // STANDARD))))
+        raw = given.affinity_columns(train.rows(torch.arange(0, len(train), max(1, len(train) // STANDARD))))
         scale = raw.std(0)
         scale = torch.where(scale > 0, scale, torch.ones(len(scale)))
         return replace(given, affinity=replace(given.affinity, mean=raw.mean(0), scale=scale))

@@ -28,10 +28,13 @@ from kar_offline.generate.provider import Failure, PendingBatch, Provider, Quest
 from kar_offline.prompts.rendering import Renderer
 from kar_offline.prompts.scenario import load_scenario
 from kar_offline.prompts.untrusted import quoted
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.features import encode_dataset
-from kar_offline.train.fit import Epoch, TrainSettings, knowledge_vectors, predict_logits
-from kar_offline.train.stage import Run, train_run
+from kar_offline.train.fit import Epoch
+from kar_offline.train.predict import knowledge_vectors, predict_logits
+from kar_offline.train.run import Run, train_run
+from kar_offline.train.samples import lists_of_split
+from kar_offline.train.settings import TrainSettings
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER
 
@@ -166,7 +169,7 @@ def measure_direct(
         {"ranker": "random order", **_metrics(lists.labels, shuffled)},
     ]
     data = encode_dataset(dataset)
-    samples = data.lists(TEST, seed=0)
+    samples = lists_of_split(data, TEST, seed=0)
     settings = settings or TrainSettings()
     for arm in ARMS_BESIDE:
         with tempfile.TemporaryDirectory() as folder:
@@ -178,13 +181,13 @@ def measure_direct(
                 folder=Path(folder),
                 on_epoch=lambda epoch, arm=arm: on_epoch(arm, epoch),  # type: ignore[misc]
             )
-        tables = knowledge_vectors(trained.model.eval(), trained.given)
+        tables = knowledge_vectors(trained.model.eval(), trained.knowledge_inputs)
         scores, seconds = [], []
         for number in lists.numbers:
             at = torch.arange(number * LIST_LENGTH, (number + 1) * LIST_LENGTH)
             began = time.perf_counter()
             scores.append(
-                predict_logits(trained.model, BatchFeed.of(data, samples.rows(at), trained.given), tables).numpy()
+                predict_logits(trained.model, Batches(data, samples.rows(at), trained.knowledge_inputs), tables).numpy()
             )
             seconds.append(time.perf_counter() - began)
         rows.append({"ranker": f"{model} {arm}", **_metrics(lists.labels, np.stack(scores)), **_latency(seconds)})

@@ -37,8 +37,8 @@ from kar_offline.knowledge.records import read_knowledge
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.stage_runner import stage_seconds
 from kar_offline.train.arms import ARMS
-from kar_offline.train.fit import TrainSettings
 from kar_offline.train.processes import in_processes
+from kar_offline.train.settings import TrainSettings
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.errors import PreconditionError

@@ -23,11 +23,14 @@ from kar_offline.dataset.splits import TEST, TRAIN
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.stage_runner import StageResult, folder_hash, run_stage
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.features import EncodedDataset, encode_dataset
-from kar_offline.train.fit import STATE, TrainSettings, predict_logits
+from kar_offline.train.fit import STATE
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
-from kar_offline.train.stage import InitialRanker, Run, new_model, rows, train_run
+from kar_offline.train.predict import predict_logits
+from kar_offline.train.run import InitialRanker, Run, new_model, rows_of_split, train_run
+from kar_offline.train.samples import samples_of_split
+from kar_offline.train.settings import TrainSettings
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError
 
@@ -183,7 +186,9 @@ def _ranker(
     work: WorkFolder, protocol: Protocol, job: Job, data: EncodedDataset, settings: TrainSettings
 ) -> InitialRanker:
     run = Run(job.ranker, "control")
-    given = KnowledgeInputs.of(ARMS[run.arm], data, data.samples(TRAIN), work.root, seed=settings.seed)
+    given = KnowledgeInputs.for_training(
+        ARMS[run.arm], data, samples_of_split(data, TRAIN), work.root, seed=settings.seed
+    )
     model = new_model(run, data, given, settings)
     model.load_state_dict(load_file(_ranker_folder(work, protocol, job) / RANKER))
     return InitialRanker(model.eval(), given)
@@ -211,15 +216,17 @@ def run_job(task: Task, notify: Callable[[tuple[Job, int]], None]) -> StageResul
             ranker=ranker,
             on_epoch=lambda epoch: notify((job, epoch.number)),
         )
-        samples = rows(data, job.model, TEST, settings.seed)
+        samples = rows_of_split(data, job.model, TEST, settings.seed)
         order = ranker.order(data, samples) if ranker else torch.arange(len(samples))
-        served = trained.given.as_served()
+        served = trained.knowledge_inputs.as_served()
         given = {"": served} | (
-            {f"_{rung}": served.without(kinds) for rung, kinds in RUNGS.items()} if job.arm == "knowledge" else {}
+            {f"_{rung}": served.without_knowledge_of(kinds) for rung, kinds in RUNGS.items()}
+            if job.arm == "knowledge"
+            else {}
         )
         for rung, known in given.items():
             scores = torch.empty(len(samples))
-            scores[order] = torch.sigmoid(predict_logits(trained.model, BatchFeed.of(data, samples.rows(order), known)))
+            scores[order] = torch.sigmoid(predict_logits(trained.model, Batches(data, samples.rows(order), known)))
             np.save(draft / f"predictions{rung}.npy", scores.numpy())
         (draft / STATE).unlink()
         fitted = trained.fitted

@@ -4,9 +4,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from rich.console import Console
 
@@ -23,7 +23,7 @@ from kar_offline.replay.online import SEED, replay_release, replay_table
 from kar_offline.stage_runner import StageResult
 from kar_offline.train import DEFAULT_ARMS, DEFAULT_BACKBONES
 from kar_offline.train.command import train_with_progress
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.settings import TrainSettings
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.releases.manifest import read_active
 
@@ -35,6 +35,8 @@ REPORT: Final = "report.html"
 SERVED: Final = "dcnv2"
 """The backbone whose release the demo serves; the other one's lies beside it."""
 
+R = TypeVar("R")
+
 
 class _Walk:
     """The stages so far: prints a line for each and remembers it for the summary."""
@@ -43,9 +45,7 @@ class _Walk:
         self._console = console
         self.rows: list[dict[str, Any]] = []
 
-    def step(
-        self, name: str, run: Callable[[], StageResult], say: Callable[[Mapping[str, Any]], str]
-    ) -> Mapping[str, Any]:
+    def step(self, name: str, run: Callable[[], StageResult[R]], say: Callable[[R], str]) -> R:
         """Run one stage and tell what came out; returns its report."""
         began = time.perf_counter()
         with self._console.status(f"{name} ..."):
@@ -102,7 +102,7 @@ def run_demo(
     walk.step(
         "train",
         lambda: train_with_progress(work, list(DEFAULT_BACKBONES), list(DEFAULT_ARMS), TrainSettings(), 2, console),
-        lambda r: f"{len(r['runs'])} models: {', '.join(DEFAULT_BACKBONES)}, each with {', '.join(DEFAULT_ARMS)}",
+        lambda r: f"{len(r.runs)} models: {', '.join(DEFAULT_BACKBONES)}, each with {', '.join(DEFAULT_ARMS)}",
     )
     quality = walk.step("evaluate", lambda: evaluate(work), lambda r: f"{r['test']['samples']:,} test samples")
     console.print(evaluation_table(quality))

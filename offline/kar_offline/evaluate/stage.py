@@ -18,11 +18,12 @@ from kar_offline.evaluate.caveats import caveats_of
 from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
 from kar_offline.stage_runner import StageResult, run_stage
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.checkpoint import load_trained, run_folder
 from kar_offline.train.features import FeatureEncodings, encode_dataset
-from kar_offline.train.fit import predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
+from kar_offline.train.predict import predict_logits
+from kar_offline.train.samples import samples_of_split
 from kar_offline.train.stage import DEFAULT_BACKBONES
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import PreconditionError
@@ -40,13 +41,11 @@ def _scores(work: WorkFolder, dataset: Dataset, backbone: str, arm: str) -> dict
     """Probabilities of one run on the test samples, for `knowledge` also without any knowledge."""
     trained = load_trained(work, backbone, arm)
     data = encode_dataset(dataset, FeatureEncodings(trained.encodings, trained.item_ids))
-    samples, model = data.samples(TEST), trained.model
-    given = {arm: KnowledgeInputs.served(ARMS[arm], dataset, trained.affinity, work.encoding, seed=trained.seed)}
+    samples, model = samples_of_split(data, TEST), trained.model
+    given = {arm: KnowledgeInputs.for_serving(ARMS[arm], dataset, trained.affinity, work.encoding, seed=trained.seed)}
     if arm == "knowledge":
-        given[NEUTRAL] = given[arm].without(("user", "item"))
-    return {
-        row: torch.sigmoid(predict_logits(model, BatchFeed.of(data, samples, g))).numpy() for row, g in given.items()
-    }
+        given[NEUTRAL] = given[arm].without_knowledge_of(("user", "item"))
+    return {row: torch.sigmoid(predict_logits(model, Batches(data, samples, g))).numpy() for row, g in given.items()}
 
 
 def _evaluate(work: WorkFolder, backbones: Sequence[str], *, seed: int, resamples: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kar_offline.knowledge.records import read_clusters, read_knowledge
 from kar_offline.publish.stage import ReleasedEntities, expiries, vector_parts
 from kar_offline.train.arms import ARMS
 from kar_offline.train.knowledge_inputs import TEXT as TEXT_SEGMENT
-from kar_offline.train.knowledge_inputs import Components
+from kar_offline.train.principal_components import Components
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import IntegrityError, PreconditionError

@@ -12,10 +12,11 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.replay.slates import Slate
 from kar_offline.train import ARMS as RECIPES
 from kar_offline.train import load_trained
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.features import FeatureEncodings, encode_dataset
-from kar_offline.train.fit import predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
+from kar_offline.train.predict import predict_logits
+from kar_offline.train.samples import samples_before
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.experiments.assignment import ARMS, CONTROL, KNOWLEDGE
 
@@ -34,7 +35,7 @@ class OfflineScorer:
         self._encoded = encode_dataset(dataset, features)
         encodings = work.encoding
         self._given = {
-            arm: KnowledgeInputs.served(RECIPES[one.arm], dataset, one.affinity, encodings, seed=one.seed)
+            arm: KnowledgeInputs.for_serving(RECIPES[one.arm], dataset, one.affinity, encodings, seed=one.seed)
             for arm, one in trained.items()
         }
 
@@ -42,6 +43,8 @@ class OfflineScorer:
         """Probabilities [C] of one slate's candidates."""
         dataset, count = self._dataset, len(slate.items)
         event = dataset.offsets[slate.user] + dataset.cutoff[slate.user]
-        rows = self._encoded.at(np.full(count, event), slate.items, np.zeros(count, np.float32), list_length=count)
-        logits = predict_logits(self._models[arm], BatchFeed.of(self._encoded, rows, self._given[arm]))
+        rows = samples_before(
+            self._encoded, np.full(count, event), slate.items, np.zeros(count, np.float32), list_length=count
+        )
+        logits = predict_logits(self._models[arm], Batches(self._encoded, rows, self._given[arm]))
         return torch.sigmoid(logits).numpy()

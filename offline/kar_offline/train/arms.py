@@ -1,6 +1,6 @@
-"""Owns the arms: what each model of a comparison is given beside the logs.
+"""Owns the arms of a comparison: the knowledge inputs that each model reads beside the logs.
 
-An arm is a recipe. All arms of a backbone share its hyperparameters; they differ in these inputs alone:
+All arms of a backbone have the same hyperparameters. They differ in these inputs only:
 
     adaptor    text encodings of users, items or both, compressed by an adaptor that is trained with the model
     affinity   fixed columns of `kar_sidecar.ranking.affinity`: rating statistics, text and collaborative similarities
@@ -17,39 +17,41 @@ from kar_kernels import TOWERS, Tower
 __all__ = ["ARMS", "DEFAULT_ARMS", "Arm", "Texts"]
 
 Texts = Literal["", "knowledge", "raw", "shuffled", "random"]
-"""Where encodings come from: LLM texts, the prompts' own data, LLM texts permuted between entities, noise."""
+"""Source of the encodings: LLM texts, the raw data of the prompts, LLM texts shuffled between entities, or noise."""
 AdaptorKind = Literal["hybrid", "moe", "mlp", "none"]
-"""Towers with experts of their own and shared ones, one mixture of experts for both, one MLP, encodings as they are."""
+"""Dedicated and shared experts, one mixture of experts for both towers, one MLP, or the encodings unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One recipe; the default is the control, which is given nothing."""
+    """A recipe of knowledge inputs. The default is the control, which has none."""
 
     texts: Texts = ""
     towers: tuple[Tower, ...] = ()
-    """Whose encodings pass through the adaptor into the model."""
+    """The kinds of entity whose encodings pass through the adaptor into the model."""
     adaptor: AdaptorKind = "hybrid"
     statistics: bool = False
-    """Affinity columns of the ratings alone; every other affinity brings them along."""
+    """Affinity columns of the ratings alone. Every other kind of affinity includes them."""
     text_affinity: bool = False
+    """Columns of similarities between the encodings of `texts`."""
     raw_affinity: bool = False
-    """Columns of the prompts' own data, beside those of `texts`."""
+    """Columns of similarities between encodings of the prompts' raw data."""
     collaborative_affinity: bool = False
+    """Columns of similarities between vectors learned from ratings (`kar_offline.train.collaborative`)."""
     learned_affinity: bool = False
 
     def __post_init__(self) -> None:
-        """Check that the recipe can be followed.
+        """Check that the recipe names the texts that it needs.
 
         Raises:
-            ValueError: it asks for texts that it does not name.
+            ValueError: it does not.
         """
         if not self.texts and (self.towers or self.text_affinity or self.learned_affinity):
             raise ValueError("an arm with towers or text affinity must say which texts it reads")
 
     @property
     def affinity(self) -> bool:
-        """Whether fixed affinity columns are an input."""
+        """Whether the model reads fixed affinity columns."""
         return self.statistics or self.text_affinity or self.raw_affinity or self.collaborative_affinity
 
 
@@ -79,4 +81,4 @@ ARMS: Final[Mapping[str, Arm]] = MappingProxyType(
     }
 )
 DEFAULT_ARMS: Final = ("control", "raw_text", "knowledge")
-"""What every comparison has: nothing, the raw text through the same encoder and recipe, LLM knowledge."""
+"""The arms of every comparison: no knowledge, the raw text through the same encoder and recipe, LLM knowledge."""

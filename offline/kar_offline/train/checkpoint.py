@@ -1,6 +1,9 @@
-"""Owns a trained model on disk: `model.safetensors`, `config.json` and `metrics.json` of one run.
+"""Owns a trained model on disk: the files of one run's folder.
 
-A model with affinity has `affinity.safetensors` too: item vectors and the standardisation of the columns.
+model.safetensors     weights
+affinity.safetensors  item vectors and the standardisation of the affinity columns, if the model reads affinity
+config.json           backbone, arm, input sizes, adaptor, encodings of features, item vocabulary, settings
+metrics.json          figures of the training
 """
 
 import json
@@ -32,44 +35,49 @@ METRICS: Final = "metrics.json"
 
 @dataclass(frozen=True, slots=True)
 class TrainedModel:
-    """One trained run, in evaluation mode.
-
-    `encoder_id` is empty for an arm without texts; `item_ids[i]` has index i + RESERVED; `metrics` are of the
-    validation split.
-    """
+    """One trained run, in evaluation mode."""
 
     arm: str
     name: str
+    """Name of the backbone."""
     backbone: Backbone
     adaptor: Adaptor | None
     affinity: AffinityInput | None
     encodings: Sequence[records_pb2.FeatureEncoding]
+    """One per feature of the schema."""
     item_ids: Sequence[str]
+    """The item vocabulary; the item at position i has the index i + RESERVED."""
     encoder_id: str
+    """Empty for an arm without texts."""
     seed: int
     metrics: Mapping[str, Any]
+    """Figures of the training, see `metrics.json`."""
 
     @property
     def model(self) -> CTRModel:
-        """Backbone and adaptor joined, in evaluation mode."""
+        """Backbone and adaptor together, in evaluation mode."""
         return CTRModel(self.backbone, self.adaptor).eval()
 
 
 def run_folder(work: WorkFolder, backbone: str, arm: str) -> Path:
-    """Where a run's stage writes."""
+    """The folder of a run."""
     return work.training / f"{backbone}_{arm}"
 
 
 def build_model(name: str, spec: InputSpec, categories: Tensor, adaptor: Mapping[str, Any] | None) -> CTRModel:
-    """A freshly initialised model.
+    """A model with fresh weights, drawn from torch's global random state.
 
-    `adaptor` holds the arguments of `HybridExpertAdaptor`, or of `Identity` if there is no `hidden`; None for an arm
-    without encodings.
+    Args:
+        name: Name of the backbone.
+        spec: Sizes of the backbone's inputs.
+        categories: [items, Ic] int64, categories by item index.
+        adaptor: Arguments of `HybridExpertAdaptor`, or of `Identity` if there is no `hidden`; None for an arm without
+            encodings.
     """
-    made: Adaptor | None = None
+    built: Adaptor | None = None
     if adaptor:
-        made = HybridExpertAdaptor(**adaptor) if "hidden" in adaptor else Identity(adaptor["dim"], adaptor["towers"])
-    return CTRModel(build_backbone(name, spec, categories), made)
+        built = HybridExpertAdaptor(**adaptor) if "hidden" in adaptor else Identity(adaptor["dim"], adaptor["towers"])
+    return CTRModel(build_backbone(name, spec, categories), built)
 
 
 def save_trained(
@@ -81,7 +89,16 @@ def save_trained(
     identity: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> None:
-    """Write a run; `identity` holds `backbone`, `arm`, `spec`, `adaptor`, `encoder_id` and `settings`."""
+    """Write the files of a run.
+
+    Args:
+        folder: The folder to write to.
+        weights: Weights of the `CTRModel` by name.
+        features: Encodings of the features.
+        affinity: Affinity vectors and standardisation, if the model reads them.
+        identity: `backbone`, `arm`, `spec`, `adaptor`, `encoder_id` and `settings` for `config.json`.
+        metrics: Figures of the training for `metrics.json`.
+    """
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / MODEL)
     if affinity:
         tensors = {"vectors": affinity.vectors, "mean": affinity.mean, "scale": affinity.scale}
@@ -98,11 +115,11 @@ def save_trained(
 
 
 def load_trained(work: WorkFolder, backbone: str, arm: str) -> TrainedModel:
-    """Read the model that `train` made for a backbone and an arm, such as "dcnv2" and "knowledge".
+    """Read the trained model of a backbone and an arm, such as "dcnv2" and "knowledge".
 
     Raises:
-        PreconditionError: this run was not trained yet.
-        IntegrityError: its files are corrupt; the text names one.
+        PreconditionError: it is not trained yet.
+        IntegrityError: its files are corrupt; the text names the folder.
     """
     folder = run_folder(work, backbone, arm)
     if not (folder / CONFIG).is_file():

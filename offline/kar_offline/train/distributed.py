@@ -1,4 +1,4 @@
-"""Owns data-parallel training: how the processes that torchrun started share batches and gradients."""
+"""Owns data-parallel training: how the processes that torchrun started share batches and average gradients."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,64 +9,80 @@ from typing import Final
 import torch
 from torch import Tensor, distributed, nn
 
-__all__ = ["Ranks"]
+__all__ = ["ProcessGroup"]
 
 STATISTICS: Final = ("mean", "variance")
-"""Names of the buffers that training changes (`kar_offline.models.layers.Dice`)."""
+"""Names of the buffers that training updates (`kar_offline.models.layers.Dice`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
-    """This process among `count`; one process alone is rank 0 of 1."""
+class ProcessGroup:
+    """The processes that train one model together. A process without torchrun is a group of one."""
 
     rank: int = 0
-    count: int = 1
+    """Number of this process, from 0."""
+    size: int = 1
+    """Number of processes."""
 
     @staticmethod
-    def current() -> "Ranks":
-        """The initialised process group, or this process alone."""
+    def current() -> "ProcessGroup":
+        """The process group that torch has initialised, or this process alone."""
         if not (distributed.is_available() and distributed.is_initialized()):
-            return Ranks()
-        return Ranks(distributed.get_rank(), distributed.get_world_size())
+            return ProcessGroup()
+        return ProcessGroup(distributed.get_rank(), distributed.get_world_size())
 
     @staticmethod
     @contextmanager
-    def joined() -> Iterator["Ranks"]:
-        """Join the processes that torchrun started, over nccl on GPUs and gloo elsewhere; alone without torchrun."""
+    def joined() -> Iterator["ProcessGroup"]:
+        """Join the processes that torchrun started, over nccl on GPUs and gloo on CPUs; alone without torchrun."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
-            yield Ranks.current()
+            yield ProcessGroup.current()
             return
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         try:
-            yield Ranks.current()
+            yield ProcessGroup.current()
         finally:
-            # Its threads must end before the interpreter does: those that outlive it may abort the process.
+            # The group's threads must end before the interpreter does, or they may abort the process.
             distributed.destroy_process_group()
 
     @property
     def device(self) -> torch.device:
-        """Where this process trains: its GPU if there is one, else the CPU."""
+        """The device that this process trains on: its GPU if there is one, else the CPU."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this process writes files and reports."""
         return self.rank == 0
 
-    def share(self, at: Tensor, list_length: int) -> Tensor:
-        """This process' part of a batch of row numbers [B], whole lists; the last batch may leave some without any."""
-        if self.count == 1:
-            return at
-        return at.view(-1, list_length).tensor_split(self.count)[self.rank].flatten()
+    def share(self, rows: Tensor, list_length: int) -> Tensor:
+        """This process' part of a batch.
 
-    def average(self, parameters: Sequence[Tensor], loss_sum: float, weight: float) -> float:
-        """Replace each gradient by the mean over the whole batch and return the loss summed over it.
+        Args:
+            rows: Row numbers of the batch [B].
+            list_length: Rows of a list; lists are not divided.
 
-        `weight` is this process' share of the batch's rows, `loss_sum` its loss times its rows.
+        Returns:
+            Row numbers. There may be none: the last batch can have fewer lists than there are processes.
         """
-        if self.count == 1:
+        if self.size == 1:
+            return rows
+        return rows.view(-1, list_length).tensor_split(self.size)[self.rank].flatten()
+
+    def average_gradients(self, parameters: Sequence[Tensor], loss_sum: float, weight: float) -> float:
+        """Replace each gradient by its mean over the whole batch.
+
+        Args:
+            parameters: Parameters, in the same order in every process.
+            loss_sum: Sum of the losses of this process' rows.
+            weight: This process' share of the batch's rows, from 0 to 1.
+
+        Returns:
+            The sum of the losses of the whole batch.
+        """
+        if self.size == 1:
             return loss_sum
         for parameter in parameters:
             if parameter.grad is None:
@@ -81,19 +97,19 @@ class Ranks:
             start = end
         return float(flat[-1])
 
-    def agree(self, said: bool = False) -> bool:
-        """What the first process says."""
-        if self.count == 1:
-            return said
-        flag = torch.tensor([said], dtype=torch.uint8, device=self.device)
-        distributed.broadcast(flag, 0)
-        return bool(flag.item())
+    def broadcast(self, flag: bool = False) -> bool:
+        """The first process' `flag`, in every process."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor([flag], dtype=torch.uint8, device=self.device)
+        distributed.broadcast(tensor, 0)
+        return bool(tensor.item())
 
-    def level(self, model: nn.Module) -> None:
-        """Average running statistics, which each process learned from its own part of the batches."""
-        if self.count == 1:
+    def average_statistics(self, model: nn.Module) -> None:
+        """Replace each running statistic by its mean over the processes, which saw different rows."""
+        if self.size == 1:
             return
         for name, buffer in model.named_buffers():
             if buffer.is_floating_point() and name.rsplit(".", 1)[-1] in STATISTICS:
                 distributed.all_reduce(buffer)
-                buffer /= self.count
+                buffer /= self.size

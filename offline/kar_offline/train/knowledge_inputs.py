@@ -1,4 +1,4 @@
-"""Owns what an arm gives a model beside the logs: text encodings, affinity columns, affinity vectors."""
+"""Owns the knowledge inputs of an arm: text encodings, affinity columns and affinity vectors, beside the logs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,76 +16,39 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.models import InputSpec
 from kar_offline.train.arms import Arm
 from kar_offline.train.collaborative import collaborative_vectors
-from kar_offline.train.features import EncodedDataset, Samples
+from kar_offline.train.features import EncodedDataset
+from kar_offline.train.principal_components import principal_components
+from kar_offline.train.samples import Samples
 from kar_offline.train.vectors import TextVectors, load_text_vectors
 from kar_sidecar.ranking.affinity import AFFINITY_EVENTS, STATISTICS, affinity, affinity_columns, centred
 
-__all__ = ["AffinityInput", "Components", "KnowledgeInputs", "principal"]
+__all__ = ["AffinityInput", "KnowledgeInputs"]
 
 TEXT: Final = "text"
 RAW: Final = "raw"
 COLLABORATIVE: Final = "cf"
 WIDTH: Final = 64
-"""Components of a segment; docs/adr/0006 has what more of them are worth."""
+"""Components of a segment; docs/adr/0006 tells what more of them would gain."""
 CROSS_FITS: Final = 5
+"""Groups of training users in the cross-fitting of collaborative vectors."""
 CHUNK_ROWS: Final = 128
-ENOUGH: Final = 8192
-
-
-def principal(vectors: Tensor, present: Tensor, width: int) -> Tensor:
-    """The first `width` principal components [n, width] of centred unit vectors, of unit length; zeros where absent.
-
-    Args:
-        vectors: [n, D] float32.
-        present: [n] bool; the others neither count nor get a vector.
-        width: At most D; fewer than `width` rows or components leave zeros at the end.
-    """
-    out = torch.zeros(len(vectors), width)
-    if len(known := vectors[present]):
-        out[present] = Components.of(known, width).project(known)
-    return out
-
-
-@dataclass(frozen=True, slots=True)
-class Components:
-    """Principal components of some unit vectors, for vectors of the same encoder."""
-
-    mean: Tensor
-    """[D] float64"""
-    axes: Tensor
-    """[D, width] float64; fewer columns where D is less."""
-    width: int
-
-    @staticmethod
-    def of(vectors: Tensor, width: int) -> "Components":
-        """The first `width` components of vectors [n, D], n at least 1."""
-        mean = vectors.double().mean(0)
-        centred_rows = torch.nn.functional.normalize(vectors.double() - mean)
-        _, axes = torch.linalg.eigh(centred_rows.T @ centred_rows)
-        axes = axes.flip(1)[:, :width]
-        # An eigenvector's sign is arbitrary: fix it, so that machines agree.
-        return Components(mean, axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign(), width)
-
-    def project(self, vectors: Tensor) -> Tensor:
-        """Vectors [n, D] in these components [n, width] float32, of unit length."""
-        projected = torch.nn.functional.normalize(
-            torch.nn.functional.normalize(vectors.double() - self.mean) @ self.axes
-        )
-        return torch.nn.functional.pad(projected.float(), (0, self.width - projected.shape[1]))
+"""Rows whose affinity columns are computed at once."""
+STANDARDISATION_ROWS: Final = 8192
+"""Training rows that mean and scale of the affinity columns are computed from."""
 
 
 @dataclass(frozen=True, slots=True)
 class AffinityInput:
-    """Item vectors that affinities are computed from, and how their columns are standardised: what serving needs."""
+    """The parts of affinity that serving needs: item vectors, and how the columns are standardised."""
 
     segments: tuple[tuple[str, int], ...]
-    """Name and components of each segment of a vector."""
+    """Name and number of components of each segment of a vector."""
     vectors: Tensor
-    """[items, V] float32 by dataset row; a segment is zeros where an item has none."""
+    """[items, V] float32 by dataset row; a segment is zeros where the item has no such vector."""
     mean: Tensor
-    """[F] float32, subtracted first; F is 0 where the fixed columns are no input."""
+    """[F] float32, subtracted from the columns; F is 0 if the model does not read the fixed columns."""
     scale: Tensor
-    """[F] float32, divided by second."""
+    """[F] float32; the columns are divided by it after the mean is subtracted."""
 
     @property
     def widths(self) -> list[int]:
@@ -95,102 +58,112 @@ class AffinityInput:
 
 @dataclass(frozen=True)
 class KnowledgeInputs:
-    """What one arm gives for one dataset."""
+    """The knowledge inputs of one arm for one dataset."""
 
     arm: Arm
     dataset: Dataset
     texts: TextVectors | None = None
     affinity: AffinityInput | None = None
     tables: NDArray[np.float32] | None = None
-    """[T, items + 1, V]: collaborative segments are cross-fitted, so training users have vectors of their own; the last
-    table is `affinity.vectors`. The last row of each is zeros: that of no item, number -1."""
+    """[T, items + 1, V] item vectors. Collaborative segments are cross-fitted, so that training users have tables of
+    their own; the last table is `affinity.vectors`. The last row of a table is zeros: row -1 stands for no item."""
     table_of_user: NDArray[np.int64] | None = None
-    """[users] rows of `tables`."""
+    """[users], the table that each user's affinity is computed from."""
 
     @staticmethod
-    def of(arm: Arm, data: EncodedDataset, train: Samples, encodings: Path, *, seed: int) -> "KnowledgeInputs":
-        """Collect what `arm` gives; columns are standardised on the rows of `train`.
+    def for_training(
+        arm: Arm, data: EncodedDataset, train: Samples, encodings: Path, *, seed: int
+    ) -> "KnowledgeInputs":
+        """Compute the inputs of an arm; affinity columns are standardised on training rows.
 
         Args:
             arm: The recipe.
             data: The dataset.
             train: Training rows.
-            encodings: Folder of the encoding stage; read by arms with texts only.
-            seed: Of permuted and random texts and of cross-fitting.
+            encodings: Folder of the encoding stage; only arms with texts read it.
+            seed: Seed of shuffled and random texts and of cross-fitting.
 
         Raises:
             PreconditionError: the texts are not encoded yet.
-            IntegrityError: their vectors are corrupt or of another dataset.
+            IntegrityError: their vectors are corrupt or belong to another dataset.
         """
         dataset = data.dataset
         texts = load_text_vectors(encodings, arm.texts, dataset, seed=seed) if arm.texts else None
         if not (arm.affinity or arm.learned_affinity):
             return KnowledgeInputs(arm, dataset, texts)
-        segments: list[tuple[str, int]] = []
-        parts: list[NDArray[np.float32]] = []
-        tables_of_user = np.zeros(len(dataset.users), np.int64)
+        raw = load_text_vectors(encodings, "raw", dataset) if arm.raw_affinity else None
         own = texts if arm.text_affinity or arm.learned_affinity else None
-        beside = load_text_vectors(encodings, "raw", dataset) if arm.raw_affinity else None
-        for name, source in ((TEXT, own), (RAW, beside)):
-            if source:
-                segments.append((name, WIDTH))
-                parts.append(principal(source.item, source.item_present, WIDTH).numpy()[None])
-        if arm.collaborative_affinity:
-            found = collaborative_vectors(dataset, dim=WIDTH, folds=CROSS_FITS, seed=seed)
-            segments.append((COLLABORATIVE, WIDTH))
-            parts.append(found.tables)
-            tables_of_user = found.table_of_user
-        count = max((len(part) for part in parts), default=1)
-        shared = [np.broadcast_to(part, (count, *part.shape[1:])) for part in parts]
-        tables = np.concatenate([np.zeros((count, len(dataset.items), 0), np.float32), *shared], 2)
-        tables = np.pad(tables, ((0, 0), (0, 1), (0, 0)))
+        segments, tables, table_of_user = _affinity_tables(arm, dataset, own, raw, seed)
         columns = affinity_columns(len(segments)) if arm.affinity else 0
-        blank = AffinityInput(
-            tuple(segments), torch.from_numpy(tables[-1, :-1].copy()), torch.zeros(columns), torch.ones(columns)
-        )
-        given = KnowledgeInputs(arm, dataset, texts, blank, tables, tables_of_user)
+        vectors = torch.from_numpy(tables[-1, :-1].copy())
+        not_standardised = AffinityInput(tuple(segments), vectors, torch.zeros(columns), torch.ones(columns))
+        inputs = KnowledgeInputs(arm, dataset, texts, not_standardised, tables, table_of_user)
         if not columns:
-            return given
-        raw = given.columns(_some(train))
-        scale = raw.std(0)
-        standard = replace(blank, mean=raw.mean(0), scale=torch.where(scale > 0, scale, torch.ones(columns)))
-        return replace(given, affinity=standard)
+            return inputs
+        values = inputs.affinity_columns(_standardisation_rows(train))
+        scale = values.std(0)
+        scale = torch.where(scale > 0, scale, torch.ones(columns))
+        return replace(inputs, affinity=replace(not_standardised, mean=values.mean(0), scale=scale))
 
     @staticmethod
-    def served(
+    def for_serving(
         arm: Arm, dataset: Dataset, affinity: AffinityInput | None, encodings: Path, *, seed: int
     ) -> "KnowledgeInputs":
-        """What serving gives, for users that took no part in training: one table of vectors for all.
+        """The inputs of a trained model as serving computes them: all users have one table of item vectors.
 
-        `affinity` is that of the trained model, `seed` the one that it was trained with. Raises as `of` does.
+        Args:
+            arm: The recipe.
+            dataset: The dataset.
+            affinity: The trained model's.
+            encodings: Folder of the encoding stage; only arms with texts read it.
+            seed: The seed that the model was trained with.
+
+        Raises:
+            PreconditionError: the texts are not encoded yet.
+            IntegrityError: their vectors are corrupt or belong to another dataset.
         """
         texts = load_text_vectors(encodings, arm.texts, dataset, seed=seed) if arm.texts else None
         if affinity is None:
             return KnowledgeInputs(arm, dataset, texts)
-        users = np.zeros(len(dataset.users), np.int64)
-        return KnowledgeInputs(
-            arm, dataset, texts, affinity, np.pad(affinity.vectors.numpy(), ((0, 1), (0, 0)))[None], users
-        )
+        table = np.pad(affinity.vectors.numpy(), ((0, 1), (0, 0)))
+        return KnowledgeInputs(arm, dataset, texts, affinity, table[None], np.zeros(len(dataset.users), np.int64))
 
     def as_served(self) -> "KnowledgeInputs":
-        """The same with one table of vectors for all, training users included, as in serving."""
+        """The same inputs with one table of item vectors for all users, training users included, as in serving."""
         if self.tables is None or self.table_of_user is None:
             return self
         return replace(self, tables=self.tables[-1:], table_of_user=np.zeros_like(self.table_of_user))
 
-    def spec(self, base: InputSpec, knowledge: int) -> InputSpec:
-        """Sizes of the model's inputs; `knowledge` components come out of the adaptor."""
-        learned = self.arm.learned_affinity and self.affinity is not None
+    def without_knowledge_of(self, towers: Sequence[Tower]) -> "KnowledgeInputs":
+        """The same arm if users, items or both have no knowledge: neutral vectors, and no similarities to items."""
+        texts, affinity, tables = self.texts, self.affinity, self.tables
+        if texts and "user" in towers:
+            texts = replace(texts, user_present=torch.zeros_like(texts.user_present))
+        if texts and "item" in towers:
+            texts = replace(texts, item_present=torch.zeros_like(texts.item_present))
+        if affinity and tables is not None and "item" in towers:
+            affinity = replace(affinity, vectors=torch.zeros_like(affinity.vectors))
+            tables = np.zeros_like(tables)
+        return replace(self, texts=texts, affinity=affinity, tables=tables)
+
+    def spec(self, base: InputSpec, knowledge_width: int) -> InputSpec:
+        """Sizes of the model's inputs.
+
+        Args:
+            base: Sizes without knowledge.
+            knowledge_width: Components of a knowledge vector, the adaptor's output.
+        """
+        reads_vectors = self.arm.learned_affinity and self.affinity is not None
         return replace(
             base,
             affinity=len(self.affinity.mean) if self.affinity else 0,
-            vector=self.affinity.vectors.shape[1] if learned and self.affinity else 0,
-            user_knowledge=knowledge if "user" in self.arm.towers else 0,
-            item_knowledge=knowledge if "item" in self.arm.towers else 0,
+            vector=self.affinity.vectors.shape[1] if reads_vectors and self.affinity else 0,
+            user_knowledge=knowledge_width if "user" in self.arm.towers else 0,
+            item_knowledge=knowledge_width if "item" in self.arm.towers else 0,
         )
 
-    def known(self, tower: Tower) -> tuple[Tensor, Tensor]:
-        """Encodings [entities, D] and their presence of one tower.
+    def encodings(self, tower: Tower) -> tuple[Tensor, Tensor]:
+        """Text encodings [entities, D] of one tower, and which entities have a text [entities] bool.
 
         Raises:
             ValueError: the arm has no texts.
@@ -199,73 +172,91 @@ class KnowledgeInputs:
             raise ValueError("this arm has no texts")
         return self.texts.tower(tower)
 
-    def columns(self, samples: Samples) -> Tensor:
-        """Standardised affinity columns [S, F] of rows; F is 0 for an arm without."""
+    def affinity_columns(self, samples: Samples) -> Tensor:
+        """Standardised affinity columns [S, F]; F is 0 for an arm without fixed columns."""
         if self.affinity is None or not len(self.affinity.mean):
             return torch.zeros(len(samples), 0)
-        parts = [self._raw(samples, at) for at in _chunks(len(samples), samples.list_length)]
+        parts = [self._raw_columns(samples, rows) for rows in _chunks(len(samples), samples.list_length)]
         raw = torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, len(self.affinity.mean))
         return (raw - self.affinity.mean) / self.affinity.scale
 
-    def _raw(self, samples: Samples, at: slice) -> NDArray[np.float32]:
+    def _raw_columns(self, samples: Samples, rows: slice) -> NDArray[np.float32]:
+        """Affinity columns of some rows, not standardised."""
         if self.affinity is None or self.tables is None or self.table_of_user is None:
             raise ValueError("this arm has no affinity")
-        step = samples.list_length
-        items, ratings, seen = self._window(samples.event[at][::step].numpy())
-        table = self.table_of_user[samples.user[at][::step].numpy()][:, None]
-        candidates = samples.item[at].numpy().reshape(-1, step)
+        length = samples.list_length
+        items, ratings, real = self._rated_items(samples.event[rows][::length].numpy())  # [lists, H] each
+        table = self.table_of_user[samples.user[rows][::length].numpy()][:, None]  # [lists, 1]
+        candidates = samples.item[rows].numpy().reshape(-1, length)  # [lists, length]
         vectors, history = self.tables[table, candidates], self.tables[table, items]
-        found = affinity(vectors, history, ratings, seen, self.affinity.widths)
-        return found.reshape(-1, found.shape[2])
+        columns = affinity(vectors, history, ratings, real, self.affinity.widths)  # [lists, length, F]
+        return columns.reshape(-1, columns.shape[2])
 
-    def _window(self, events: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.float32], NDArray[np.bool_]]:
+    def _rated_items(self, events: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.float32], NDArray[np.bool_]]:
+        """Item rows and ratings of the histories before `events` [n, H] each, and which of them are no padding."""
         items, ratings = self.dataset.history_windows(events, AFFINITY_EVENTS)
         return items, ratings, items >= 0
 
     @cached_property
-    def absent(self) -> Tensor:
-        """Standardised columns [F] of an item without vectors; NaN where they do not depend on it."""
+    def missing_item_columns(self) -> Tensor:
+        """Standardised columns [F] of an item without vectors; NaN for columns that do not depend on the item."""
         if self.affinity is None:
             return torch.zeros(0)
         columns = -self.affinity.mean / self.affinity.scale
         columns[: len(STATISTICS)] = torch.nan
         return columns
 
-    def vectors(self, samples: Samples, at: Tensor) -> dict[str, Tensor]:
-        """The inputs of learned affinity for rows numbered `at` [B], whole lists side by side; else nothing."""
+    def affinity_vectors(self, samples: Samples, rows: Tensor) -> dict[str, Tensor]:
+        """The inputs of learned affinity by name; none for other arms.
+
+        Args:
+            samples: All rows.
+            rows: Row numbers [B]; the rows of a list are side by side.
+        """
         if not self.arm.learned_affinity or self.tables is None or self.table_of_user is None:
             return {}
-        lists = at[:: samples.list_length]
-        items, ratings, seen = self._window(samples.event[lists].numpy())
-        table = self.table_of_user[samples.user[lists].numpy()][:, None]
-        own = np.repeat(table[:, 0], samples.list_length)
+        first_rows = rows[:: samples.list_length]
+        items, ratings, real = self._rated_items(samples.event[first_rows].numpy())  # [lists, H] each
+        table = self.table_of_user[samples.user[first_rows].numpy()][:, None]  # [lists, 1]
+        table_of_row = np.repeat(table[:, 0], samples.list_length)  # [B]
         return {
-            "item_vector": torch.from_numpy(self.tables[own, samples.item[at].numpy()]),
+            "item_vector": torch.from_numpy(self.tables[table_of_row, samples.item[rows].numpy()]),
             "history_vector": torch.from_numpy(self.tables[table, items]),
-            "history_weight": torch.from_numpy(centred(ratings, seen)),
+            "history_weight": torch.from_numpy(centred(ratings, real)),
         }
 
-    def without(self, kinds: Sequence[Tower]) -> "KnowledgeInputs":
-        """The same arm when nothing is known of users, of items or of both: neutral vectors, no similarities."""
-        texts, affinity, tables = self.texts, self.affinity, self.tables
-        if texts and "user" in kinds:
-            texts = replace(texts, user_present=torch.zeros_like(texts.user_present))
-        if texts and "item" in kinds:
-            texts = replace(texts, item_present=torch.zeros_like(texts.item_present))
-        if affinity and tables is not None and "item" in kinds:
-            affinity = replace(affinity, vectors=torch.zeros_like(affinity.vectors))
-            tables = np.zeros_like(tables)
-        return replace(self, texts=texts, affinity=affinity, tables=tables)
+
+def _affinity_tables(
+    arm: Arm, dataset: Dataset, texts: TextVectors | None, raw: TextVectors | None, seed: int
+) -> tuple[list[tuple[str, int]], NDArray[np.float32], NDArray[np.int64]]:
+    """Segments, tables [T, items + 1, V] and table of each user [users], as in `KnowledgeInputs`."""
+    segments: list[tuple[str, int]] = []
+    parts: list[NDArray[np.float32]] = []
+    table_of_user = np.zeros(len(dataset.users), np.int64)
+    for name, source in ((TEXT, texts), (RAW, raw)):
+        if source:
+            segments.append((name, WIDTH))
+            parts.append(principal_components(source.item, source.item_present, WIDTH).numpy()[None])
+    if arm.collaborative_affinity:
+        collaborative = collaborative_vectors(dataset, dim=WIDTH, folds=CROSS_FITS, seed=seed)
+        segments.append((COLLABORATIVE, WIDTH))
+        parts.append(collaborative.tables)
+        table_of_user = collaborative.table_of_user
+    count = max((len(part) for part in parts), default=1)
+    repeated = [np.broadcast_to(part, (count, *part.shape[1:])) for part in parts]
+    tables = np.concatenate([np.zeros((count, len(dataset.items), 0), np.float32), *repeated], 2)
+    return segments, np.pad(tables, ((0, 0), (0, 1), (0, 0))), table_of_user
 
 
-def _some(samples: Samples) -> Samples:
-    """About `ENOUGH` rows, evenly spread over all: enough for a mean and a standard deviation."""
-    step = samples.list_length
-    stride = max(1, len(samples) // ENOUGH)
-    at = (torch.arange(0, len(samples) // step, stride).unsqueeze(1) * step + torch.arange(step)).flatten()
-    return samples.rows(at)
+def _standardisation_rows(samples: Samples) -> Samples:
+    """About `STANDARDISATION_ROWS` rows, evenly spread over all lists."""
+    length = samples.list_length
+    stride = max(1, len(samples) // STANDARDISATION_ROWS)
+    rows = (torch.arange(0, len(samples) // length, stride).unsqueeze(1) * length + torch.arange(length)).flatten()
+    return samples.rows(rows)
 
 
-def _chunks(rows: int, step: int) -> list[slice]:
-    size = max(1, CHUNK_ROWS // step) * step
+def _chunks(rows: int, list_length: int) -> list[slice]:
+    """Slices of about `CHUNK_ROWS` rows, whole lists each."""
+    size = max(1, CHUNK_ROWS // list_length) * list_length
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -1,4 +1,4 @@
-"""Owns how a training looks: `curves.png`, and the same numbers as TensorBoard events, one step an epoch."""
+"""Owns the learning curves of a training: `curves.png`, and the same figures as TensorBoard events."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,18 @@ __all__ = ["write_curves"]
 
 
 def write_curves(folder: Path, epochs: Sequence[Epoch]) -> None:
-    """Plot losses and clipping by epoch into `folder`; TensorBoard events only where `tensorboard` is installed."""
-    # Imported here: plotting takes longer to load than a small training takes to start.
+    """Plot losses and clipping by epoch, and write TensorBoard events if `tensorboard` is installed.
+
+    Args:
+        folder: The folder to write to.
+        epochs: The figures, at least one epoch.
+    """
+    # Imported here: loading matplotlib takes longer than a small training.
     from matplotlib.figure import Figure
 
     numbers = [epoch.number for epoch in epochs]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
-    losses, clipping = figure.add_subplot(), None
+    losses = figure.add_subplot()
     losses.plot(numbers, [epoch.train_loss for epoch in epochs], "o-", label="training")
     losses.plot(numbers, [epoch.validation_loss for epoch in epochs], "o-", label="validation")
     best = min(epochs, key=lambda epoch: epoch.validation_loss)

@@ -1,4 +1,4 @@
-"""Owns work spread over processes of one thread each, which report as they go and never outlive their parent."""
+"""Owns tasks in worker processes of one thread each, which report progress and end when their parent ends."""
 
 import multiprocessing
 import os
@@ -23,14 +23,14 @@ _notices: Any = None
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent was killed: an orphan would write beside the next run."""
+    """End this process when its parent is gone: an orphan would write to the same files as the next run."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
 
 
 def _start(notices: Any) -> None:
-    """Prepare a worker process: one thread, interrupts left to the parent, no life without it."""
+    """Prepare a worker process: one thread, interrupts left to the parent, end with the parent."""
     global _notices
     _notices = notices
     Thread(target=_end_with_parent, daemon=True).start()
@@ -49,23 +49,23 @@ def _call(work: Callable[[Task, Notify], Result], task: Task) -> Result:
 def in_processes(
     work: Callable[[Task, Notify], Result], tasks: Sequence[Task], workers: int, on_notice: Notify
 ) -> list[Result]:
-    """Call `work(task, notify)` for every task, in their order, and return the results in that order.
+    """Call `work(task, notify)` for every task and return the results in the order of the tasks.
 
     Args:
-        work: A function of a module; what it passes to `notify` arrives at `on_notice`, in the calling thread.
-        tasks: Anything that pickles.
-        workers: Processes side by side; 0 calls `work` in this process.
-        on_notice: Called with each notice.
+        work: A function that pickles. Its argument `notify` passes any value that pickles to `on_notice`.
+        tasks: Values that pickle; they start in this order.
+        workers: Number of worker processes; 0 calls `work` in this process.
+        on_notice: Called in this thread with each notice.
 
     Raises:
         UnavailableError: a worker process was killed.
-        Exception: the first that `work` raised; tasks that have not begun are given up then, running ones ended.
+        Exception: the first exception that `work` raised. Waiting tasks are then cancelled, running ones ended.
     """
     if not workers:
         return [work(task, on_notice) for task in tasks]
     context = multiprocessing.get_context("spawn")
     notices = context.SimpleQueue()
-    others = set(multiprocessing.active_children())
+    children_before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, _start, (notices,)) as pool:
         futures = [pool.submit(_call, work, task) for task in tasks]
         try:
@@ -78,7 +78,7 @@ def in_processes(
                     future.result()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in set(multiprocessing.active_children()) - others:
+            for child in set(multiprocessing.active_children()) - children_before:
                 child.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise UnavailableError(

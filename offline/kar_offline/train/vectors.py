@@ -1,4 +1,4 @@
-"""Owns the text vectors that training reads: an encoding stage's arrays, memory-mapped, checked against the dataset."""
+"""Owns the text vectors that training reads: the arrays of an encoding stage, checked against the dataset."""
 
 import json
 from collections.abc import Sequence
@@ -21,13 +21,17 @@ __all__ = ["TextVectors", "load_text_vectors"]
 
 @dataclass(frozen=True, slots=True)
 class TextVectors:
-    """Encoder vectors [rows, D] float32 of users and items as stored, and which rows have a text [rows] bool."""
+    """Encoder vectors of all users and items, by row of the dataset."""
 
     encoder_id: str
     user: Tensor
+    """[users, D] float32, memory-mapped."""
     user_present: Tensor
+    """[users] bool, False where the user has no text."""
     item: Tensor
+    """[items, D] float32, memory-mapped."""
     item_present: Tensor
+    """[items] bool, False where the item has no text."""
 
     @property
     def dim(self) -> int:
@@ -35,30 +39,31 @@ class TextVectors:
         return self.user.shape[1]
 
     def tower(self, tower: Tower) -> tuple[Tensor, Tensor]:
-        """Vectors and presence of one kind."""
+        """Vectors and presence of users or of items."""
         return (self.user, self.user_present) if tower == "user" else (self.item, self.item_present)
 
     def shuffled(self, seed: int) -> "TextVectors":
-        """The same vectors dealt anew among the entities of each kind that have one."""
+        """The same vectors, shuffled between the users that have one and between the items that have one."""
         generator = torch.Generator().manual_seed(seed)
 
-        def deal(vectors: Tensor, present: Tensor) -> Tensor:
+        def shuffle(vectors: Tensor, present: Tensor) -> Tensor:
             rows = present.nonzero().squeeze(1)
-            dealt = vectors.clone()
-            dealt[rows] = vectors[rows[torch.randperm(len(rows), generator=generator)]]
-            return dealt
+            shuffled = vectors.clone()
+            shuffled[rows] = vectors[rows[torch.randperm(len(rows), generator=generator)]]
+            return shuffled
 
-        user, item = deal(self.user, self.user_present), deal(self.item, self.item_present)
+        user, item = shuffle(self.user, self.user_present), shuffle(self.item, self.item_present)
         return replace(self, user=user, item=item)
 
     def random(self, seed: int) -> "TextVectors":
         """Gaussian noise of unit length in place of every vector."""
         generator = torch.Generator().manual_seed(seed)
-        noise = [F.normalize(torch.randn(x.shape, generator=generator)) for x in (self.user, self.item)]
-        return replace(self, user=noise[0], item=noise[1])
+        user, item = (F.normalize(torch.randn(x.shape, generator=generator)) for x in (self.user, self.item))
+        return replace(self, user=user, item=item)
 
 
 def _load(folder: Path, name: str, entities: Sequence[Entity]) -> tuple[str, Tensor, Tensor]:
+    """Encoder id, vectors and presence of one kind of entity."""
     header_path, array_path = folder / f"{name}.json", folder / f"{name}.npy"
     if not header_path.is_file():
         raise PreconditionError(f"{header_path} does not exist: run `kar encode` first")
@@ -75,16 +80,22 @@ def _load(folder: Path, name: str, entities: Sequence[Entity]) -> tuple[str, Ten
 
 
 def load_text_vectors(folder: Path, texts: Texts, dataset: Dataset, *, seed: int = 0) -> TextVectors:
-    """Read the vectors of one text source from the encoding stage's folder; `seed` is of shuffled and random ones.
+    """Read the vectors of one text source.
+
+    Args:
+        folder: Folder of the encoding stage.
+        texts: The source.
+        dataset: The dataset that the vectors must belong to.
+        seed: Seed of shuffled and random vectors.
 
     Raises:
-        PreconditionError: not encoded yet.
-        IntegrityError: corrupt, or of another dataset or of two encoders; the text names the file.
+        PreconditionError: the texts are not encoded yet.
+        IntegrityError: the vectors are corrupt, or belong to another dataset or to two encoders; the text names a file.
     """
     source = "raw" if texts == "raw" else "knowledge"
     encoder_id, user, user_present = _load(folder, f"{source}_user", dataset.users)
-    other_id, item, item_present = _load(folder, f"{source}_item", dataset.items)
-    if encoder_id != other_id or user.shape[1] != item.shape[1]:
+    item_encoder_id, item, item_present = _load(folder, f"{source}_item", dataset.items)
+    if encoder_id != item_encoder_id or user.shape[1] != item.shape[1]:
         raise IntegrityError(f"{folder} holds {source} vectors of two encoders: encode again")
     vectors = TextVectors(encoder_id, user, user_present, item, item_present)
     if texts == "shuffled":

@@ -11,7 +11,7 @@ from kar_bench.performance.modes import MeteredStore, Options, measure_modes, ne
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.export import export
 from kar_offline.knowledge.records import write_knowledge
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.settings import TrainSettings
 from kar_offline.train.stage import train
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, PreconditionError

@@ -15,11 +15,13 @@ from kar_bench.studies.quality_report import training_table
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.splits import TRAIN
 from kar_offline.train.arms import ARMS
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.features import encode_dataset
-from kar_offline.train.fit import TrainSettings, predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
-from kar_offline.train.stage import Run, new_model
+from kar_offline.train.predict import predict_logits
+from kar_offline.train.run import Run, new_model
+from kar_offline.train.samples import samples_of_split
+from kar_offline.train.settings import TrainSettings
 from kar_sidecar.errors import InputError, UnavailableError
 
 pytestmark = pytest.mark.unit
@@ -29,14 +31,14 @@ SETTINGS = TrainSettings(epochs=1, batch=64, dedicated_experts=1, shared_experts
 
 def feed(work, arm):
     data = encode_dataset(work.read(Dataset).split_by_user(fold=0, folds=5))
-    samples = data.samples(TRAIN)
-    given = KnowledgeInputs.of(ARMS[arm], data, samples, work.encoding, seed=0)
-    return BatchFeed.of(data, samples, given)
+    samples = samples_of_split(data, TRAIN)
+    given = KnowledgeInputs.for_training(ARMS[arm], data, samples, work.encoding, seed=0)
+    return Batches(data, samples, given)
 
 
 def model(of, arm, name="dcnv2"):
     torch.manual_seed(0)
-    return new_model(Run(name, arm), of.data, of.given, SETTINGS)
+    return new_model(Run(name, arm), of.data, of.knowledge_inputs, SETTINGS)
 
 
 @pytest.mark.parametrize("arm", ["control", "paper", "knowledge"])
@@ -113,7 +115,7 @@ def test_a_peer_gets_every_split_and_no_other_row(work, tmp_path):
     write_task(tmp_path, data, SETTINGS)
     for number, name in enumerate(("train", "validation", "test")):
         with np.load(tmp_path / f"{name}.npz") as arrays:
-            samples = data.samples(number)
+            samples = samples_of_split(data, number)
             assert arrays["label"].sum() == samples.label.sum()
             assert sorted(arrays["item_index"].tolist()) == sorted(data.columns["item_index"][samples.item].tolist())
 

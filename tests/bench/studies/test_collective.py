@@ -16,7 +16,7 @@ from kar_offline.evaluate.metrics import auc
 from kar_offline.generate.collective import HEAD
 from kar_offline.knowledge.imputation import NEIGHBOURS
 from kar_offline.prompts import Prompt
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.settings import TrainSettings
 
 pytestmark = pytest.mark.unit
 

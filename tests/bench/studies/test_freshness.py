@@ -24,7 +24,7 @@ from kar_offline.prompts import render_prompts
 from kar_offline.refresh.policy import Reason
 from kar_offline.train.arms import ARMS
 from kar_offline.train.features import encode_dataset
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.settings import TrainSettings
 from kar_offline.train.vectors import TextVectors, torch
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER, EntityKind

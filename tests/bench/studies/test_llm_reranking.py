@@ -9,7 +9,7 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
 from kar_offline.dataset.splits import TEST
 from kar_offline.generate import ScriptedModel
-from kar_offline.train.fit import TrainSettings
+from kar_offline.train.settings import TrainSettings
 
 pytestmark = pytest.mark.unit
 

@@ -20,11 +20,13 @@ from kar_offline.evaluate.ranking import average_precision
 from kar_offline.knowledge.records import write_knowledge
 from kar_offline.models import BACKBONES, RERANKERS
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.features import encode_dataset
-from kar_offline.train.fit import TrainSettings, predict_logits
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
-from kar_offline.train.stage import InitialRanker, Run, new_model
+from kar_offline.train.predict import predict_logits
+from kar_offline.train.run import InitialRanker, Run, new_model
+from kar_offline.train.samples import lists_of_split, samples_of_split
+from kar_offline.train.settings import TrainSettings
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import InputError, PreconditionError
@@ -280,15 +282,15 @@ def test_a_share_of_the_training_users_is_a_protocol_of_its_own(work):
 
 def test_an_initial_ranker_puts_lists_in_its_order_and_predictions_stay_in_theirs(work):
     data = encode_dataset(work.read(Dataset).split_by_user(fold=0, folds=2))
-    given = KnowledgeInputs.of(ARMS["control"], data, data.samples(TRAIN), work, seed=0)
+    given = KnowledgeInputs.for_training(ARMS["control"], data, samples_of_split(data, TRAIN), work, seed=0)
     torch.manual_seed(0)
     ranker = InitialRanker(new_model(Run("dcn", "control"), data, given, SETTINGS).eval(), given)
-    lists = data.lists(TEST, seed=0)
+    lists = lists_of_split(data, TEST, seed=0)
     order = ranker.order(data, lists)
     assert sorted(order.tolist()) == list(range(len(lists)))
     one_by_one = torch.cat(
         [
-            predict_logits(ranker.model, BatchFeed.of(data, replace(lists.rows(row[None]), list_length=1), given))
+            predict_logits(ranker.model, Batches(data, replace(lists.rows(row[None]), list_length=1), given))
             for row in torch.arange(len(lists))
         ]
     ).view(-1, 10)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kar_offline.train.distributed import Ranks
+from kar_offline.train.distributed import ProcessGroup
 
 pytestmark = pytest.mark.service
 
@@ -16,39 +16,39 @@ SCRIPT = """
 import sys
 import torch
 from torch import nn
-from kar_offline.train.distributed import Ranks
+from kar_offline.train.distributed import ProcessGroup
 
-joining = Ranks.joined()
-ranks = joining.__enter__()
+membership = ProcessGroup.joined()
+group = membership.__enter__()
 torch.manual_seed(0)
 model, rows, labels = nn.Linear(3, 1), torch.randn(10, 3), torch.rand(10)
 def loss(at):
     return nn.functional.binary_cross_entropy_with_logits(model(rows[at]).squeeze(1), labels[at])
 whole = torch.autograd.grad(loss(torch.arange(10)), list(model.parameters()))
-at = ranks.share(torch.arange(10), 2)
+at = group.share(torch.arange(10), 2)
 assert len(at) in (4, 6), at
 own = loss(at)
 own.backward()
-total = ranks.average(list(model.parameters()), own.item() * len(at), len(at) / 10)
+total = group.average_gradients(list(model.parameters()), own.item() * len(at), len(at) / 10)
 for parameter, expected in zip(model.parameters(), whole):
     torch.testing.assert_close(parameter.grad, expected)
 assert abs(total / 10 - loss(torch.arange(10)).item()) < 1e-6
 # A batch of one list leaves the second process without rows.
 model.zero_grad()
-at = ranks.share(torch.arange(2), 2)
+at = group.share(torch.arange(2), 2)
 if len(at):
     loss(at).backward()
-ranks.average(list(model.parameters()), 0.0, len(at) / 2)
+group.average_gradients(list(model.parameters()), 0.0, len(at) / 2)
 few = torch.autograd.grad(loss(torch.arange(2)), list(model.parameters()))
 for parameter, expected in zip(model.parameters(), few):
     torch.testing.assert_close(parameter.grad, expected)
-assert ranks.agree(ranks.first)
-model.register_buffer("mean", torch.full((2,), float(ranks.rank)))
-model.register_buffer("fixed", torch.full((2,), float(ranks.rank)))
-ranks.level(model)
-assert model.mean.tolist() == [0.5, 0.5] and model.fixed.tolist() == [float(ranks.rank)] * 2
-open(f"{sys.argv[1]}/rank{ranks.rank}", "w").close()
-joining.__exit__(None, None, None)
+assert group.broadcast(group.is_first)
+model.register_buffer("mean", torch.full((2,), float(group.rank)))
+model.register_buffer("fixed", torch.full((2,), float(group.rank)))
+group.average_statistics(model)
+assert model.mean.tolist() == [0.5, 0.5] and model.fixed.tolist() == [float(group.rank)] * 2
+open(f"{sys.argv[1]}/rank{group.rank}", "w").close()
+membership.__exit__(None, None, None)
 assert not torch.distributed.is_initialized()
 """
 
@@ -85,11 +85,11 @@ def test_two_processes_train_what_one_trains(work):
 
 
 def test_one_process_alone_changes_nothing():
-    ranks = Ranks.current()
+    group = ProcessGroup.current()
     weight = torch.ones(3, requires_grad=True)
     weight.sum().backward()
-    assert ranks.average([weight], 2.5, 1.0) == 2.5
+    assert group.average_gradients([weight], 2.5, 1.0) == 2.5
     assert weight.grad.tolist() == [1, 1, 1]
-    assert ranks.share(torch.arange(4), 2).tolist() == [0, 1, 2, 3]
-    assert ranks.agree(True)
-    assert not ranks.agree(False)
+    assert group.share(torch.arange(4), 2).tolist() == [0, 1, 2, 3]
+    assert group.broadcast(True)
+    assert not group.broadcast(False)

@@ -10,9 +10,11 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.train.arms import ARMS, Arm
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.features import encode_dataset
-from kar_offline.train.knowledge_inputs import CHUNK_ROWS, KnowledgeInputs, principal
+from kar_offline.train.knowledge_inputs import CHUNK_ROWS, KnowledgeInputs
+from kar_offline.train.principal_components import principal_components
+from kar_offline.train.samples import samples_before, samples_of_split
 from kar_offline.train.vectors import load_text_vectors
 from kar_sidecar.entities import USER
 from kar_sidecar.ranking.affinity import STATISTICS
@@ -57,7 +59,9 @@ def work(tmp_path):
 
 def given_of(work, arm):
     folder, data = work
-    return KnowledgeInputs.of(arm if isinstance(arm, Arm) else ARMS[arm], data, data.samples(TRAIN), folder, seed=0)
+    return KnowledgeInputs.for_training(
+        arm if isinstance(arm, Arm) else ARMS[arm], data, samples_of_split(data, TRAIN), folder, seed=0
+    )
 
 
 def test_principal_components_keep_similarities_and_ignore_absent_rows():
@@ -66,20 +70,20 @@ def test_principal_components_keep_similarities_and_ignore_absent_rows():
     vectors = torch.from_numpy((rng.normal(size=(40, 2)) @ rng.normal(size=(2, 5))).astype(np.float32))
     present = torch.arange(40) != 7
     vectors[7] = 1e6
-    found = principal(vectors, present, 2)
+    found = principal_components(vectors, present, 2)
     centred = vectors[present] - vectors[present].mean(0)
     expected = torch.nn.functional.normalize(centred)
     torch.testing.assert_close(found[present] @ found[present].T, expected @ expected.T, rtol=0, atol=1e-5)
     assert not found[7].any()
-    assert principal(vectors, present, 9).shape == (40, 9)
-    assert not principal(vectors, torch.zeros(40) > 0, 3).any()
+    assert principal_components(vectors, present, 9).shape == (40, 9)
+    assert not principal_components(vectors, torch.zeros(40) > 0, 3).any()
 
 
 def test_columns_by_hand(work):
     _, data = work
     given = given_of(work, "knowledge")
-    samples = data.samples(TEST)
-    columns = given.columns(samples) * given.affinity.scale + given.affinity.mean
+    samples = samples_of_split(data, TEST)
+    columns = given.affinity_columns(samples) * given.affinity.scale + given.affinity.mean
     dataset, vectors = data.dataset, given.affinity.vectors.numpy()
     for row, event in enumerate(dataset.samples(TEST)):
         before = np.arange(dataset.offsets[dataset.event_user[event]], event)
@@ -101,7 +105,7 @@ def test_columns_by_hand(work):
 
 def test_columns_are_standardised_on_training_rows(work):
     given = given_of(work, "knowledge")
-    columns = given.columns(work[1].samples(TRAIN))
+    columns = given.affinity_columns(samples_of_split(work[1], TRAIN))
     torch.testing.assert_close(columns.mean(0), torch.zeros(columns.shape[1]), rtol=0, atol=1e-4)
     torch.testing.assert_close(columns.std(0), torch.ones(columns.shape[1]), rtol=0, atol=1e-4)
 
@@ -111,7 +115,7 @@ def test_every_arm_gives_what_its_model_reads(work, arm):
     _, data = work
     given = given_of(work, arm)
     spec = given.spec(data.spec, 3)
-    feed = BatchFeed.of(data, data.samples(TRAIN), given)
+    feed = Batches(data, samples_of_split(data, TRAIN), given)
     batch = feed.batch(torch.arange(7), 0.3)
     adapted = {f"{tower}_knowledge" for tower in batch.encodings}
     assert set(batch.inputs) | adapted == set(spec.names) - {"request_of_row"}
@@ -125,11 +129,11 @@ def test_every_arm_gives_what_its_model_reads(work, arm):
 def test_dropout_of_everything_is_what_the_neutral_rung_sees(work):
     _, data = work
     given = given_of(work, "cf_knowledge")
-    rows, at = data.samples(TEST), torch.arange(5)
-    dropped = BatchFeed.of(data, rows, given).batch(at, 1.0)
-    neutral = BatchFeed.of(data, rows, given.without(("user", "item"))).batch(at, 0.0)
+    rows, at = samples_of_split(data, TEST), torch.arange(5)
+    dropped = Batches(data, rows, given).batch(at, 1.0)
+    neutral = Batches(data, rows, given.without_knowledge_of(("user", "item"))).batch(at, 0.0)
     torch.testing.assert_close(dropped.inputs["affinity"], neutral.inputs["affinity"])
-    statistics = BatchFeed.of(data, rows, given).affinity[at, : len(STATISTICS)]
+    statistics = Batches(data, rows, given).affinity[at, : len(STATISTICS)]
     torch.testing.assert_close(dropped.inputs["affinity"][:, : len(STATISTICS)], statistics)
     for batch in (dropped, neutral):
         item = batch.encodings["item"]
@@ -138,10 +142,10 @@ def test_dropout_of_everything_is_what_the_neutral_rung_sees(work):
 
 def test_both_texts_are_side_by_side(work):
     _, data = work
-    samples = data.samples(TEST)
-    texts = [given_of(work, arm).columns(samples) for arm in ("knowledge", "raw_text", "cf")]
+    samples = samples_of_split(data, TEST)
+    texts = [given_of(work, arm).affinity_columns(samples) for arm in ("knowledge", "raw_text", "cf")]
     own = slice(len(STATISTICS), None)
-    both, all_three = (given_of(work, arm).columns(samples) for arm in ("both_texts", "cf_both_texts"))
+    both, all_three = (given_of(work, arm).affinity_columns(samples) for arm in ("both_texts", "cf_both_texts"))
     torch.testing.assert_close(both, torch.cat([texts[0], texts[1][:, own]], 1), rtol=0, atol=1e-6)
     torch.testing.assert_close(all_three, torch.cat([both, texts[2][:, own]], 1), rtol=0, atol=1e-6)
 
@@ -162,8 +166,8 @@ def test_texts_of_the_other_arms(work):
 def test_learned_affinity_reads_vectors_of_the_history(work):
     _, data = work
     given = given_of(work, "learned_affinity")
-    samples = data.samples(TEST)
-    found = given.vectors(samples, torch.tensor([2]))
+    samples = samples_of_split(data, TEST)
+    found = given.affinity_vectors(samples, torch.tensor([2]))
     event = int(samples.event[2])
     before = np.arange(data.dataset.offsets[data.dataset.event_user[event]], event)
     ratings = data.dataset.event_rating[before]
@@ -179,16 +183,16 @@ def test_lists_share_one_request(work):
     _, data = work
     dataset = data.dataset
     events = dataset.samples(TEST)[[1, 1, 6, 6]]
-    lists = data.at(events, np.array([4, 5, 6, 7]), np.zeros(4, np.float32), list_length=2)
-    single = data.at(events, np.array([4, 5, 6, 7]), np.zeros(4, np.float32))
+    lists = samples_before(data, events, np.array([4, 5, 6, 7]), np.zeros(4, np.float32), list_length=2)
+    single = samples_before(data, events, np.array([4, 5, 6, 7]), np.zeros(4, np.float32))
     given = given_of(work, "cf_knowledge")
-    ours, theirs = BatchFeed.of(data, lists, given), BatchFeed.of(data, single, given)
+    ours, theirs = Batches(data, lists, given), Batches(data, single, given)
     torch.testing.assert_close(ours.affinity, theirs.affinity)
     inputs = ours.inputs(torch.tensor([2, 3, 0, 1]))
     assert inputs["request_of_row"].tolist() == [0, 0, 1, 1]
     assert inputs["history_item"].tolist() == single.history_item[[2, 0]].tolist()
     assert inputs["item_index"].tolist() == theirs.inputs(torch.tensor([2, 3, 0, 1]))["item_index"].tolist()
-    for at in ours.shuffled(2, torch.Generator().manual_seed(0)):
+    for at in ours.in_random_order(2, torch.Generator().manual_seed(0)):
         assert at.tolist() in ([0, 1], [2, 3])
 
 
@@ -198,8 +202,8 @@ def test_a_list_longer_than_a_chunk_has_the_columns_of_its_rows(work):
     items = np.random.default_rng(0).integers(0, 20, CHUNK_ROWS + 7)
     events, labels = np.repeat(event, len(items)), np.zeros(len(items), np.float32)
     given = given_of(work, "knowledge")
-    whole = given.columns(data.at(events, items, labels, list_length=len(items)))
-    torch.testing.assert_close(whole, given.columns(data.at(events, items, labels)))
+    whole = given.affinity_columns(samples_before(data, events, items, labels, list_length=len(items)))
+    torch.testing.assert_close(whole, given.affinity_columns(samples_before(data, events, items, labels)))
 
 
 def test_an_arm_without_texts_is_refused():
@@ -211,7 +215,9 @@ def test_an_arm_without_texts_is_refused():
 def test_training_users_are_served_from_the_table_of_everybody(work, arm):
     folder, data = work
     given = given_of(work, arm)
-    samples = data.samples(TRAIN)
-    served = KnowledgeInputs.served(ARMS[arm], data.dataset, given.affinity, folder, seed=0).columns(samples)
-    torch.testing.assert_close(given.as_served().columns(samples), served, rtol=0, atol=0)
-    assert torch.equal(given.columns(samples), served) == (arm != "cf_knowledge")
+    samples = samples_of_split(data, TRAIN)
+    served = KnowledgeInputs.for_serving(ARMS[arm], data.dataset, given.affinity, folder, seed=0).affinity_columns(
+        samples
+    )
+    torch.testing.assert_close(given.as_served().affinity_columns(samples), served, rtol=0, atol=0)
+    assert torch.equal(given.affinity_columns(samples), served) == (arm != "cf_knowledge")

@@ -53,8 +53,8 @@ def test_processes_give_what_one_process_gives(tmp_path):
     )
     assert sorted(seen) == [("dcnv2_control", 1), ("dcnv2_control", 2), ("din_control", 1), ("din_control", 2)]
     here = train(WorkFolder(tmp_path / "b"), arms=["control"], settings=SMALL, workers=0)
-    for name, report in result.report["runs"].items():
-        assert report["validation_loss"] == pytest.approx(here.report["runs"][name]["validation_loss"], abs=1e-5)
+    for name, report in result.report.runs.items():
+        assert report.validation_loss == pytest.approx(here.report.runs[name].validation_loss, abs=1e-5)
     metrics = json.loads((tmp_path / "a" / "training" / "din_control" / "metrics.json").read_text())
     assert [epoch["number"] for epoch in metrics["epochs"]] == [1, 2]
     assert load_trained(WorkFolder(tmp_path / "a"), "din", "control").name == "din"
@@ -77,6 +77,5 @@ def test_an_interrupt_ends_the_processes_and_the_next_call_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(WorkFolder(tmp_path), ["dcnv2"], ["control"], SMALL, workers=1, on_epoch=interrupt)
     assert (
-        train(WorkFolder(tmp_path), ["dcnv2"], ["control"], SMALL, workers=1).report["runs"]["dcnv2_control"]["epochs"]
-        == 2
+        train(WorkFolder(tmp_path), ["dcnv2"], ["control"], SMALL, workers=1).report.runs["dcnv2_control"].epochs == 2
     )

@@ -12,12 +12,14 @@ from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
 from kar_offline.train import TrainSettings, load_trained, train
 from kar_offline.train.arms import ARMS
-from kar_offline.train.batches import BatchFeed
+from kar_offline.train.batches import Batches
 from kar_offline.train.checkpoint import build_model
 from kar_offline.train.features import encode_dataset, learn_features
-from kar_offline.train.fit import STATE, predict_logits
+from kar_offline.train.fit import STATE
 from kar_offline.train.knowledge_inputs import KnowledgeInputs
-from kar_offline.train.stage import Run, train_run
+from kar_offline.train.predict import predict_logits
+from kar_offline.train.run import Run, train_run
+from kar_offline.train.samples import samples_of_split
 from kar_offline.train.vectors import load_text_vectors
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
@@ -118,9 +120,9 @@ def test_a_constant_or_absent_number_has_scale_one():
 def test_arrays_equal_what_serving_encodes():
     dataset = make_dataset()
     data = encode_dataset(dataset)
-    samples = data.samples(VALIDATION)
+    samples = samples_of_split(data, VALIDATION)
     encoder = FeatureEncoder(SCHEMA, data.features.encodings, data.features.item_ids)
-    values = data.inputs(samples, torch.arange(len(samples)))
+    values = Batches(data, samples, KnowledgeInputs(ARMS["control"], dataset)).inputs(torch.arange(len(samples)))
     for row, event in enumerate(dataset.samples(VALIDATION)):
         seen = dataset.history(event, 4)
         history = History(tuple(dataset.items[i].id for i in dataset.event_item[seen]), dataset.event_rating[seen])
@@ -215,8 +217,8 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path):
     data = encode_dataset(make_dataset())
     model = build_model("din", data.spec, data.categories, None)
     model.load_state_dict(fitted.weights)
-    validation = data.samples(VALIDATION)
-    feed = BatchFeed.of(data, validation, KnowledgeInputs(ARMS["control"], data.dataset))
+    validation = samples_of_split(data, VALIDATION)
+    feed = Batches(data, validation, KnowledgeInputs(ARMS["control"], data.dataset))
     loss = torch.nn.functional.binary_cross_entropy_with_logits(predict_logits(model, feed), validation.label)
     assert loss.item() == pytest.approx(fitted.best.validation_loss, abs=1e-6)
 
@@ -243,12 +245,15 @@ def test_knowledge_dropout_trains_the_neutral_vectors(tmp_path):
 def test_predictions_equal_one_sample_at_a_time(tmp_path):
     dataset = write_work(WorkFolder(tmp_path))
     data = encode_dataset(dataset)
-    samples = data.samples(TEST)
-    given = KnowledgeInputs.of(ARMS["paper"], data, data.samples(TRAIN), tmp_path / "encoding", seed=0)
+    samples = samples_of_split(data, TEST)
+    given = KnowledgeInputs.for_training(
+        ARMS["paper"], data, samples_of_split(data, TRAIN), tmp_path / "encoding", seed=0
+    )
     torch.manual_seed(0)
     model = build_model("dcnv2", given.spec(data.spec, 3), data.categories, {**ADAPTOR, "towers": ("user", "item")})
     torch.nn.init.normal_(model.adaptor.user_neutral)
     texts, expected = given.texts, []
+    batches = Batches(data, samples, given)
     for i in range(len(samples)):
         at = torch.tensor([i])
         user, item = samples.user[i], samples.item[i]
@@ -260,8 +265,8 @@ def test_predictions_equal_one_sample_at_a_time(tmp_path):
             own["user_knowledge"] = model.adaptor.user_neutral[None]
         if not texts.item_present[item]:
             own["item_knowledge"] = model.adaptor.item_neutral[None]
-        expected.append(model.eval()({**data.inputs(samples, at), **own}))
-    found = predict_logits(model, BatchFeed.of(data, samples, given))
+        expected.append(model.eval()({**batches.inputs(at), **own}))
+    found = predict_logits(model, batches)
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-6)
 
 
@@ -285,11 +290,13 @@ def test_train_load_and_second_run(tmp_path):
     assert list(trained.item_ids) == learn_features(dataset).item_ids
     assert list(trained.encodings) == learn_features(dataset).encodings
     data = encode_dataset(dataset)
-    given = KnowledgeInputs.of(ARMS["knowledge"], data, data.samples(TRAIN), tmp_path / "encoding", seed=0)
+    given = KnowledgeInputs.for_training(
+        ARMS["knowledge"], data, samples_of_split(data, TRAIN), tmp_path / "encoding", seed=0
+    )
     torch.testing.assert_close(trained.affinity.vectors, given.affinity.vectors)
     assert trained.affinity.segments == given.affinity.segments == (("text", 64),)
-    logits = predict_logits(trained.model, BatchFeed.of(data, data.samples(VALIDATION), given))
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, data.samples(VALIDATION).label)
+    logits = predict_logits(trained.model, Batches(data, samples_of_split(data, VALIDATION), given))
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, samples_of_split(data, VALIDATION).label)
     assert loss.item() == pytest.approx(trained.metrics["validation_loss"], abs=1e-6)
     control = load_trained(WorkFolder(tmp_path), "dcnv2", "control")
     assert (control.adaptor, control.affinity, control.encoder_id) == (None, None, "")
