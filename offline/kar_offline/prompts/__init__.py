@@ -1,16 +1,9 @@
-"""Owns the questions put to language models: scenarios, versioned templates and the rendered prompts."""
+"""Owns the questions to language models: scenarios, versioned templates and rendered prompts."""
 
-from kar_offline.prompts.rendering import (
-    History,
-    Prompt,
-    Renderer,
-    read_prompts,
-    read_renderer,
-    read_scenario,
-    render_again,
-    render_prompts,
-)
+from kar_offline.prompts.prompt import Prompt
+from kar_offline.prompts.rendering import History, Renderer
 from kar_offline.prompts.scenario import Scenario, load_scenario
+from kar_offline.prompts.stage import read_prompts, read_renderer, read_scenario, render_again, render_prompts
 
 __all__ = [
     "History",

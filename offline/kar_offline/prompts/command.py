@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kar_offline.cli_options import DEFAULT_WORK, JsonFile, Work, write_json
-from kar_offline.prompts.rendering import read_prompts, render_prompts
+from kar_offline.prompts.stage import read_prompts, render_prompts
 
 __all__ = ["prompts"]
 
@@ -25,10 +25,12 @@ def prompts(
         datetime | None,
         typer.Option(formats=["%Y-%m-%d"], help="The day whose seasons enter prompts; default: today, UTC."),
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Print so many rendered prompts, items and users in turn.")] = 0,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print this number of rendered prompts, items and users in turn.")
+    ] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Render the questions that language models are asked about items and users."""
+    """Render the questions to language models about items and users."""
     console = Console()
     with console.status("rendering prompts"):
         result = render_prompts(work, scenario, (date or datetime.now(UTC)).date())
@@ -39,8 +41,8 @@ def prompts(
     for kind, report in result.report["kinds"].items():
         facts = {part.replace("absent", "not in the data"): names for part, names in report["facts"].items()}
         facts["suspicious values"] = [f"{name} ({number:,})" for name, number in report["suspicious"].items()]
-        told = "; ".join(f"{part}: {', '.join(names)}" for part, names in facts.items() if names)
-        console.print(Text(f"{kind} facts {told or 'shown: none'}"), soft_wrap=True)
+        described = "; ".join(f"{part}: {', '.join(names)}" for part, names in facts.items() if names)
+        console.print(Text(f"{kind} facts {described or 'shown: none'}"), soft_wrap=True)
     for season, last_day in result.report["seasons"].items():
         console.print(Text(f"season {season}: until {last_day}"))
     console.print(f"{result.folder}: {result.outcome}")

@@ -1,6 +1,6 @@
-"""Owns scenarios: what is asked about the entities of one field (films, books, news), and what may leave the company.
+"""Owns scenarios: the questions about the entities of one field (films, books, news), and the facts that they may show.
 
-A scenario file is TOML. Those that come with the product are named movies, books, news and music.
+A scenario file is TOML. The product comes with movies, books, news and music.
 """
 
 import tomllib
@@ -29,7 +29,7 @@ class _Strict(BaseModel):
 
 
 class Words(_Strict):
-    """How prompts call things."""
+    """The nouns that prompts use."""
 
     item: Word
     """Noun for one item."""
@@ -38,20 +38,20 @@ class Words(_Strict):
     user: Word
     """Noun for one user."""
     ratings: Word
-    """What rating values mean."""
+    """The meaning of rating values."""
 
 
 class Question(_Strict):
-    """What is asked about one kind of entity."""
+    """The question about one kind of entity."""
 
     template: Word
     """Path and version of the prompt template, such as "factual/2"."""
     factors: Annotated[tuple[Word, ...], Field(min_length=1)]
-    """What to write about."""
+    """The aspects to write about."""
     allowed: tuple[Word, ...]
-    """The facts that may leave the company; no other enters a prompt, whatever the dataset holds."""
+    """The facts that may leave the company; prompts show no others, whatever the dataset holds."""
     words: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (20, 200)
-    """The fewest and the most words of an answer that is kept."""
+    """The fewest and the most words of an acceptable answer."""
     expires_after_days: Annotated[int, Field(ge=1)] | None = None
     """Age at which an answer is stale; None: never."""
 
@@ -63,7 +63,7 @@ class Question(_Strict):
 
 
 class ItemQuestion(Question):
-    """What is asked about an item."""
+    """The question about an item."""
 
     title: Word = "title"
     """The fact that names an item; it must be among `allowed`."""
@@ -84,20 +84,20 @@ class Season(_Strict):
     ends: MonthDay
     """Last day; before `begins` where the season spans the turn of the year."""
     about: Word
-    """What prompts say, such as "the weeks before Christmas"."""
+    """Its name in prompts, such as "the weeks before Christmas"."""
     events: tuple[Word, ...] = ()
-    """What is on."""
+    """Events of the season."""
     kinds: Annotated[tuple[EntityKind, ...], Field(min_length=1)] = (USER,)
-    """Whose prompts it enters."""
+    """The kinds of entities whose prompts it enters."""
 
     @model_validator(mode="after")
     def _real_days(self) -> Self:
         for day in (self.begins, self.ends):
-            date.fromisoformat(f"2024-{day}")  # a leap year; ValueError tells what is wrong
+            date.fromisoformat(f"2024-{day}")  # a leap year; ValueError says what is wrong
         return self
 
     def last_day(self, on: date) -> date | None:
-        """The last day of the season that a day lies in; None: it lies in none."""
+        """The last day of this season if it includes the day `on`; else None."""
         day = f"{on:%m-%d}"
         over_new_year = self.begins > self.ends
         if not ((self.begins <= day or day <= self.ends) if over_new_year else (self.begins <= day <= self.ends)):
@@ -117,11 +117,11 @@ class Limits(_Strict):
     output_tokens: Annotated[int, Field(ge=1)] = 400
     """The most tokens that a model may write for one answer."""
     retries: Annotated[int, Field(ge=0)] = 0
-    """How often an answer that fails a quality gate is asked for again; each time is another call."""
+    """How often to ask again for an answer that fails a quality gate; each time is another call."""
 
 
 class Scenario(_Strict):
-    """What a scenario file holds; unknown keys are refused."""
+    """The content of a scenario file; unknown keys are refused."""
 
     name: Word
     language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] = "en"
@@ -144,7 +144,7 @@ def known_scenarios() -> list[str]:
 
 
 def load_scenario(name: str | Path | None = None) -> Scenario:
-    """Read a scenario that comes with the product, by its name, or a TOML file; None reads the one of films.
+    """Read a scenario that comes with the product, by its name, or a TOML file; None: movies.
 
     Raises:
         NotFoundError: no such scenario.
@@ -165,7 +165,7 @@ def load_scenario(name: str | Path | None = None) -> Scenario:
 
 
 def own_templates(name: str | Path | None) -> Path | None:
-    """The folder `templates` beside a scenario file, which may have templates of its own; None: there is none."""
+    """The folder `templates` beside a scenario file, which may hold its own templates; None: there is none."""
     folder = Path(name).parent / "templates" if name and str(name) not in known_scenarios() else None
     return folder if folder and folder.is_dir() else None
 

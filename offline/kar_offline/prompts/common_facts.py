@@ -1,0 +1,75 @@
+"""Owns what the members of a cluster have in common: values of facts, and titles that they liked or disliked."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Final, NamedTuple
+
+from kar_offline.prompts.untrusted import WITHHELD, Part, plain, quoted
+
+__all__ = ["MOST_TITLES", "CountedTitle", "Opinions", "common_facts", "counted", "opinions"]
+
+MOST_TITLES: Final = 20
+"""The most titles that a prompt about a cluster shows, of each kind."""
+MOST_VALUES: Final = 5
+"""The most values of one fact that it shows."""
+
+CountedTitle = tuple[str, int]
+"""A title, or a value of a fact, and the number of members."""
+
+
+class Opinions(NamedTuple):
+    """Titles and how many users liked, or disliked, each; the largest numbers first."""
+
+    liked: list[CountedTitle]
+    disliked: list[CountedTitle]
+
+
+def common_facts(members: Sequence[Mapping[str, Sequence[Part]]], allowed: Sequence[str]) -> dict[str, str]:
+    """What members have in common, by fact: values with the number of members, numbers as a range.
+
+    A value is shown if at least two and a quarter of all members have it.
+
+    Args:
+        members: The parts of each member's facts.
+        allowed: Names of the facts to look at, in order.
+    """
+    common = {}
+    fewest = max(2, len(members) / 4)
+    for name in allowed:
+        # `fromkeys`: a value counts once for a member, and values of equal counts keep their order.
+        values = Counter(part for facts in members for part in dict.fromkeys(facts.get(name, ())))
+        numbers = [value for value in values if isinstance(value, int | float)]
+        frequent = [(quoted(value), count) for value, count in values.most_common(MOST_VALUES) if count >= fewest]
+        if numbers:
+            common[name] = f"{plain(min(numbers))} to {plain(max(numbers))}"
+        elif frequent:
+            common[name] = counted(frequent, ", ")
+    return common
+
+
+def opinions(histories: Sequence[Sequence[tuple[str, float]]]) -> Opinions:
+    """Titles that most of their raters liked or disliked: rated at or above the mean of all ratings, or below it.
+
+    Args:
+        histories: Of each user the titles rated and the ratings.
+    """
+    ratings = [rating for history in histories for _, rating in history]
+    middle = mean(ratings) if ratings else 0.0
+    likes: Counter[str] = Counter()
+    dislikes: Counter[str] = Counter()
+    for history in histories:
+        for title, rating in history:
+            (likes if rating >= middle else dislikes)[title] += 1
+    return Opinions(_outnumbering(likes, dislikes), _outnumbering(dislikes, likes))
+
+
+def _outnumbering(own: Counter[str], other: Counter[str]) -> list[CountedTitle]:
+    """The titles that have a larger count in `own` than in `other`."""
+    titles = [(title, n) for title, n in own.most_common() if n > other[title] and title != WITHHELD]
+    return titles[:MOST_TITLES]
+
+
+def counted(values: Sequence[CountedTitle], between: str) -> str:
+    """Values with their numbers as one text: "Heat (3), Ran (2)"."""
+    return between.join(f"{value} ({number})" for value, number in values)

@@ -1,0 +1,34 @@
+"""Owns the prompt: one question about one entity or cluster, as `prompts.jsonl` holds it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kar_sidecar.entities import EntityKind
+
+__all__ = ["Prompt", "PromptKind"]
+
+PromptKind = Literal["factual", "reasoning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question about one entity, or one cluster; the fields are those of a line of `prompts.jsonl`."""
+
+    id: str
+    kind: PromptKind
+    entity: EntityKind
+    template: str
+    prompt: str
+    prompt_sha256: str
+    history_cutoff: int
+    """The number of the user's first events up to now, the last of which it shows; 0 for items and clusters."""
+    raw_text: str
+    """The facts that the prompt shows, without the instruction."""
+    title: str
+    """An item's name as shown; empty for users and clusters, and where it is withheld."""
+    context: dict[str, str]
+    """The seasons that entered the prompt: "season", "about" and "events"; empty outside of seasons."""
+    expires_after_days: int | None
+    """Age at which an answer is stale; None: never."""
+    expires_on: str | None
+    """ISO date: last day of the season that entered; None: no season did."""
