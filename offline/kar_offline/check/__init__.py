@@ -1,4 +1,4 @@
-"""Owns quality gates: what is wrong with a text that a language model wrote, before anything is made of it."""
+"""Owns quality gates: they judge each text of a language model before it is used."""
 
 from kar_offline.check.duplicates import near_duplicates
 from kar_offline.check.facts import FactsTable, facts_table

@@ -1,7 +1,6 @@
-"""Owns the gate that holds a text about an item against known facts: who directed it, who is in it, when, which genre.
+"""Owns the gate of facts: a text about an item must not contradict its known directors, cast, years and genres.
 
-A claim is read only where a text makes it in so many words, in English, and fails only where what is known contradicts
-it.
+Only explicit claims in English are read, and a claim fails only if a known fact contradicts it.
 """
 
 import re
@@ -15,6 +14,7 @@ from typing import Final, NamedTuple
 from kar_offline.check.gate_context import Rules, Subject
 from kar_offline.check.gate_result import PASSED, Finding, failed, unknown
 from kar_offline.check.name_matching import Mention, Words, person_forms
+from kar_sidecar.entities import ITEM
 
 __all__ = ["facts"]
 
@@ -37,24 +37,24 @@ WITH: Final = re.compile(
 ACTS: Final = frozenset(("stars", "star", "plays", "play"))
 DIRECTS: Final = frozenset(("directs",))
 WINDOW: Final = 16
-"""Words from the beginning of a list of people that are searched for a known one."""
+"""Number of words from the beginning of a list of people that are searched for a known person."""
 OTHERS: Final = frozenset(("starring", "stars", "from", "with", "based", "featuring", "written", "produced"))
-"""Words that end such a list: people of another kind follow."""
+"""Words that end a list of people; people with another role follow."""
 RICH_CAST: Final = 10
-"""People of a cast list from which a text whose actors are all missing in it is wrong."""
+"""Fewest people of a cast list that is complete enough to contradict a text whose actors are all missing in it."""
 ALIKE: Final = 0.78
-"""Similarity from which two spellings are one name: "Djordjadze", "Jorjadze"."""
+"""Similarity from which two spellings are the same name: "Djordjadze", "Jorjadze"."""
 SHORT: Final = 3
-"""Letters of names that have no other spelling."""
+"""Names of at most this number of letters are compared exactly."""
 PSEUDONYM: Final = "smithee"
-"""The name that directors took who disowned their film."""
+"""Pseudonym of directors who disowned their film."""
 
 MADE: Final = range(-1, 2)
-"""Years after the known one that a text may say an item is of: catalogues differ by one."""
+"""Allowed difference between a claimed and the known year of an item: catalogues differ by one."""
 OUT: Final = range(-1, 4)
-"""Years after the known one in which it may have come out: some wait."""
+"""Allowed difference between a claimed year of release and the known year: some films are released late."""
 AWARDED: Final = range(-1, 5)
-"""Years after the known one in which it may have had its awards."""
+"""Allowed difference between the year of an award and the known year."""
 YEAR: Final = r"(?P<year>1[89]\d\d|20\d\d)"
 ANY_YEAR: Final = re.compile(r"1[89]\d\d|20\d\d")
 AFTER_TITLE: Final = re.compile(rf"['\"’”*]*,? \({YEAR}\)")
@@ -76,9 +76,9 @@ OTHER_WORK: Final = re.compile(
     r"honorary|lifetime|record)\b|['’]s? $",
     re.IGNORECASE,
 )
-"""Before a year: it belongs to another work or to another year of its maker's."""
+"""Words before a year that belongs to another work, or to another event in a maker's life."""
 BEFORE: Final = 60
-"""Characters before a year that are searched for `OTHER_WORK`."""
+"""Number of characters before a year that are searched for `OTHER_WORK`."""
 
 GENRE_WORDS: Final = {
     "documentary": "documentary",
@@ -117,26 +117,28 @@ NEAR: Final = {
     "action": frozenset(("horror", "fantasy", "sport", "mystery", "history")) | _LOUD,
     "fantasy": frozenset(("drama", "adventure", "sci-fi", "horror", "action")) | _LIGHT,
 }
-"""The genres, one of which an item must have to be called so. Catalogues leave genres out: only far ones contradict."""
+"""By claimed genre, the genres that agree with it. Catalogues omit genres, so only distant genres contradict."""
 GENRES: Final = frozenset().union(*NEAR.values())
-"""What is understood: other catalogues' genres, such as "Fiction", contradict nothing."""
+"""The genres that this gate knows; an item with another genre, such as "Fiction", is not judged."""
 ENOUGH_GENRES: Final = 2
-"""Known genres from which a list of them can contradict: a single one is what a catalogue made do with."""
-NO_KIND: Final = "mock|fake|spoof|parody|an?|the|of|about|in|on|by|with|for|from|to|than|that|which|who"
-"""Words that end the description of what something is, or turn it around."""
+"""Fewest known genres that can contradict a claim: a single genre is often incomplete."""
+NOT_A_KIND: Final = "mock|fake|spoof|parody|an?|the|of|about|in|on|by|with|for|from|to|than|that|which|who"
+"""Words that end the description of a kind of film, or reverse its meaning."""
 
 
 class Claim(NamedTuple):
-    """Something that a text says, and whether it agrees with what is known; None: nothing is known of it."""
+    """A claim of a text, and whether it agrees with the known facts."""
 
-    said: str
+    quotation: str
     agrees: bool | None
+    """None: no known fact agrees or contradicts."""
     known: str = ""
+    """The known fact, in words."""
 
 
 def facts(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention]) -> Finding:
-    """Whether a text about an item contradicts what is known of it."""
-    if about.entity != "item":
+    """Fails a text about an item that contradicts a known fact."""
+    if about.entity != ITEM:
         return PASSED
     claims = [
         *_directors(words, about),
@@ -144,7 +146,7 @@ def facts(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention
         *_years(words, about, rules, mentions),
         *_genres(words, about, rules),
     ]
-    if wrong := dict.fromkeys(f"{claim.said} ({claim.known})" for claim in claims if claim.agrees is False):
+    if wrong := dict.fromkeys(f"{claim.quotation} ({claim.known})" for claim in claims if claim.agrees is False):
         return failed(f"contradicts what is known: {'; '.join(wrong)}")
     if any(claim.agrees for claim in claims) or any(mention.name not in about.titles for mention in mentions):
         return PASSED
@@ -152,61 +154,65 @@ def facts(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention
 
 
 def _directors(words: Words, about: Subject) -> Iterator[Claim]:
-    told = list(DIRECTED.finditer(words.text))
-    # These may be about another director than the item's, which is then named elsewhere.
+    explicit = list(DIRECTED.finditer(words.text))
+    # These phrases may be about another film's director; the item's own director is then named elsewhere.
     loose = [match.group() for match in (DIRECTOR.search(words.text),) if match] + _who(words, DIRECTS)
-    if told or loose:
-        window = _after(words, told)
+    if explicit or loose:
+        window = _after(words, explicit)
         known = about.directors and PSEUDONYM not in window
-        agrees = _names_one(window, about.directors) or _spells_one(window, about.directors) if known else None
-        yield Claim(told[0].group() if told else loose[0], agrees, f"directed by {', '.join(about.directors[:3])}")
+        agrees = _names_any(window, about.directors) or _spells_any(window, about.directors) if known else None
+        yield Claim(
+            explicit[0].group() if explicit else loose[0], agrees, f"directed by {', '.join(about.directors[:3])}"
+        )
 
 
 def _cast(words: Words, about: Subject, mentions: Sequence[Mention]) -> Iterator[Claim]:
-    told = list(STARRING.finditer(words.text))
+    explicit = list(STARRING.finditer(words.text))
     loose = [match.group() for match in (WITH.search(words.text),) if match] + _who(words, ACTS)
-    if told or loose:
+    if explicit or loose:
         named = {mention.name for mention in mentions}
         agrees = any(not named.isdisjoint(person_forms(name)) for name in about.cast)
-        agrees = agrees or (bool(told) and _names_one(_after(words, told), about.cast))
+        agrees = agrees or (bool(explicit) and _names_any(_after(words, explicit), about.cast))
         known = f"nobody named is among the {len(about.cast)} known to be in it"
-        said = told[0].group() if told else loose[0]
-        yield Claim(said, agrees or (False if len(about.cast) >= RICH_CAST else None), known)
+        quotation = explicit[0].group() if explicit else loose[0]
+        yield Claim(quotation, agrees or (False if len(about.cast) >= RICH_CAST else None), known)
 
 
-def _after(words: Words, found: Sequence[re.Match[str]]) -> list[str]:
-    """The folded words with capitals that follow where each match begins to name people; without matches, all."""
-    starts = [bisect_left(words.spans, (match.start("who"), 0)) for match in found]
+def _after(words: Words, matches: Sequence[re.Match[str]]) -> list[str]:
+    """The folded words with capitals from the people of each match on; without matches, all of the text."""
+    starts = [bisect_left(words.spans, (match.start("who"), 0)) for match in matches]
     numbers: Iterable[int] = range(len(words.folded))
-    if found:
+    if matches:
         numbers = chain.from_iterable(
-            takewhile(lambda number: words.folded[number] not in OTHERS, range(at, min(at + WINDOW, len(words.folded))))
-            for at in starts
+            takewhile(
+                lambda number: words.folded[number] not in OTHERS, range(start, min(start + WINDOW, len(words.folded)))
+            )
+            for start in starts
         )
     return [words.folded[number] for number in numbers if words.capital(number)]
 
 
 def _who(words: Words, verbs: frozenset[str]) -> list[str]:
-    """What stands where two words with capitals come before one of the verbs: "Lee Tamahori directs"."""
+    """Phrases of two words with capitals before one of the verbs: "Lee Tamahori directs"."""
     if not any(f" {verb} " in words.line for verb in verbs):
         return []
     return [
-        words.text[words.spans[at - 2][0] : words.spans[at][1]]
-        for at, word in enumerate(words.folded)
-        if word in verbs and at > 1 and words.capital(at - 1) and words.capital(at - 2)
+        words.text[words.spans[number - 2][0] : words.spans[number][1]]
+        for number, word in enumerate(words.folded)
+        if word in verbs and number > 1 and words.capital(number - 1) and words.capital(number - 2)
     ]
 
 
-def _names_one(told: Sequence[str], people: Sequence[str]) -> bool:
-    """Whether folded words have the last name of one of the people, or two parts of a name."""
-    has = set(told)
+def _names_any(window: Sequence[str], people: Sequence[str]) -> bool:
+    """Whether folded words include the last name of one of the people, or two parts of a name."""
+    has = set(window)
     names = [person_forms(name)[-1].split() for name in people if person_forms(name)]
     return any(name[-1] in has or len(has.intersection(name)) > 1 for name in names)
 
 
-def _spells_one(told: Sequence[str], people: Sequence[str]) -> bool:
-    """Whether folded words, alone or two in a row, have the last name of one of the people in another spelling."""
-    spelt = {word for word in (*told, *map("".join, pairwise(told))) if len(word) > SHORT}
+def _spells_any(window: Sequence[str], people: Sequence[str]) -> bool:
+    """Whether folded words, alone or joined in pairs, are another spelling of the last name of one of the people."""
+    spelt = {word for word in (*window, *map("".join, pairwise(window))) if len(word) > SHORT}
     last = {forms[-1].split()[-1] for person in people if (forms := person_forms(person))}
     return any(
         SequenceMatcher(None, word, name).ratio() >= ALIKE for name in last if len(name) > SHORT for word in spelt
@@ -219,8 +225,8 @@ def _years(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mentio
         return
     known = f"it is of {' or '.join(map(str, about.years))}"
 
-    def claim(said: str, year: int, within: range) -> Claim:
-        return Claim(said, min(about.years) + within[0] <= year <= max(about.years) + within[-1], known)
+    def claim(quotation: str, year: int, within: range) -> Claim:
+        return Claim(quotation, min(about.years) + within[0] <= year <= max(about.years) + within[-1], known)
 
     named = []
     for mention in mentions:
@@ -230,8 +236,8 @@ def _years(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mentio
                 named.append(claim(text[start : after.end()], int(after["year"]), MADE))
             if before := BEFORE_TITLE.search(text[:start]):
                 named.append(claim(text[before.start() : end], int(before["year"]), MADE))
-    # A title with another year beside the right one is that of another version.
-    yield from [one for one in named if one.agrees] or named
+    # Where the title also stands with the right year, a different year is that of another version.
+    yield from [of_title for of_title in named if of_title.agrees] or named
     for pattern, within in ((_made(rules.nouns), MADE), (RELEASED, OUT), (AWARD_YEAR, AWARDED)):
         for match in pattern.finditer(text):
             year = int(next(filter(None, match.groups())))
@@ -241,13 +247,13 @@ def _years(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mentio
         yield claim(match.group(), int(match["year"]), range(-9 + MADE[0], MADE[-1] + 1))
 
 
-def _other_work(text: str, at: int) -> bool:
-    """Whether what the sentence says before a place tells that another work is meant."""
-    return bool(OTHER_WORK.search(re.split(r"[.!?]\s", text[max(at - BEFORE, 0) : at])[-1]))
+def _other_work(text: str, position: int) -> bool:
+    """Whether the sentence before a position speaks of another work."""
+    return bool(OTHER_WORK.search(re.split(r"[.!?]\s", text[max(position - BEFORE, 0) : position])[-1]))
 
 
 def _inside(words: Words, mention: Mention) -> bool:
-    """Whether a mention is but the end of a longer name: "Frankenstein Meets the Wolf Man"."""
+    """Whether a mention is only the end of a longer name: "Frankenstein Meets the Wolf Man"."""
     if words.ends_quote(mention):
         return True
     before = mention.first - 1
@@ -279,7 +285,7 @@ def _decade(nouns: Sequence[str]) -> re.Pattern[str]:
 def _genre(nouns: Sequence[str]) -> re.Pattern[str]:
     kinds, things = "|".join(sorted(GENRE_WORDS, key=len, reverse=True)), "|".join(map(re.escape, nouns))
     return re.compile(
-        rf"\b(?:(?:is|was) an?|[Tt]his) (?P<kind>(?:(?!(?:{NO_KIND}|{things}) )[\w'-]+ ){{0,5}}?(?:{kinds}))"
+        rf"\b(?:(?:is|was) an?|[Tt]his) (?P<kind>(?:(?!(?:{NOT_A_KIND}|{things}) )[\w'-]+ ){{0,5}}?(?:{kinds}))"
         rf"(?: (?:{things})\b|(?=[,.;:)]| (?:directed|about|by|starring|set|that|which|from|with|based|is|was)\b))"
     )
 
@@ -289,6 +295,8 @@ def _genres(words: Words, about: Subject, rules: Rules) -> Iterator[Claim]:
     if len(known) < ENOUGH_GENRES or not known <= GENRES:
         return
     for match in _genre(rules.nouns).finditer(words.text):
-        told = [genre for word, genre in GENRE_WORDS.items() if re.search(rf"\b{word}\b", match["kind"], re.IGNORECASE)]
-        agrees = any(not NEAR[genre].isdisjoint(known) for genre in told)
+        claimed = [
+            genre for word, genre in GENRE_WORDS.items() if re.search(rf"\b{word}\b", match["kind"], re.IGNORECASE)
+        ]
+        agrees = any(not NEAR[genre].isdisjoint(known) for genre in claimed)
         yield Claim(match.group(), agrees, f"its genres are {', '.join(sorted(known))}")

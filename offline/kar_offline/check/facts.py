@@ -1,7 +1,7 @@
-"""Owns facts tables: what is known of films from elsewhere, to hold texts against.
+"""Owns facts tables: facts about films from outside the dataset, with which texts are compared.
 
-Facts come from Wikidata, through the wheel `bokeh-sampledata` that carries its facts on 17,472 films (CC0), or from a
-file of one's own: CSV or JSON Lines with the columns title, year, directors, genres and cast. Several values of a cell
+Facts come from Wikidata, through the wheel `bokeh-sampledata` with its facts on 17,472 films (CC0), or from a file of
+your own: CSV or JSON Lines with the columns title, year, directors, genres and cast. Several values of a cell
 are separated by commas or semicolons in CSV, and are lists in JSON Lines.
 """
 
@@ -32,7 +32,7 @@ DATABASE: Final = "bokeh_sampledata/_data/movies.db"
 
 
 class Film(NamedTuple):
-    """What a table knows of a film."""
+    """The facts of a table about one film."""
 
     title: str
     year: int
@@ -48,11 +48,11 @@ class FactsTable:
     name: str
     size: int
     whole: Mapping[str, Sequence[Film]]
-    """By each name that a title holds."""
+    """By each name in a title."""
     bare: Mapping[str, Sequence[Film]]
-    """By the same without their articles."""
+    """By each name in a title, without its article."""
     parts: Mapping[str, Sequence[Film]]
-    """By each part of a title with a subtitle."""
+    """By each part of a title that has a subtitle."""
 
     @staticmethod
     def of(name: str, films: Iterable[Film]) -> "FactsTable":
@@ -69,24 +69,25 @@ class FactsTable:
         return FactsTable(name, size, whole, bare, parts)
 
     def find(self, title: str, year: int | None) -> Film | None:
-        """The film of a title as catalogues write it; None if there is none or more than one.
+        """The film with a title as catalogues write it; None if there is none, or more than one.
 
-        Looked for in turn: its title in its year; without article; its title in the year before or after (festival or
-        release, at home or abroad); a part of a title in its year ("Star Wars" of "Star Wars: Episode IV").
+        Tried in this order: the title in its year; the title without article; the title in the year before or
+        after (festival or release, at home or abroad); a part of a title in its year ("Star Wars" of "Star Wars:
+        Episode IV").
         """
         if year is None:
             return None
-        ways: Sequence[tuple[Mapping[str, Sequence[Film]], Sequence[str], int]] = (
+        searches: Sequence[tuple[Mapping[str, Sequence[Film]], Sequence[str], int]] = (
             (self.whole, whole_titles(title), 0),
             (self.bare, title_forms(title), 0),
             (self.whole, whole_titles(title), 1),
             (self.whole, title_parts(title), 0),
             (self.parts, (*whole_titles(title), *title_parts(title)), 0),
         )
-        for index, forms, apart in ways:
-            found = {film for form in forms for film in index.get(form, ()) if abs(film.year - year) == apart}
-            if found:
-                return found.pop() if len(found) == 1 else None
+        for index, forms, years_apart in searches:
+            films = {film for form in forms for film in index.get(form, ()) if abs(film.year - year) == years_apart}
+            if films:
+                return films.pop() if len(films) == 1 else None
         return None
 
 
@@ -99,13 +100,13 @@ def facts_table(
     """Read a facts table: "wikidata", or a CSV or JSON Lines file.
 
     Args:
-        source: The name or the file.
+        source: "wikidata" or the file.
         cache: Where the wheel is kept; default: the product's cache.
         download: Fetches the wheel.
 
     Raises:
         NotFoundError: the file does not exist.
-        InputError: the file is not what it should be; the text names the line.
+        InputError: a line of the file is wrong; the text names it.
         UnavailableError: the wheel is neither cached nor to be downloaded.
     """
     if source == WIKIDATA:
@@ -132,7 +133,7 @@ Values = Annotated[tuple[str, ...], BeforeValidator(_values)]
 
 
 class _Line(BaseModel):
-    """One line of a user's file; columns that are not named here are not read."""
+    """One line of a user's file; other columns are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -145,9 +146,9 @@ class _Line(BaseModel):
 
 def _read(path: Path) -> Iterator[Film]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        table = path.suffix == ".csv"
-        rows: Iterator[Any] = csv.DictReader(file) if table else map(json.loads, file)
-        for number in itertools.count(2 if table else 1):  # the first line of a table names its columns
+        is_csv = path.suffix == ".csv"
+        rows: Iterator[Any] = csv.DictReader(file) if is_csv else map(json.loads, file)
+        for number in itertools.count(2 if is_csv else 1):  # the first line of a CSV file names its columns
             try:
                 row = next(rows, None)
                 if row is None:

@@ -1,4 +1,4 @@
-"""Owns what is known when a text is judged: of its entity (`Subject`), and of what was asked (`Rules`)."""
+"""Owns the context of the gates: facts about the entity (`Subject`) and demands on its text (`Rules`)."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,14 +19,14 @@ NOUNS: Final[Mapping[str, tuple[str, ...]]] = {
     "film": ("film", "movie", "picture", "feature"),
     "book": ("book", "novel"),
 }
-"""Other words for what a scenario calls an item."""
+"""Synonyms of the noun by which a scenario calls an item."""
 MAKERS: Final = ("author", "authors", "artist", "artists", "writers", "director")
-"""Facts of datasets that name people."""
+"""Names of facts that hold names of people."""
 PEOPLE: Final = re.compile(
     r"\b(?:directors?|actors?|cast|authors?|writers?|artists?|performers?|singers?|musicians?)\b"
 )
 INSTRUCTION: Final = 5
-"""Words in a row of an instruction that no answer has by chance."""
+"""Number of words in a row that an answer does not share with an instruction by chance."""
 COMMON: Final = frozenset(("and", "or", "of", "the", "a", "in"))
 NOTHING: Final = Names.of(())
 TEMPLATE_CODE: Final = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\n", re.DOTALL)
@@ -34,48 +34,48 @@ TEMPLATE_CODE: Final = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\n", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is known of an entity that a text is about. Names are folded (see `names`)."""
+    """Facts about the entity of a text. Names are folded (see `name_matching`)."""
 
     entity: EntityKind
     id: str
     names: Names = NOTHING
-    """Item: its titles, and the people who made it or are in it. User: the titles of all items."""
+    """Item: its titles, its makers and its cast. User: the titles of all items."""
     titles: frozenset[str] = frozenset()
     """Item: its titles. User: the titles of the items that the prompt shows."""
     later: frozenset[str] = frozenset()
-    """User: the titles of items that came after the cut-off and that the prompt does not show."""
+    """User: titles of items after the cut-off that the prompt does not show."""
     directors: tuple[str, ...] = ()
     """Item: as written; empty where not known."""
     cast: tuple[str, ...] = ()
     """Item: as written; empty where not known."""
     years: tuple[int, ...] = ()
-    """Item: when it came out, by one catalogue or several."""
+    """Item: years of release, by one or several catalogues."""
     genres: frozenset[str] = frozenset()
-    """Item: as catalogues write them."""
+    """Item: genres as catalogues write them."""
     withheld: Mapping[str, str] = field(default_factory=dict)
-    """User: facts that the scenario does not allow in prompts, by name."""
+    """User: facts that the scenario does not allow in prompts, by the name of the fact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a scenario asks of the texts about one kind of entity."""
+    """The demands of a scenario on texts about one kind of entity."""
 
     language: str
     """ISO 639-1."""
     words: tuple[int, int]
-    """The fewest and the most."""
+    """The fewest and the most words."""
     allowed: frozenset[str]
     """The facts that a text may mention."""
     nouns: tuple[str, ...]
-    """What an item is called."""
+    """Nouns for an item."""
     factors: tuple[str, ...] = ()
-    """What was asked about, folded: those of several words."""
+    """The aspects that the prompt asks for, folded; only those of several words."""
     instructions: frozenset[tuple[str, ...]] = frozenset()
-    """Every few words in a row of the prompt's own lines, folded."""
+    """Every `INSTRUCTION` words in a row of the prompt's own lines, folded."""
     people: bool = False
-    """Whether people were asked for, such as "director and leading actors"."""
+    """Whether the prompt asks for people, such as "director and leading actors"."""
     vocabulary: frozenset[str] = frozenset()
-    """The words of factors and facts, which may be labels in a list but not in prose."""
+    """The words of factors and names of facts: as labels before a colon they make a list, not prose."""
 
     @staticmethod
     def of(scenario: Scenario, entity: EntityKind) -> "Rules":
@@ -107,13 +107,13 @@ def _runs(template: str) -> Iterator[tuple[str, ...]]:
 def subjects(
     dataset: Dataset, scenario: Scenario, facts: FactsTable | None = None
 ) -> dict[tuple[EntityKind, str], Subject]:
-    """What is known of every entity of a dataset, by kind and id."""
+    """The facts about every entity of a dataset, by kind and id."""
     titles = [str(item.facts.get(scenario.item.title) or "") for item in dataset.items]
     forms = [frozenset(title_forms(title)) for title in titles]
-    every = Names.of(frozenset().union(*forms))
-    found: dict[tuple[EntityKind, str], Subject] = {}
+    all_titles = Names.of(frozenset().union(*forms))
+    by_entity: dict[tuple[EntityKind, str], Subject] = {}
     for item, title in zip(dataset.items, titles, strict=True):
-        found[ITEM, item.id] = _item(item, title, facts)
+        by_entity[ITEM, item.id] = _item(item, title, facts)
     for row, user in enumerate(dataset.users):
         events, end = dataset.prompt_events(row), int(dataset.offsets[row + 1])
         shown, later = (
@@ -125,8 +125,8 @@ def subjects(
             for name, value in user.facts.items()
             if name not in scenario.user.allowed and value not in (None, "")
         }
-        found[USER, user.id] = Subject(USER, user.id, every, shown, later - shown, withheld=withheld)
-    return found
+        by_entity[USER, user.id] = Subject(USER, user.id, all_titles, shown, later - shown, withheld=withheld)
+    return by_entity
 
 
 def _item(item: Entity, title: str, facts: FactsTable | None) -> Subject:

@@ -1,4 +1,4 @@
-"""Owns what one gate says of one text."""
+"""Owns the result of one gate on one text."""
 
 from typing import Final, NamedTuple
 
@@ -8,7 +8,7 @@ __all__ = ["PASSED", "Finding", "failed", "unknown"]
 
 
 class Finding(NamedTuple):
-    """An outcome and why, for people to read; empty where it passed."""
+    """An outcome, and the reason for people to read; the reason is empty where the text passed."""
 
     outcome: records_pb2.Outcome
     reason: str = ""
@@ -18,10 +18,10 @@ PASSED: Final = Finding(records_pb2.OUTCOME_PASSED)
 
 
 def failed(reason: str) -> Finding:
-    """The text is wrong."""
+    """The gate refuses the text."""
     return Finding(records_pb2.OUTCOME_FAILED, reason)
 
 
 def unknown(reason: str) -> Finding:
-    """The gate could not tell."""
+    """The gate cannot tell."""
     return Finding(records_pb2.OUTCOME_UNKNOWN, reason)

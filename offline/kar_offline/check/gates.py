@@ -1,4 +1,4 @@
-"""Owns the judgement of one text: every gate, in a fixed order, one verdict each."""
+"""Owns the judgement of one text: one verdict of each gate, in a fixed order."""
 
 from typing import Final
 
@@ -10,7 +10,7 @@ from kar_offline.check.name_matching import Words
 __all__ = ["DUPLICATE_GATE", "GATES", "GATES_VERSION", "judge"]
 
 GATES_VERSION: Final = 1
-"""Rises when a gate changes what it says of some text, so that records are judged again."""
+"""Rises when a gate changes a verdict on some text, so that records are judged again."""
 GATES: Final = (
     "refusal",
     "language",
@@ -24,17 +24,17 @@ GATES: Final = (
     "personal",
 )
 DUPLICATE_GATE: Final = "duplicate"
-"""The name of the gate that `near_duplicates` is, which looks at all texts together."""
+"""Name of the gate `near_duplicates`, which compares all texts."""
 
 
 def judge(text: str, subject: Subject, rules: Rules, finish: str = "stop") -> tuple[records_pb2.Verdict, ...]:
     """The verdicts of all gates on one text, in the order of `GATES`. Never raises, whatever the text.
 
     Args:
-        text: What a model wrote.
-        subject: What is known of the entity that the text is about.
-        rules: What the scenario asks of such texts.
-        finish: Why the model ended, as `Reply.finish` tells; "length": it was cut off.
+        text: The model's text.
+        subject: Facts about the entity.
+        rules: What the scenario demands of such texts.
+        finish: Why the text ended, as in `Reply.finish`; "length": it was cut off.
     """
     words = Words.of(text)
     mentions = tuple(words.mentions(subject.names))

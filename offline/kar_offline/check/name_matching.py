@@ -1,4 +1,4 @@
-"""Owns names: the forms in which catalogues write titles and people, and where a text mentions them."""
+"""Owns name matching: the forms in which catalogues write titles and people, and mentions of them in a text."""
 
 import re
 import unicodedata
@@ -22,19 +22,19 @@ __all__ = [
 
 WORD: Final = re.compile(r"\w+|&")
 FORMAT: Final = re.compile(r"\((?:V|TV|VG)\)\s*$")
-"""How catalogues mark what was not made for cinemas."""
+"""Marks of catalogues for films that were not made for cinemas."""
 YEAR: Final = re.compile(r"\((1[89]\d\d|20\d\d)\)")
 BRACKETS: Final = re.compile(r"\(([^()]*)\)")
 ARTICLES: Final = "the|an?|la|les?|il|lo|gli|i|das|der|die|ein|eine|el|los|las|det|den|de|het|o|os|as|une?|l"
 ARTICLE_LAST: Final = re.compile(rf"(?P<name>.+), (?P<article>(?:{ARTICLES})'?)", re.IGNORECASE)
 ARTICLE_FIRST: Final = re.compile(r"^(?:the|an?|la|les?|il|lo|el|los|las|das|der|eine?|une?|det|den) (?=.)")
-"""Folded; without those that are words in English titles: "Die Hard", "As Good As It Gets"."""
+"""Folded articles; without "die" and "as", which begin English titles: "Die Hard", "As Good As It Gets"."""
 PARTS: Final = re.compile(r": | - | – |/")
 LETTERS: Final = str.maketrans(
     {"ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "ð": "d", "Ð": "D", "þ": "th", "Þ": "Th", "æ": "ae", "Æ": "Ae"}
     | {"œ": "oe", "Œ": "Oe", "ı": "i"}
 )
-"""Letters that are written in plain ones elsewhere and that Unicode does not take apart."""
+"""Letters that others write with plain ones and that Unicode does not decompose."""
 QUOTES: Final = frozenset("'\"‘’“”«»*_`")
 SUFFIXES: Final = frozenset({"jr", "sr", "ii", "iii"})
 
@@ -48,13 +48,13 @@ def _fold_word(word: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Text as it is compared: words without accents, case or punctuation, one space between them."""
+    """Text for comparison: words without accents, case or punctuation, with one space between them."""
     return " ".join(map(_fold_word, WORD.findall(unicodedata.normalize("NFC", text))))
 
 
 def runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
     """Every `length` words in a row."""
-    return zip(*(words[at:] for at in range(length)), strict=False)
+    return zip(*(words[start:] for start in range(length)), strict=False)
 
 
 def year_of(title: str) -> int | None:
@@ -65,7 +65,7 @@ def year_of(title: str) -> int | None:
 
 @lru_cache(maxsize=65536)
 def whole_titles(title: str) -> tuple[str, ...]:
-    """The folded names that a title holds, the best first: the title without its year, and alternatives in brackets.
+    """The folded names in a title, the best first: the title without its year, then alternatives in brackets.
 
     >>> whole_titles("Usual Suspects, The (1995)")
     ('the usual suspects',)
@@ -79,7 +79,7 @@ def whole_titles(title: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=65536)
 def title_forms(title: str) -> tuple[str, ...]:
-    """`whole_titles`, and the same without their articles.
+    """`whole_titles`, then the same names without articles.
 
     >>> title_forms("Postino, Il (1994)")
     ('il postino', 'postino')
@@ -90,7 +90,7 @@ def title_forms(title: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=65536)
 def title_parts(title: str) -> tuple[str, ...]:
-    """The folded parts of a title with a subtitle, each of two words or more: either may stand for it.
+    """The folded parts of a title with a subtitle, each of at least two words: a text may use either.
 
     >>> title_parts("Star Trek: The Wrath of Khan (1982)")
     ('star trek', 'the wrath of khan')
@@ -100,14 +100,14 @@ def title_parts(title: str) -> tuple[str, ...]:
 
 
 def _turn(name: str) -> str:
-    """A name with its article in front."""
+    """A name with its article moved to the front."""
     turned = ARTICLE_LAST.fullmatch(name)
     return f"{turned['article']} {turned['name']}" if turned else name
 
 
 @lru_cache(maxsize=65536)
 def person_forms(name: str) -> tuple[str, ...]:
-    """The folded forms of a person's name: as it is, and without initials and suffixes.
+    """The folded forms of a person's name: complete, and without initials and suffixes.
 
     >>> person_forms("Samuel L. Jackson")
     ('samuel l jackson', 'samuel jackson')
@@ -118,7 +118,7 @@ def person_forms(name: str) -> tuple[str, ...]:
 
 
 class Mention(NamedTuple):
-    """A name in a text: its folded form and the numbers of its first word and of the word after its last."""
+    """A name in a text: its folded form, the number of its first word, and the number of the word after it."""
 
     name: str
     first: int
@@ -127,11 +127,11 @@ class Mention(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Folded names to look for. Construct with `Names.of`."""
+    """Folded names to search for. Construct with `Names.of`."""
 
     forms: frozenset[str]
     longest: Mapping[str, int]
-    """Words of the longest name that begins with a word."""
+    """By first word, the number of words of the longest name that begins with it."""
 
     @staticmethod
     def of(forms: Iterable[str]) -> "Names":
@@ -146,7 +146,7 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A text and its words, folded, with their places in it."""
+    """A text with its folded words and their positions."""
 
     text: str
     folded: tuple[str, ...]
@@ -156,8 +156,8 @@ class Words:
 
     @staticmethod
     def of(text: str) -> "Words":
-        """Split a text into words. Places are those in the text's NFC form, which is kept as `text`."""
-        # Halves of a character, which a hostile server may send, can be written nowhere.
+        """Split a text into words. Positions refer to the text's NFC form, which is kept as `text`."""
+        # A hostile server may send halves of a character, which cannot be stored.
         text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
         spans = tuple(match.span() for match in WORD.finditer(text))
         folded = tuple(_fold_word(text[start:end]) for start, end in spans)
@@ -168,7 +168,7 @@ class Words:
         return self.text[self.spans[mention.first][0] : self.spans[mention.after - 1][1]]
 
     def capital(self, number: int) -> bool:
-        """Whether a word begins with no small letter."""
+        """Whether a word does not begin with a small letter."""
         return not self.text[self.spans[number][0]].islower()
 
     def quoted(self, mention: Mention) -> bool:
@@ -176,26 +176,26 @@ class Words:
         return self._opens(mention.first) and self._closes(mention.after - 1)
 
     def ends_quote(self, mention: Mention) -> bool:
-        """Whether a mention is but the end of what stands between quotation marks."""
+        """Whether a mention is only the end of a quotation."""
         return self._closes(mention.after - 1) and not self._opens(mention.first)
 
     def mentions(self, names: Names) -> Iterator[Mention]:
-        """Names in the text, from left to right, the longest where several begin at a word.
+        """Names in the text from left to right; the longest one where several begin at a word.
 
-        Names are told from mere words by how they are written: between quotation marks, or with no small letter at the
-        beginning of the first and of the last word.
+        A name counts only if it is written as one: between quotation marks, or with a first and a last word that do not
+        begin with small letters.
         """
-        at, count = 0, len(self.folded)
-        while at < count:
-            if longest := names.longest.get(self.folded[at]):
-                capital, opens = self.capital(at), self._opens(at)
-                for after in range(min(at + longest, count), at, -1):
+        first, count = 0, len(self.folded)
+        while first < count:
+            if longest := names.longest.get(self.folded[first]):
+                capital, opens = self.capital(first), self._opens(first)
+                for after in range(min(first + longest, count), first, -1):
                     written = (capital and self.capital(after - 1)) or (opens and self._closes(after - 1))
-                    if written and (name := " ".join(self.folded[at:after])) in names.forms:
-                        yield Mention(name, at, after)
-                        at = after - 1
+                    if written and (name := " ".join(self.folded[first:after])) in names.forms:
+                        yield Mention(name, first, after)
+                        first = after - 1
                         break
-            at += 1
+            first += 1
 
     def _opens(self, number: int) -> bool:
         start = self.spans[number][0]

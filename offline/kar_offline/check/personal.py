@@ -1,4 +1,4 @@
-"""Owns the gate that keeps personal data out of texts: contact details, and what a scenario withholds of its users."""
+"""Owns the gate against personal data: contact details, and facts about users that the scenario withholds."""
 
 import re
 from typing import Final
@@ -25,7 +25,7 @@ CONTACTS: Final = {
 CARD: Final = re.compile(r"(?<![\w-])(?:\d[ -]?){12,18}\d(?![\w-])")
 DIGIT: Final = re.compile(r"\d")
 FEWEST_DIGITS: Final = 4
-"""Of the numbers among contact details."""
+"""Texts with fewer digits hold no telephone number, card number or address."""
 
 OCCUPATIONS: Final = (
     "accountant|administrator|artist|clerk|developer|designer|doctor|educator|engineer|entertainer|executive|homemaker|"
@@ -49,7 +49,7 @@ DEMOGRAPHICS: Final = {
         rf" (?:this (?:{OCCUPATIONS})|(?:this|an?) (?:\w+ ){{0,2}}?(?:{OCCUPATIONS}) (?:who|with|whose|likes|loves)) "
     ),
 }
-"""What says something of a person wherever a text about a user has it; folded. A gate of facts that are not allowed."""
+"""Phrases that reveal a fact about the user anywhere in a text, by the name of the fact; folded."""
 INTRODUCTIONS: Final = {
     "age": re.compile(
         rf"(?:^ (?:this|an?|another) (?:\w+ ){{0,4}}?{AGED} \w+|"
@@ -58,15 +58,15 @@ INTRODUCTIONS: Final = {
     "gender": re.compile(r" (?:his|her|man|woman|guy|lady|gentleman) "),
     "occupation": re.compile(rf"(?:^ an?| this) (?:\w+ ){{0,5}}?(?:{OCCUPATIONS}) "),
 }
-"""The same of the beginning of a text, which introduces the user."""
+"""Phrases that reveal a fact about the user only at the beginning of a text, which introduces the user."""
 OPENING: Final = 30
-"""Words of the beginning."""
+"""Number of words in the beginning of a text."""
 SHORTEST: Final = 3
-"""Characters of a withheld value that is looked for: shorter ones are in any text."""
+"""Withheld values of fewer characters are not searched for: they occur in any text."""
 
 
 def personal(words: Words, about: Subject, rules: Rules) -> Finding:
-    """Whether a text has contact details; of a user, also what the scenario does not allow to be known."""
+    """Fails a text with contact details; about a user, also a text with a fact that the scenario withholds."""
     text = words.text
     if "@" in text or len(DIGIT.findall(text)) >= FEWEST_DIGITS:
         for what, pattern in CONTACTS.items():
@@ -83,14 +83,14 @@ def personal(words: Words, about: Subject, rules: Rules) -> Finding:
         if found := pattern.search(words.line) or INTRODUCTIONS[fact].search(opening):
             return failed(f"tells the {fact}, which the scenario withholds: {found.group().strip()}")
     for fact, value in about.withheld.items():
-        # Names and numbers are looked for everywhere; other words may be about something else than the user.
-        marked = value[:1].isupper() or sum(c.isdigit() for c in value) >= SHORTEST
-        if len(value) >= SHORTEST and f" {fold(value)} " in (words.line if marked else opening):
+        # Names and numbers are searched for everywhere, other words only in the opening: later they may be about items.
+        distinctive = value[:1].isupper() or sum(c.isdigit() for c in value) >= SHORTEST
+        if len(value) >= SHORTEST and f" {fold(value)} " in (words.line if distinctive else opening):
             return failed(f"tells the {fact}, which the scenario withholds")
     return PASSED
 
 
 def _luhn(number: str) -> bool:
-    """Whether a number has the check digit of payment cards (ISO/IEC 7812-1)."""
+    """Whether a number has a correct check digit of payment cards (ISO/IEC 7812-1)."""
     digits = [int(c) for c in reversed(number) if c.isdigit()]
     return sum(digits[::2]) % 10 == -sum(sum(divmod(2 * d, 10)) for d in digits[1::2]) % 10

@@ -1,4 +1,4 @@
-"""Owns the gates that ask what a text speaks of: its subject, and items that a user met only later."""
+"""Owns the gates of relevance: a text must be about its subject, and must not mention a user's later items."""
 
 import re
 from collections.abc import Sequence
@@ -12,32 +12,32 @@ from kar_offline.check.name_matching import Mention, Words
 __all__ = ["leak", "subject"]
 
 ENOUGH_PEOPLE: Final = 5
-"""People known of an item from which a text that names none of them speaks of something else."""
+"""With this number of known people, a text about an item that names none of them is about something else."""
 MANY: Final = re.compile(
     r"(?:['’]s?)?(?:[ -][\w'’]+){0,3}?"
     r"[ -](?:trilogy|saga|series|sequels?|prequels?|films|movies|franchise|entries|fans?|types?)\b"
 )
-"""What follows a title that stands for more than one item: "both Star Wars and Star Trek sequels"."""
+"""Words after a title that stands for several items: "both Star Wars and Star Trek sequels"."""
 BEFORE_A_KIND: Final = frozenset(("the", "a", "an", "both", "all", "every", "these", "first", "second", "third"))
-"""What comes before a title that says of which kind something is: "the Ed Wood documentary"."""
+"""Words before a title that describes another thing: "the Ed Wood documentary"."""
 NUMBER: Final = re.compile(r"\d+|ii|iii|iv|v|vi{1,3}|ix|x")
-"""What follows a title in that of a sequel."""
+"""Numbers of sequels, which follow the title."""
 BETWEEN: Final = re.compile(r"['’\"”]?(?:,| and| or|, and|, or) ['‘\"“]?")
-"""What stands between the titles of a list."""
+"""Text between two titles of a list."""
 ENGLISH: Final = "en"
 FORECAST: Final = re.compile(
     r" (?:expect\w*|recommend\w*|suggest\w*|should|would|will|could|might|may|likely|probably|possibly|offer|try|"
     r"advis\w*|next|bets?|safe\w*|ought|candidates?|point\w*|steer|avoid|skip|seek|promis\w*|appeal|looks?|"
     r"suit\w*|fits?|worth) "
 )
-"""Words of a sentence about what a user would like: what it names is a guess, which the question asks for."""
+"""Words of a sentence that guesses what a user would like, as the prompt asks for; it may name later items."""
 LONG_TITLE: Final = 6
-"""Words of a title, such as a headline, that texts about users are not expected to repeat."""
+"""Texts about users need not repeat titles of this number of words or more, such as headlines."""
 SENTENCE_ENDS: Final = re.compile(r"(?<!\.[A-Z])(?<! [A-Z])(?<!\b[DM]r)(?<!\bSt)(?<!\bMrs)[.!?](?=['\"’”)]*\s)")
 
 
 def subject(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention]) -> Finding:
-    """Whether a text speaks of its subject: names an item and people in it; of a user, items that the prompt shows."""
+    """Fails a text that is not about its subject: it names no item or person of its subject's, or of the prompt."""
     if not about.titles:
         return unknown("nothing is known to tell its subject by")
     return _user(words, about, mentions) if about.entity == "user" else _item(words, about, rules, mentions)
@@ -48,7 +48,7 @@ def _item(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention
     if any(mention.name not in about.titles for mention in mentions):
         return PASSED
     if mentions:
-        # Who writes of an item without anybody in it, asked for them, writes what would fit any item.
+        # A text that names no person, although people were asked for, is probably generic.
         vague = rules.people and people >= ENOUGH_PEOPLE
         return failed(f"names nobody of {people} known to be in it, though asked for them") if vague else PASSED
     if people >= ENOUGH_PEOPLE:
@@ -67,7 +67,7 @@ def _user(words: Words, about: Subject, mentions: Sequence[Mention]) -> Finding:
     others = {
         mention.name
         for number, mention in enumerate(mentions)
-        if mention.name not in about.titles and _is_one(words, mentions, number)
+        if mention.name not in about.titles and _is_single_item(words, mentions, number)
     }
     if len(others) > len(shown):
         return failed(f"names more items that the prompt does not show than it shows: {', '.join(sorted(others)[:3])}")
@@ -75,9 +75,9 @@ def _user(words: Words, about: Subject, mentions: Sequence[Mention]) -> Finding:
 
 
 def leak(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention]) -> Finding:
-    """Whether a text tells of an item that its user met after the cut-off, but for guesses at what they would like."""
+    """Fails a text that mentions an item after the user's cut-off, except as a guess at what the user would like."""
     for number, mention in enumerate(mentions):
-        if mention.name not in about.later or not _is_one(words, mentions, number):
+        if mention.name not in about.later or not _is_single_item(words, mentions, number):
             continue
         if any(f" {mention.name} " in f" {title} " for title in about.titles):
             continue
@@ -88,8 +88,8 @@ def leak(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention]
     return PASSED
 
 
-def _is_one(words: Words, mentions: Sequence[Mention], number: int) -> bool:
-    """Whether a mention means one item: quoted, listed, or several words that are no series and no kind of thing."""
+def _is_single_item(words: Words, mentions: Sequence[Mention], number: int) -> bool:
+    """Whether a mention means a single item: quoted, in a list, or of several words and no series or kind of thing."""
     mention = mentions[number]
     if words.quoted(mention):
         return True
@@ -103,25 +103,26 @@ def _is_one(words: Words, mentions: Sequence[Mention], number: int) -> bool:
 
 
 def _listed(words: Words, mentions: Sequence[Mention], number: int) -> bool:
-    """Whether nothing but a comma or "and" stands between a mention and the one before or after it."""
+    """Whether only a comma or "and" separates a mention from the mention before or after it."""
     near = mentions[max(number - 1, 0) : number + 2]
     return any(
-        BETWEEN.fullmatch(words.text[words.spans[one.after - 1][1] : words.spans[other.first][0]])
-        for one, other in pairwise(near)
+        BETWEEN.fullmatch(words.text[words.spans[left.after - 1][1] : words.spans[right.first][0]])
+        for left, right in pairwise(near)
     )
 
 
 def _sentence(words: Words, mention: Mention) -> str:
-    """The folded sentence around a mention, with spaces around."""
+    """The folded sentence that contains a mention, with a space at both ends."""
     start, end = words.spans[mention.first][0], words.spans[mention.after - 1][1]
     ends = [found.end() for found in SENTENCE_ENDS.finditer(words.text)]
-    first = max((at for at in ends if at <= start), default=0)
-    last = min((at for at in ends if at >= end), default=len(words.text))
-    return f" {' '.join(w for w, (at, _) in zip(words.folded, words.spans, strict=True) if first <= at < last)} "
+    sentence_start = max((position for position in ends if position <= start), default=0)
+    sentence_end = min((position for position in ends if position >= end), default=len(words.text))
+    spans = zip(words.folded, words.spans, strict=True)
+    return f" {' '.join(word for word, (position, _) in spans if sentence_start <= position < sentence_end)} "
 
 
 def _has_names(words: Words) -> bool:
-    """Whether a text has names: words with a capital letter inside of a sentence."""
+    """Whether a text has names: words with a capital letter inside a sentence."""
     text = words.text
     return any(
         text[start].isupper() and text[start - 1] in " '\"‘“(" and text[start - 2] not in ".!?:\n"
