@@ -177,6 +177,8 @@ def _source_file(folder: Path) -> Path:
 
 
 def _as_mapping(report: Any) -> Mapping[str, Any]:
+    if hasattr(report, "to_json"):
+        return report.to_json()
     return asdict(report) if is_dataclass(report) and not isinstance(report, type) else dict(report)
 
 

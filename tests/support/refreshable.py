@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from tests.support.prose import prose
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
-from kar_offline.dataset.stage import Split, write_dataset
+from kar_offline.dataset.source import SourcedDataset
+from kar_offline.dataset.stage import build_dataset as build_dataset_of
 from kar_offline.encode import encode
 from kar_offline.encoders.hashing import HashingEncoder
 from kar_offline.export import export
@@ -123,9 +124,18 @@ def _dataset() -> Dataset:
     )
 
 
+class _Films:
+    """The source of the small dataset."""
+
+    params: ClassVar[dict[str, str]] = {}
+
+    def read(self, history_length: int) -> SourcedDataset:
+        return SourcedDataset(_dataset(), "made")
+
+
 def build_dataset(work: WorkFolder) -> None:
-    """Write the data set as it comes from its source, whatever was there."""
-    write_dataset(work, lambda: (_dataset(), {"source": "made"}), split=Split(), history_length=3, params={})
+    """Write the dataset as it comes from its source, whatever was there."""
+    build_dataset_of(work, _Films(), history_length=3)
 
 
 def _train(work: WorkFolder) -> None:

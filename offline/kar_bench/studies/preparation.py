@@ -6,8 +6,9 @@ from typing import Final
 from rich.console import Console
 
 from kar_offline.dataset.dataset import Dataset
-from kar_offline.dataset.movielens import build_dataset
-from kar_offline.dataset.movielens_1m import build_movielens_1m
+from kar_offline.dataset.movielens_1m import MovieLens1M
+from kar_offline.dataset.movielens_100k import MovieLens100K
+from kar_offline.dataset.stage import build_dataset
 from kar_offline.encode import encode
 from kar_offline.encoders.packaged import ENCODERS
 from kar_offline.generate import Pack, generate
@@ -46,11 +47,11 @@ def prepare(
     if work.dataset.is_dir() and (held := work.read(Dataset).name) != dataset:
         raise InputError(f"{work} holds {held}: name another folder for {dataset} with --work")
     if dataset == "ml-100k":
-        build_dataset(work)
+        build_dataset(work, MovieLens100K())
     elif folder is None:
         raise InputError("ml-1m is not fetched: name its folder with --from")
     else:
-        build_movielens_1m(work, folder)
+        build_dataset(work, MovieLens1M(folder))
     render_prompts(work)
     generate(work, Pack.load(dataset if folder is None else str(folder)))
     plain = encoder == "minilm" and words is None

@@ -1,29 +1,27 @@
-"""Owns MovieLens-1M out of a folder that the user names: GroupLens' own files, or tables without times.
+"""Owns MovieLens-1M, read from a folder that the user names: GroupLens' own files, or tables without times.
 
-GroupLens' folder holds `ratings.dat`, `movies.dat` and `users.dat` (double colons, Latin-1). The other form is
-`ratings.tsv.xz`, `movies.tsv.xz` and `users.tsv.xz` (tabs, a header line), in which `order`, an event's place among its
-user's, stands for the time: events of different users cannot be compared then.
+GroupLens' files are `ratings.dat`, `movies.dat` and `users.dat` (double colons, Latin-1). The tables are
+`ratings.tsv.xz`, `movies.tsv.xz` and `users.tsv.xz` (tabs, a header line). Their column `order`, the place of an event
+among its user's events, is read as the time; the times of different users cannot be compared then.
 """
 
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.movielens import Movie, MovieLens, Person, Rating, to_dataset
+from kar_offline.dataset.source import SourcedDataset
 from kar_offline.dataset.splits import SEED
-from kar_offline.dataset.stage import Split, write_dataset
-from kar_offline.stage_runner import StageResult
-from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.errors import IntegrityError, NotFoundError
 
-__all__ = ["build_movielens_1m", "read_folder"]
+__all__ = ["MovieLens1M", "read_folder"]
 
 NAMES: Final = ("users", "movies", "ratings")
 COUNTS: Final = (6_040, 3_883, 1_000_209)
-"""Rows of `NAMES`."""
+"""Number of rows of each file of `NAMES`."""
 AGES: Final = {1: "under 18", 18: "18-24", 25: "25-34", 35: "35-44", 45: "45-49", 50: "50-55", 56: "56 or older"}
 OCCUPATIONS: Final = (
     *("other", "academic or educator", "artist", "clerical or administrative", "student", "customer service"),
@@ -31,63 +29,68 @@ OCCUPATIONS: Final = (
     *("programmer", "retired", "sales or marketing", "scientist", "self-employed", "technician or engineer"),
     *("tradesman or craftsman", "unemployed", "writer"),
 )
-"""By GroupLens' code."""
+"""In the order of GroupLens' codes."""
 
 Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class MovieLens1M:
+    """The source "MovieLens-1M"."""
+
+    folder: Path
+    users: int | None = None
+    """Number of users to keep, for a quick trial; None keeps all."""
+    seed: int = SEED
+    """Seed of the choice of users."""
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Options and the content hash of each file.
+
+        Raises:
+            NotFoundError: the folder does not hold the data.
+        """
+        hashes = [file_sha256(file) for file in _files(self.folder)]
+        return {"dataset": "ml-1m", "files": hashes, "users": self.users, "seed": self.seed}
+
+    def read(self, history_length: int) -> SourcedDataset:
+        """Read, check and convert the files.
+
+        Raises:
+            NotFoundError: the folder does not hold the data.
+            IntegrityError: the data are corrupt or incomplete; the text names the file.
+            InputError: there are fewer users than splits.
+        """
+        files = _files(self.folder)
+        data, has_times = read_folder(self.folder)
+        for file, rows, expected in zip(files, (data.users, data.items, data.ratings), COUNTS, strict=True):
+            if len(rows) != expected:
+                raise IntegrityError(f"{file} has {len(rows):,} rows instead of {expected:,}: get MovieLens-1M again")
+        dataset = to_dataset(
+            data,
+            "ml-1m",
+            seed=self.seed,
+            history_length=history_length,
+            users=self.users,
+            shared_clock=has_times,
+        )
+        return SourcedDataset(dataset, str(self.folder))
 
 
 def read_folder(folder: Path) -> tuple[MovieLens, bool]:
     """The data in normal form, and whether they have times.
 
     Raises:
-        NotFoundError: the folder holds neither form.
-        IntegrityError: a line is not in the format; the text names it.
+        NotFoundError: the folder does not hold the data.
+        IntegrityError: a line has another format; the text names it.
     """
     users, movies, ratings = _files(folder)
     return MovieLens.of(_read(users, _person), _read(movies, _movie), _read(ratings, _rating)), _has_times(ratings)
 
 
-def build_movielens_1m(
-    work: WorkFolder,
-    folder: Path,
-    users: int | None = None,
-    seed: int = SEED,
-    history_length: int = 30,
-    *,
-    split: Split | None = None,
-) -> StageResult:
-    """Run the stage `dataset`: verify the folder's MovieLens-1M and write `work`/dataset.
-
-    Args:
-        work: The work folder.
-        folder: Where the data are.
-        users: Keep only so many users (for quick trials); None keeps all.
-        seed: Seed of the choice of users and of the default split.
-        history_length: The number of events before a target that models read.
-        split: How to split; default: users, fold 0, by `seed`.
-
-    Raises:
-        NotFoundError: the folder does not hold the data.
-        IntegrityError: they are broken or not whole; the text names the file.
-        PreconditionError: a split by time is asked of data without times.
-        InputError: too few users or a history shorter than 1.
-    """
-    files = _files(folder)
-
-    def make() -> tuple[Dataset, dict[str, Any]]:
-        data, times = read_folder(folder)
-        for file, rows, expected in zip(files, (data.users, data.items, data.ratings), COUNTS, strict=True):
-            if len(rows) != expected:
-                raise IntegrityError(f"{file} has {len(rows):,} rows instead of {expected:,}: get MovieLens-1M again")
-        dataset = to_dataset(data, "ml-1m", seed=seed, history_length=history_length, users=users, shared_clock=times)
-        return dataset, {"source": str(folder)}
-
-    hashes = [file_sha256(file) for file in files]
-    params = {"dataset": "ml-1m", "files": hashes, "users": users, "seed": seed}
-    return write_dataset(work, make, split=split or Split(seed=seed), history_length=history_length, params=params)
-
-
 def _files(folder: Path) -> list[Path]:
+    """The files of `NAMES`, in one of the two forms."""
     for suffix in (".dat", ".tsv.xz"):
         files = [folder / f"{name}{suffix}" for name in NAMES]
         if all(file.is_file() for file in files):
@@ -102,8 +105,9 @@ def _has_times(file: Path) -> bool:
 
 
 def _read(file: Path, parse: Callable[..., Row]) -> list[Row]:
+    """The parsed lines of a file."""
     try:
-        text, separator, first = (
+        text, separator, first_line = (
             (file.read_text(encoding="latin-1"), "::", 1)
             if _has_times(file)
             else (lzma.decompress(file.read_bytes()).decode(), "\t", 2)
@@ -111,7 +115,7 @@ def _read(file: Path, parse: Callable[..., Row]) -> list[Row]:
     except (lzma.LZMAError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{file} cannot be read ({error}): get MovieLens-1M again") from error
     rows = []
-    for number, line in enumerate(text.split("\n")[first - 1 :], first):
+    for number, line in enumerate(text.split("\n")[first_line - 1 :], first_line):
         if line:
             try:
                 rows.append(parse(*line.rstrip("\r").split(separator)))

@@ -1,109 +1,103 @@
-"""Owns the stage `dataset`: samples of any source in, WORK/dataset and a report of its splits out."""
+"""Owns the stage `dataset`: data of any source in, WORK/dataset and a report of its splits out."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
-
-import numpy as np
+from typing import Final, Literal
 
 from kar_offline.dataset.dataset import Dataset
-from kar_offline.dataset.splits import FOLDS, SEED, SPLITS
+from kar_offline.dataset.report import DatasetReport
+from kar_offline.dataset.source import DatasetSource
+from kar_offline.dataset.splits import FOLDS, SEED
 from kar_offline.stage_runner import RECORD, StageResult, run_stage
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import InputError
 
-__all__ = ["Split", "extend_dataset", "write_dataset"]
+__all__ = ["Split", "build_dataset", "extend_dataset"]
 
 VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How events are split: users by seeded hash, one fold of them for test, or all by one clock."""
+    """The options of a split: one fold of the users for test, or the latest events."""
 
     by: Literal["user", "time"] = "user"
     fold: int = 0
+    """Fold of a split by user, from 0."""
     folds: int = FOLDS
+    """Number of folds of a split by user."""
     seed: int = SEED
+    """Seed of a split by user."""
 
-    def of(self, dataset: Dataset) -> Dataset:
-        """The dataset, split so; errors as of `Dataset.split_by_user` and `Dataset.split_by_time`."""
+    def apply(self, dataset: Dataset) -> Dataset:
+        """The dataset with this split.
+
+        Raises:
+            InputError: there is no such fold.
+            PreconditionError: the events cannot be split by time.
+        """
         return dataset.split_by_time() if self.by == "time" else dataset.split_by_user(self.fold, self.folds, self.seed)
 
 
-def write_dataset(
-    work: WorkFolder,
-    make: Callable[[], tuple[Dataset, Mapping[str, Any]]],
-    *,
-    split: Split,
-    history_length: int,
-    params: Mapping[str, Any],
-) -> StageResult:
-    """Write `work`/dataset, unless the same parameters made it before.
+def build_dataset(
+    work: WorkFolder, source: DatasetSource, *, split: Split | None = None, history_length: int = 30
+) -> StageResult[DatasetReport]:
+    """Write `work.dataset`, unless the same source and options made it before. Nothing is written if a check fails.
 
     Args:
         work: The work folder.
-        make: Gives the dataset and what its report tells about the source.
-        split: How to split it.
-        history_length: The number of events before a target that models read.
-        params: What the dataset depends on beside `split` and `history_length`: hashes of files, options.
+        source: Gives the data.
+        split: How to split the events; None splits by user with default options.
+        history_length: Number of events before a sample that models read.
 
     Raises:
-        InputError: a history shorter than 1, or what `make` and `split` raise.
+        InputError: a history is shorter than 1, or there is no such fold.
+        PreconditionError: the events cannot be split by time.
+        KarError: the source raises one.
     """
     if history_length < 1:
         raise InputError(f"a history of {history_length} events is empty: give --history-length at least 1")
+    split = split or Split()
 
-    def build(folder: Path) -> dict[str, Any]:
-        made, about = make()
-        dataset = split.of(made)
-        dataset.save(folder)
-        return {**about, **_report(dataset)}
+    def build(draft: Path) -> DatasetReport:
+        sourced = source.read(history_length)
+        dataset = split.apply(sourced.dataset)
+        dataset.save(draft)
+        return DatasetReport.of(dataset, sourced.source, sourced.skipped_sources)
 
-    chosen = {"split": asdict(split), "history_length": history_length, **params}
-    return run_stage("dataset", work.dataset, build, inputs={}, params=chosen, version=VERSION)
-
-
-def extend_dataset(work: WorkFolder, dataset: Dataset) -> StageResult:
-    """Write a dataset that `work`/dataset has grown into, split as that was; does nothing when it is there already."""
-    folder = work.dataset
-    known = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
-    params = known.get("source", {}).get("params", {})
-    grown = Split(**params["split"]).of(dataset) if "split" in params else dataset.split_by_user()
-    source = known.get("report", {}).get("source", "unknown")
-
-    def build(draft: Path) -> dict[str, Any]:
-        grown.save(draft)
-        return {"source": source, **_report(grown)}
-
-    refreshed = {**params, "refreshed": _content(grown)}
-    return run_stage("dataset", folder, build, inputs={}, params=refreshed, version=VERSION)
+    params = {"split": asdict(split), "history_length": history_length, **source.params}
+    return run_stage(
+        "dataset", work.dataset, build, inputs={}, params=params, version=VERSION, report_type=DatasetReport
+    )
 
 
-def _content(dataset: Dataset) -> str:
+def extend_dataset(work: WorkFolder, dataset: Dataset) -> StageResult[DatasetReport]:
+    """Replace the dataset of a work folder by a larger one, split with the same options as before.
+
+    Does nothing if the dataset is there already.
+    """
+    record_file = work.dataset / RECORD
+    record = json.loads(record_file.read_text()) if record_file.is_file() else {}
+    params = record.get("source", {}).get("params", {})
+    extended = Split(**params["split"]).apply(dataset) if "split" in params else dataset.split_by_user()
+    source = record.get("report", {}).get("source", "unknown")
+
+    def build(draft: Path) -> DatasetReport:
+        extended.save(draft)
+        return DatasetReport.of(extended, source)
+
+    params = {**params, "refreshed": _content_hash(extended)}
+    return run_stage(
+        "dataset", work.dataset, build, inputs={}, params=params, version=VERSION, report_type=DatasetReport
+    )
+
+
+def _content_hash(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for entity in (*dataset.users, *dataset.items):
         digest.update(json.dumps(asdict(entity)).encode() + b"\n")
     for array in (dataset.offsets, dataset.event_item, dataset.event_rating, dataset.event_time, dataset.cutoff):
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _report(dataset: Dataset) -> dict[str, Any]:
-    samples = [dataset.samples(number) for number in range(len(SPLITS))]
-    return {
-        "name": dataset.name,
-        "split": dataset.split,
-        "users": len(dataset.users),
-        "items": len(dataset.items),
-        "events": len(dataset.event_item),
-        "samples": len(dataset.sample_events),
-        "positive_ratio": float(dataset.labels[dataset.sample_events].mean()) if sum(map(len, samples)) else 0.0,
-        "splits": {
-            name: {"users": len(np.unique(dataset.event_user[events])), "samples": len(events)}
-            for name, events in zip(SPLITS, samples, strict=True)
-        },
-    }

@@ -1,6 +1,7 @@
 """Owns the dataset made of any log: tables of events, users and items with the mapping file that explains them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,36 @@ from kar_offline.dataset.columns import (
 )
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
-from kar_offline.dataset.mapping import EntityColumns, EventColumns, LogMapping, SeveralCategories, load_mapping
-from kar_offline.dataset.stage import Split, write_dataset
+from kar_offline.dataset.mapping import EntityColumns, EventColumns, LogMapping, SeveralCategories
+from kar_offline.dataset.source import SourcedDataset
 from kar_offline.dataset.table_file import TableColumn, read_columns
-from kar_offline.stage_runner import StageResult
-from kar_offline.work_folder import WorkFolder
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError
 
-__all__ = ["build_tables", "read_tables"]
+__all__ = ["TabularSource", "read_tables"]
+
+
+@dataclass(frozen=True, slots=True)
+class TabularSource:
+    """The source "a log of one's own": one table of events, perhaps one of users and one of items."""
+
+    mapping: LogMapping
+    events: Path
+    users: Path | None = None
+    items: Path | None = None
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The mapping and the content hash of each file."""
+        files = {"events": self.events, "users": self.users, "items": self.items}
+        hashes = {name: file_sha256(file) for name, file in files.items() if file and file.is_file()}
+        return {"dataset": "table", "mapping": self.mapping.model_dump(mode="json"), "files": hashes}
+
+    def read(self, history_length: int) -> SourcedDataset:
+        """Read and check the tables; raises as `read_tables` does."""
+        dataset = read_tables(self.mapping, self.events, self.users, self.items, history_length=history_length)
+        return SourcedDataset(dataset, self.events.name)
 
 
 def read_tables(
@@ -168,28 +189,3 @@ def _without_repeats(
         )
     kept = ~repeats_previous if rule == "first" else ~np.append(repeats_previous[1:], False)
     return np.sort(order[kept])
-
-
-def build_tables(
-    work: WorkFolder,
-    mapping: Path,
-    events: Path,
-    users: Path | None = None,
-    items: Path | None = None,
-    history_length: int = 30,
-    *,
-    split: Split | None = None,
-) -> StageResult:
-    """Run the stage `dataset`: check a log and write `work`/dataset; nothing is written where a check fails.
-
-    The arguments and errors are those of `load_mapping` and `read_tables`; `split` is by users, fold 0, by default.
-    """
-    mapped = load_mapping(mapping)
-    files = {"events": events, "users": users, "items": items}
-
-    def make() -> tuple[Dataset, dict[str, Any]]:
-        return read_tables(mapped, events, users, items, history_length=history_length), {"source": events.name}
-
-    hashes = {name: file_sha256(file) for name, file in files.items() if file and file.is_file()}
-    params = {"dataset": "table", "mapping": mapped.model_dump(mode="json"), "files": hashes}
-    return write_dataset(work, make, split=split or Split(), history_length=history_length, params=params)

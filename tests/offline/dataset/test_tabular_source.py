@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from kar_offline.dataset.command import dataset as dataset_command
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.mapping import load_mapping
-from kar_offline.dataset.tabular_source import build_tables, read_tables
+from kar_offline.dataset.stage import build_dataset
+from kar_offline.dataset.tabular_source import TabularSource, read_tables
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, NotFoundError
@@ -107,7 +108,8 @@ def test_csv_and_parquet_are_stored_alike(tmp_path: Path) -> None:
     for suffix in ("csv", "parquet"):
         columns = {"events": EVENTS, "users": USERS, "items": ITEMS}
         files = [write(tmp_path / f"{name}.{suffix}", table) for name, table in columns.items()]
-        build_tables(WorkFolder(tmp_path / suffix), mapping(tmp_path, MAPPING + TABLES), *files)
+        source = TabularSource(load_mapping(mapping(tmp_path, MAPPING + TABLES)), *files)
+        build_dataset(WorkFolder(tmp_path / suffix), source)
     for file in ("dataset.json", "users.jsonl", "items.jsonl", "events.npz"):
         one, other = ((tmp_path / suffix / "dataset" / file).read_bytes() for suffix in ("csv", "parquet"))
         assert one == other or file == "events.npz"
