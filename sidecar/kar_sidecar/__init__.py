@@ -1,1 +1,1 @@
-"""The online half of KAR Sidecar: store, index, scoring and the gRPC server."""
+"""The online half of KAR Sidecar: store, index, features, releases, ranking, the gRPC server and its launcher."""

@@ -1,4 +1,4 @@
-"""Owns `python -m kar_sidecar`, the same as `kar`."""
+"""Owns `python -m kar_sidecar`, which runs the command `kar`."""
 
 from kar_sidecar.cli import main
 

@@ -1,4 +1,4 @@
-"""Owns the `kar` command: it finds subcommands by name and turns our errors into one line and an exit code.
+"""Owns the `kar` command: it finds subcommands by name, and turns our errors into one line and an exit code.
 
 Exit codes: 0 done, 2 wrong usage or input, 1 anything else, 130 interrupted.
 """
@@ -21,41 +21,41 @@ __all__ = ["COMMANDS", "app", "main"]
 
 INTERRUPTED: Final = 130
 COMMANDS: Final = "kar.commands"
-"""Entry points of this group are subcommands: name = "module:typer function"."""
+"""Group of entry points; each is a subcommand: name = "module:typer function"."""
 ORDER: Final = (
     *("demo", "dataset", "prompts", "generate", "knowledge", "encode", "train", "evaluate", "export", "publish"),
     *("serve", "sidecar", "replay"),
 )
-"""How help lists them; others follow."""
+"""Order of the subcommands in the help; others follow."""
 
 
 class _Commands(TyperGroup):
-    """Subcommands of every installed package, each imported when it is used: `kar serve` never waits for torch."""
+    """Subcommands of all installed packages, each imported when it is used: `kar serve` does not wait for torch."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         names = sorted(entry.name for entry in entry_points(group=COMMANDS))
         return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        found = next(iter(entry_points(group=COMMANDS, name=cmd_name)), None)
-        if found is None:
+        entry = next(iter(entry_points(group=COMMANDS, name=cmd_name)), None)
+        if entry is None:
             return None
-        loaded = _load(found)
-        if isinstance(loaded, typer.Typer):
-            group = get_command(loaded)
+        command = _load(entry)
+        if isinstance(command, typer.Typer):
+            group = get_command(command)
             group.name = cmd_name
             return group
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(cmd_name)(loaded)
-        return get_command(single)
+        app_of_one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app_of_one.command(cmd_name)(command)
+        return get_command(app_of_one)
 
 
 def _load(entry: EntryPoint) -> Callable[..., Any]:
-    """The subcommand's function or group; where its packages are missing, a function that says so."""
+    """The subcommand's function or group; where a package is missing, a function that raises UnsupportedError."""
     try:
         return entry.load()
     except ModuleNotFoundError as error:
-        missing = UnsupportedError(_needs(error))
+        missing = UnsupportedError(_missing_package(error))
 
         def unavailable() -> None:
             raise missing
@@ -64,7 +64,7 @@ def _load(entry: EntryPoint) -> Callable[..., Any]:
         return unavailable
 
 
-def _needs(error: ModuleNotFoundError) -> str:
+def _missing_package(error: ModuleNotFoundError) -> str:
     return (
         f"this command needs the package {error.name!r}: install kar-sidecar with the extra that brings it "
         "(README, Install)"
@@ -83,33 +83,33 @@ app = typer.Typer(
 app.callback()(lambda: None)
 
 
-def _complain(console: Console, text: str) -> None:
+def _print_error(console: Console, text: str) -> None:
     console.print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
 
 
 def main() -> None:
     """Run `kar`."""
-    # Spinning OpenMP threads on shared cores cost 20x; set before any library reads it.
+    # OpenMP threads that spin while they wait made shared cores 20 times slower. Libraries read this when imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     console = Console(stderr=True)
     try:
         app()
     except KarError as error:
-        _complain(console, str(error))
+        _print_error(console, str(error))
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        _complain(console, _needs(error))
+        _print_error(console, _missing_package(error))
         sys.exit(1)
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        _complain(console, f"{what}: name another path or make it usable")
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _print_error(console, f"{reason}: name another path, or make this one usable")
         sys.exit(1)
     except ValueError as error:
-        # Kernels know nothing of our errors; theirs that are for the reader say how a command should end.
+        # The kernels cannot import our errors. Theirs that are meant for the reader have an exit code, too.
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
-        _complain(console, str(error))
+        _print_error(console, str(error))
         sys.exit(code)
     except SystemExit as end:
         if end.code == INTERRUPTED:

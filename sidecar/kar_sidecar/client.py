@@ -1,4 +1,4 @@
-"""Owns the Python client: ranks, reads knowledge, finds neighbours, over one channel, with our errors, not gRPC's."""
+"""Owns the Python client: it ranks, reads knowledge and finds similar entities, and raises our errors, not gRPC's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,88 +12,91 @@ from numpy.typing import NDArray
 from kar.knowledge.v1 import knowledge_pb2, knowledge_pb2_grpc
 from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 from kar.records.v1 import records_pb2
-from kar_sidecar import errors
+from kar_sidecar.errors import ERROR_OF_STATUS, KarError
 from kar_sidecar.features import FeatureValue
 
 __all__ = ["KarClient", "Knowledge", "Ranking", "Similar"]
 
-ERRORS: dict[grpc.StatusCode, type[errors.KarError]] = {
-    kind.status: kind for kind in (getattr(errors, name) for name in errors.__all__)
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """What came back for one user: `response` has everything, `items` are the candidates as they were sent."""
+    """The ranking of one user's candidates."""
 
     items: tuple[str, ...]
+    """The candidates, in the order of the request."""
     response: ranking_pb2.RankResponse
+    """The whole response."""
 
     @property
     def arm(self) -> str:
-        """The arm that served the user: "knowledge" or "control"."""
+        """The arm that was assigned: "knowledge" or "control"."""
         return self.response.arm
 
     @property
     def rung(self) -> str:
-        """Which rung answered: "knowledge", "backbone" or "caller"."""
+        """The rung that answered: "knowledge", "backbone" or "caller"."""
         return ranking_pb2.Rung.Name(self.response.rung).removeprefix("RUNG_").lower()
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """Knowledge of the user, then of each item: "full" to "neutral"; "unspecified" unless a rung used it."""
+        """Knowledge level of the user, then of each item: "full" to "neutral"; "unspecified" on lower rungs."""
         return tuple(map(_level, (self.response.user_level, *self.response.item_levels)))
 
     def ranked(self) -> list[tuple[str, float]]:
-        """Items with their scores, best first; NaN where neither a model nor the caller gave scores."""
+        """Items with their scores, best first; the score is NaN where neither a model nor the caller gave one."""
         scores = self.response.scores
         return [(self.items[i], scores[i] if scores else float("nan")) for i in self.response.order]
 
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """Vectors [n, dim] of one space, how good each is ("full" to "neutral"), and texts if they were asked for.
-
-    `written_at_ms` says when each was written, 0 where there is none; `unread` are the positions of those that the
-    store could not read now.
-    """
+    """Knowledge of n entities, in the order of their ids."""
 
     release_id: str
     space_id: str
     vectors: NDArray[np.floating]
+    """[n, dim], all of one space; the neutral vector where there is none."""
     levels: tuple[str, ...]
+    """Knowledge levels, "full" to "neutral"."""
     texts: tuple[records_pb2.KnowledgeRecord, ...]
+    """One record per entity, empty where there is no text; no records where texts were not asked for."""
     written_at_ms: tuple[int, ...]
+    """When each vector was written, milliseconds since 1970; 0 where there is none."""
     unread: tuple[int, ...]
+    """Positions of entities that the store could not read now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Similar:
-    """The entities nearest to one, nearest first, with their cosines, and which snapshot of the index answered."""
+    """The nearest entities, nearest first."""
 
     release_id: str
     snapshot_id: str
+    """The index snapshot that answered."""
     snapshot_age_ms: int
+    """Time since it was published."""
     ids: tuple[str, ...]
     similarities: tuple[float, ...]
+    """Cosines, aligned with `ids`."""
 
 
 class KarClient:
     """A blocking client of one sidecar; threads may share it.
 
-    >>> with KarClient("127.0.0.1:8500") as client:  # doctest: +SKIP
-    ...     client.rank("42", ["50", "100"]).ranked()
+    Example:
+        >>> with KarClient("127.0.0.1:8500") as client:  # doctest: +SKIP
+        ...     client.rank("42", ["50", "100"]).ranked()
     """
 
     def __init__(self, address: str, *, timeout_s: float | None = 1.0) -> None:
-        """Connect to host:port on the first call; `timeout_s` is each call's deadline (None: none)."""
+        """Connect to host:port at the first call; every call ends after `timeout_s` seconds (None: no limit)."""
         self._channel = grpc.insecure_channel(address)
         self._timeout_s = timeout_s
         self._ranking = ranking_pb2_grpc.RankingServiceStub(self._channel)
         self._knowledge = knowledge_pb2_grpc.KnowledgeServiceStub(self._channel)
 
     def __enter__(self) -> Self:
-        """Give this client."""
+        """Return this client."""
         return self
 
     def __exit__(
@@ -124,20 +127,20 @@ class KarClient:
         """Rank items for a user.
 
         Args:
-            user: the user's id.
-            items: candidate ids.
-            caller_scores: your own scores of the items, returned when nothing better can be had.
-            user_features: values that replace the user's stored ones.
-            item_features: by feature, one value an item (None: keep the stored one).
+            user: The user's id.
+            items: Ids of the candidates.
+            caller_scores: Your own scores of the items, which decide the order when no model can score.
+            user_features: Values that replace the user's stored ones.
+            item_features: For each feature one value per item (None: the stored value).
             history: (item id, rating) pairs, oldest first, instead of the stored history.
-            arm: forces an arm of `experiment`; such a request is no exposure.
-            experiment: the experiment that `arm` belongs to.
-            release_id: the release to use; empty: the active one.
-            request_id: your id of this request; empty: the server chooses.
-            explain: adds an explanation to the response.
+            arm: Forces an arm of `experiment`; such a request does not count as an exposure.
+            experiment: The experiment that `arm` belongs to.
+            release_id: The release to use; empty: the active one.
+            request_id: Your id of this request; empty: the server chooses one.
+            explain: Adds an explanation to the response.
 
         Raises:
-            KarError: the subclass says what is wrong; its text what to do.
+            KarError: a subclass; see `kar_sidecar.errors`.
         """
         request = ranking_pb2.RankRequest(
             request_id=request_id,
@@ -164,10 +167,10 @@ class KarClient:
     def knowledge(
         self, kind: Literal["user", "item"], ids: Sequence[str], *, texts: bool = False, release_id: str = ""
     ) -> Knowledge:
-        """Read the knowledge vectors of users or items.
+        """Read knowledge vectors of users or items, and with `texts` their texts.
 
         Raises:
-            KarError: the subclass says what is wrong; its text what to do.
+            KarError: a subclass; see `kar_sidecar.errors`.
         """
         request = knowledge_pb2.BatchGetKnowledgeRequest(
             entity=f"ENTITY_KIND_{kind.upper()}",
@@ -197,12 +200,17 @@ class KarClient:
         release_id: str = "",
         space_id: str = "",
     ) -> Similar:
-        """Find the users or items whose knowledge is nearest to an entity's, by its id, or to a vector [dim].
+        """Find the users or items whose knowledge is nearest to that of an entity, or to a vector.
 
-        `space_id` is that of the vector, to have it checked.
+        Args:
+            kind: Which entities to find.
+            query: Id of an entity of this kind, or a vector [dim] of the release's encoder.
+            limit: Number of neighbours.
+            release_id: The release to use; empty: the active one.
+            space_id: Space of the vector; the server refuses another than the release's. Empty: not checked.
 
         Raises:
-            KarError: the subclass says what is wrong; its text what to do.
+            KarError: a subclass; see `kar_sidecar.errors`.
         """
         request = knowledge_pb2.FindSimilarRequest(
             entity=f"ENTITY_KIND_{kind.upper()}", limit=limit, release_id=release_id, space_id=space_id
@@ -211,16 +219,20 @@ class KarClient:
             request.id = query
         else:
             request.vector = np.asarray(query, "<f4").tobytes()
-        found = self._call(self._knowledge.FindSimilar, request)
+        response = self._call(self._knowledge.FindSimilar, request)
         return Similar(
-            found.release_id, found.snapshot_id, found.snapshot_age_ms, tuple(found.ids), tuple(found.similarities)
+            release_id=response.release_id,
+            snapshot_id=response.snapshot_id,
+            snapshot_age_ms=response.snapshot_age_ms,
+            ids=tuple(response.ids),
+            similarities=tuple(response.similarities),
         )
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         try:
             return method(request, timeout=self._timeout_s)
         except grpc.RpcError as error:
-            raise ERRORS.get(error.code(), errors.KarError)(error.details()) from error
+            raise ERROR_OF_STATUS.get(error.code(), KarError)(error.details()) from error
 
 
 def _level(level: records_pb2.KnowledgeLevel) -> str:
@@ -228,10 +240,10 @@ def _level(level: records_pb2.KnowledgeLevel) -> str:
 
 
 def _column(name: str, values: Sequence[Any]) -> ranking_pb2.FeatureColumn:
-    """One feature's values as a column; numbers where the first value given is one."""
+    """One feature's values as a column: of numbers if its first value that is not None is a number."""
     column = ranking_pb2.FeatureColumn(name=name, present=[value is not None for value in values])
-    given = next((value for value in values if value is not None), None)
-    if isinstance(given, (int, float)):
+    first = next((value for value in values if value is not None), None)
+    if isinstance(first, (int, float)):
         column.numbers.extend(float("nan") if value is None else value for value in values)
     else:
         for value in values:

@@ -1,4 +1,4 @@
-"""Owns content hashes of files."""
+"""Owns the content hash of a file."""
 
 import hashlib
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Owns how features travel: raw values -> packed store rows -> model input. Training and serving share this code.
+"""Owns the forms of features: raw values, packed rows in the store, model input. Training and serving share this code.
 
-Packed rows do not depend on any release: a number is a float32 (NaN: missing), a category the 64-bit BLAKE2b hash
-of its string (0: absent). A release turns hashes into indices with one binary search a feature over all candidates.
+Packed rows do not depend on a release: a number is a float32 (NaN: missing), a category the 64-bit BLAKE2b hash of its
+string (0: absent). A release turns hashes into indices, by one binary search per feature for all candidates.
 """
 
 import hashlib
@@ -32,21 +32,21 @@ __all__ = [
 ]
 
 PADDING: Final = 0
-"""Index of a missing category, an absent history event."""
+"""Index of a missing category and of an absent history event."""
 UNKNOWN: Final = 1
-"""Index of an item or value that training never saw."""
+"""Index of an item or category that was not in the training data."""
 RESERVED: Final = 2
-"""Vocabulary position i has index i + RESERVED."""
+"""Position i of a vocabulary has the index i + RESERVED."""
 
 FeatureValue = float | str | Sequence[str] | None
 FARTHEST: Final = 10.0
-"""Standard deviations from the mean that a number is clipped to, so that no single one decides a score."""
+"""Numbers are clipped to this many standard deviations from the mean, so that none decides a score alone."""
 ABSURD: Final = 1e6
-"""Standard deviations from which a number counts as missing, like NaN."""
+"""Numbers more standard deviations from the mean than this count as missing, like NaN."""
 NUMERIC: Final = records_pb2.FEATURE_TYPE_NUMERIC
 MAX_RATING_BUCKET: Final = 20
 LARGEST: Final = float(np.finfo(np.float32).max)
-"""A number that float32 cannot hold is missing."""
+"""Numbers that float32 cannot represent count as missing."""
 
 
 @lru_cache(maxsize=1 << 20)
@@ -61,7 +61,7 @@ def schema_hash(schema: records_pb2.FeatureSchema) -> str:
 
 
 def rating_bucket(ratings: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Half-star bucket of ratings, 1 to 20; 0 is left to padding."""
+    """Half-star buckets of ratings, 1 to 20; 0 is the index of padding."""
     return np.rint(np.clip(np.nan_to_num(ratings), 0.5, MAX_RATING_BUCKET / 2) * 2).astype(np.int64)
 
 
@@ -73,24 +73,32 @@ class History:
     ratings: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        """Check alignment and that ids can be stored."""
+        """Check that items and ratings are aligned and that the ids can be stored.
+
+        Raises:
+            InputError: they are not.
+        """
         if len(self.item_ids) != len(self.ratings):
-            raise InputError(f"a history has {len(self.item_ids)} items but {len(self.ratings)} ratings: send as many")
+            raise InputError(
+                f"a history has {len(self.item_ids)} items but {len(self.ratings)} ratings: send one rating per item"
+            )
         if any("\0" in item for item in self.item_ids):
             raise InputError("an item id of a history contains a NUL character: remove it")
 
 
 @dataclass(frozen=True, slots=True)
 class UserFeatures:
-    """One user's packed row [] (dtype of the layout) and history, with the time they were true."""
+    """One user's stored features."""
 
     row: NDArray[np.void]
+    """Packed row [1]."""
     history: History
     written_at_ms: int
+    """When they were true, milliseconds since 1970; 0 where nothing is stored."""
 
 
 class FeatureLayout:
-    """The packed row of one entity kind under one schema, and the bytes of its store part."""
+    """The packed row of one kind of entity under one schema, and the bytes of its store part."""
 
     def __init__(self, schema: records_pb2.FeatureSchema, kind: EntityKind) -> None:
         """Lay out the features of `kind` in schema order."""
@@ -118,7 +126,7 @@ class FeatureLayout:
         """Pack raw values into one row [1]; features without a value are missing.
 
         Raises:
-            InputError: an unknown feature, a value of the wrong type, or more categories than its width.
+            InputError: an unknown feature, a value of the wrong type, or more categories than the feature's width.
         """
         row = self.missing.copy()
         for name, value in values.items():
@@ -131,7 +139,7 @@ class FeatureLayout:
         return row
 
     def pack(self, feature: records_pb2.Feature, value: FeatureValue) -> NDArray:
-        """Pack one value: a float32 scalar array, or hashes [width] uint64."""
+        """Pack one value: a float32 array [], or hashes uint64 [width]."""
         if feature.type == NUMERIC:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise InputError(f"feature {feature.name!r} is numeric: send a number, not {value!r}")
@@ -159,7 +167,7 @@ class FeatureLayout:
         """Decode one user's store part; None gives missing features and an empty history.
 
         Raises:
-            IntegrityError: a record of another schema, or corrupt.
+            IntegrityError: the record belongs to another schema or is damaged.
         """
         if blob is None:
             return UserFeatures(self.missing, History((), np.zeros(0, np.float32)), 0)
@@ -168,12 +176,12 @@ class FeatureLayout:
             raise IntegrityError(
                 f"a user features record belongs to another schema than {self.schema_hash}: publish features again"
             )
-        at = self._record.itemsize
+        history_start = self._record.itemsize
         try:
             row = np.frombuffer(blob, dtype=self._record, count=1)["row"]
-            count = int(np.frombuffer(blob, dtype="<u4", count=1, offset=at)[0])
-            ratings = np.frombuffer(blob, dtype="<f4", count=count, offset=at + 4)
-            ids = blob[at + 4 + 4 * count :].decode()
+            count = int(np.frombuffer(blob, dtype="<u4", count=1, offset=history_start)[0])
+            ratings = np.frombuffer(blob, dtype="<f4", count=count, offset=history_start + 4)
+            ids = blob[history_start + 4 + 4 * count :].decode()
             history = History(tuple(ids.split("\0")) if count else (), ratings)
         except (ValueError, InputError) as error:
             raise IntegrityError(f"a user features record is corrupt ({error}): publish features again") from error
@@ -183,7 +191,7 @@ class FeatureLayout:
         """Decode many items' store parts into rows [n] (writable); None gives a missing row.
 
         Raises:
-            IntegrityError: a record of another schema, or corrupt.
+            IntegrityError: the record belongs to another schema or is damaged.
         """
         present, records = decode_parts(blobs, self._record, self.schema_hash, "schema")
         rows = np.repeat(self.missing, len(blobs))
@@ -193,7 +201,9 @@ class FeatureLayout:
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    hashes: NDArray[np.uint64]  # sorted
+    """Hashes of a vocabulary's values in ascending order, and the index of each."""
+
+    hashes: NDArray[np.uint64]
     index: NDArray[np.int64]
 
     @staticmethod
@@ -205,13 +215,13 @@ class _Vocabulary:
         return _Vocabulary(hashes[order], order + RESERVED)
 
     def lookup(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Index of each hash: PADDING for 0, UNKNOWN for a stranger."""
-        out = np.where(hashes == 0, PADDING, UNKNOWN).astype(np.int64)
+        """Index of each hash: PADDING for 0, UNKNOWN for a value that is not in the vocabulary."""
+        indices = np.where(hashes == 0, PADDING, UNKNOWN).astype(np.int64)
         if len(self.hashes):
-            at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-            found = self.hashes[at] == hashes
-            out[found] = self.index[at[found]]
-        return out
+            nearest = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+            is_known = self.hashes[nearest] == hashes
+            indices[is_known] = self.index[nearest[is_known]]
+        return indices
 
 
 class FeatureEncoder:
@@ -234,7 +244,7 @@ class FeatureEncoder:
         }
 
     def items(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Embedding index [n] of item ids; UNKNOWN for items that training never saw."""
+        """Embedding index [n] of item ids; UNKNOWN for items that were not in the training data."""
         get = self.item_index.get
         return np.fromiter((get(item, UNKNOWN) for item in ids), dtype=np.int64, count=len(ids))
 
@@ -248,9 +258,11 @@ class FeatureEncoder:
         return items, ratings
 
     def rows(self, layout: FeatureLayout, rows: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
-        """Categories [n, sum of widths] int64, numbers [n, count] float32, and how many numbers were missing.
+        """Model input of n packed rows.
 
-        A kind without categories (or numbers) has one constant column of 0.
+        Returns:
+            Category indices int64 [n, sum of widths], standardised numbers float32 [n, numeric features], and how many
+            numbers were missing. A kind without categories, or without numbers, has one column of 0 instead.
         """
         categories: list[NDArray] = []
         numbers: list[NDArray] = []

@@ -1,4 +1,4 @@
-"""Owns locks between processes: one holder of a lock file at a time, let go when the holder ends, however it ends."""
+"""Owns locks between processes: a lock file has one holder at a time, and is free again when that process ends."""
 
 import fcntl
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ __all__ = ["held"]
 
 @contextmanager
 def held(path: Path, otherwise: KarError) -> Iterator[None]:
-    """Hold the lock file `path` inside the block; raises `otherwise` where another process holds it."""
+    """Hold the lock file `path` inside the block; raises `otherwise` when another process holds it."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Owns every knob of the sidecar: name, unit, default and a sentence; read once at start-up.
+"""Owns the settings of the sidecar: for each its name, unit, default and one sentence; read once at start-up.
 
 Strongest first: command line, environment (`KAR_GRPC_PORT`, `KAR_EXPERIMENT__COVERAGE`), TOML file, default.
 """
@@ -25,7 +25,7 @@ from kar_sidecar.store.cluster import PASSWORD, AerospikeSettings
 __all__ = ["ExperimentSettings", "Settings"]
 
 PREFIX: Final = "KAR_"
-ELSEWHERE: Final = frozenset({PASSWORD, "KAR_CACHE", "KAR_LLM_API_KEY", "KAR_LLM_BASE_URL", "KAR_LLM_MODEL"})
+VARIABLES_OF_OTHERS: Final = frozenset({PASSWORD, "KAR_CACHE", "KAR_LLM_API_KEY", "KAR_LLM_BASE_URL", "KAR_LLM_MODEL"})
 """Variables with our prefix that other parts of the product read."""
 OFFLINE_TABLES: Final = frozenset({"llm", "encoder"})
 """Tables of the TOML file that the offline commands read."""
@@ -35,14 +35,14 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class ExperimentSettings(BaseModel):
-    """The experiment that decides between the model with knowledge and the one without."""
+    """The experiment that assigns users to the model with or without knowledge."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str = Field(
         default="knowledge", min_length=1, description="Name of the experiment, as requests may override it."
     )
-    seed: str = Field(default="knowledge", description="Hash seed; a new one draws all users anew.")
+    seed: str = Field(default="knowledge", description="Seed of the hash; a new seed assigns all users anew.")
     coverage: float = Field(
         default=1.0, ge=0, le=1, description="Share of users in the experiment; others get the first arm."
     )
@@ -64,7 +64,7 @@ class ExperimentSettings(BaseModel):
         return self
 
     def build(self) -> Experiment:
-        """The experiment as the ranker takes it."""
+        """The experiment with these settings."""
         return Experiment(self.key, self.seed, self.coverage, self.weights, self.arms)
 
 
@@ -76,43 +76,48 @@ class _SidecarTables(TomlConfigSettingsSource):
 
 
 class Settings(BaseSettings):
-    """All knobs of one sidecar process. Read them with `Settings.read`."""
+    """All settings of one sidecar process. Construct with `Settings.read`."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
 
-    host: str = Field(default="127.0.0.1", description="Address to listen on; loopback unless told otherwise (no TLS).")
+    host: str = Field(default="127.0.0.1", description="Address to listen on, without TLS: keep it private.")
     grpc_port: Port = Field(default=8500, description="Port of the gRPC services; 0: any free one.")
     metrics_port: Port = Field(default=8502, description="Port of the Prometheus metrics; 0: any free one.")
     work: Path = Field(
-        default=Path("var/demo"), description="Work folder that `releases` and `store` lie in by default."
+        default=Path("var/demo"), description="Work folder; by default it contains `releases`, `store` and `index`."
     )
     releases: Path = Field(
-        default_factory=lambda known: known.get("work", Path()) / "releases", description="Folder of the releases."
+        default_factory=lambda known: known.get("work", Path()) / "releases",
+        description="Folder that contains the releases.",
     )
     store: str = Field(
         default_factory=lambda known: f"lmdb:{known.get('work', Path()) / 'store'}",
         description="Store: `lmdb:PATH` or `aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET`.",
     )
     aerospike: AerospikeSettings = Field(
-        default=AerospikeSettings(), description="How an Aerospike store is reached and used."
+        default=AerospikeSettings(), description="Connection and limits of an Aerospike store."
     )
     index: Path = Field(
-        default_factory=lambda known: known.get("work", Path()) / "index", description="Folder of the index snapshots."
+        default_factory=lambda known: known.get("work", Path()) / "index",
+        description="Folder that contains the index snapshots.",
     )
     triton_address: str = Field(default="127.0.0.1:8001", description="gRPC address of the Triton Inference Server.")
     mode: Mode = Field(
-        default="prestored", description="`prestored`: adapted vectors in the store; `encoded`: encoder's."
+        default="prestored",
+        description="`prestored`: read adapted vectors; `encoded`: read the encoder's, adapt in Triton.",
     )
     max_candidates: int = Field(
-        default=1000, ge=1, description="Most candidates of one request, and most ids of one read."
+        default=1000, ge=1, description="Largest number of candidates in one request, and of ids in one read."
     )
-    max_similar: int = Field(default=100, ge=1, description="Most neighbours of one search.")
+    max_similar: int = Field(default=100, ge=1, description="Largest number of neighbours in one search.")
     store_timeout_ms: Milliseconds = Field(default=20.0, description="Longest wait for the store, in milliseconds.")
     score_timeout_ms: Milliseconds = Field(
         default=100.0, description="Longest wait for one scoring model, in milliseconds."
     )
     deadline_margin_ms: float = Field(
-        default=2.0, ge=0, description="Kept of the caller's deadline for the answer's way back, in milliseconds."
+        default=2.0,
+        ge=0,
+        description="Time of the caller's deadline reserved for sending the response, in milliseconds.",
     )
     warm_timeout_ms: Milliseconds = Field(
         default=60_000.0, description="Longest wait for a newly loaded model's first score, in milliseconds."
@@ -123,7 +128,9 @@ class Settings(BaseSettings):
     health_timeout_ms: Milliseconds = Field(
         default=1_000.0, description="Longest wait for one health check, in milliseconds."
     )
-    grace_s: float = Field(default=5.0, ge=0, description="Time that open requests get on shutdown, in seconds.")
+    grace_s: float = Field(
+        default=5.0, ge=0, description="Time that open requests have to finish at shutdown, in seconds."
+    )
     experiment: ExperimentSettings = Field(
         default=ExperimentSettings(), description="The experiment that assigns users to arms."
     )
@@ -137,17 +144,17 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then environment, then the TOML file."""
+        """Command line, then environment, then TOML file."""
         return init_settings, env_settings, _SidecarTables(settings_cls)
 
     @classmethod
     def read(cls, file: Path | None = None, **arguments: Any) -> "Settings":
-        """Settings from arguments (None: not given), the environment and a TOML file.
+        """Settings from arguments (None: not set), the environment and a TOML file.
 
         Raises:
-            InputError: an unknown key or variable, a value out of range, or no such file.
+            InputError: a key or variable is unknown, a value is out of range, or the file does not exist.
         """
-        known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields} | ELSEWHERE
+        known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields} | VARIABLES_OF_OTHERS
         for name in sorted(os.environ):
             if name.startswith(PREFIX) and name.split("__")[0] not in known:
                 raise InputError(f"the environment variable {name} is not a setting: remove it or correct its name")

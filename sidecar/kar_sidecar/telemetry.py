@@ -1,4 +1,4 @@
-"""Owns what the sidecar says about itself to Prometheus: every metric, its labels and its buckets."""
+"""Owns the sidecar's Prometheus metrics: their names, labels and buckets."""
 
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -22,14 +22,14 @@ LEVELS: Final = records_pb2.KnowledgeLevel.keys()
 STALE: Final = int(records_pb2.KNOWLEDGE_LEVEL_STALE)
 NEUTRAL: Final = int(records_pb2.KNOWLEDGE_LEVEL_NEUTRAL)
 ENTITIES: Final = (*EntityKind, "history")
-"""Whose vectors models read: "history" are the items that the user rated."""
+"""Values of the label `entity`: "history" stands for the items that the user rated."""
 AGES_HOURS: Final = (1, 6, 24, 72, 168, 336, 720, 2160, 4320, 8760)
-"""An hour to a year."""
+"""Bucket bounds, from an hour to a year."""
 HOUR_MS: Final = 3_600_000
 
 
 class _Ages(Collector):
-    """A histogram by entity that takes the values of a whole request in one step."""
+    """A histogram by entity that observes all values of a request in one call."""
 
     def __init__(self, name: str, documentation: str, entities: Sequence[str]) -> None:
         self._name, self._documentation = name, documentation
@@ -37,7 +37,7 @@ class _Ages(Collector):
         self._sums = dict.fromkeys(entities, 0.0)
 
     def observe(self, entity: str, hours: NDArray[np.float64]) -> None:
-        """Count values [n]."""
+        """Count ages [n]."""
         self._counts[entity] += np.bincount(np.searchsorted(AGES_HOURS, hours), minlength=len(AGES_HOURS) + 1)
         self._sums[entity] += float(hours.sum())
 
@@ -55,7 +55,7 @@ class Telemetry:
     """The metrics of one server, in a registry of its own."""
 
     def __init__(self) -> None:
-        """Create every metric, so that a scrape shows them all from the start."""
+        """Create every metric, so that the first scrape shows all of them."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "kar_requests",
@@ -65,18 +65,22 @@ class Telemetry:
         )
         self._latency = Histogram(
             "kar_request_milliseconds",
-            "Whole requests in the server.",
+            "Time of whole requests in the server.",
             ("rpc",),
             buckets=BUCKETS_MS,
             registry=self.registry,
         )
         stages = Histogram(
-            "kar_stage_milliseconds", "Stages of Rank.", ("stage",), buckets=BUCKETS_MS, registry=self.registry
+            "kar_stage_milliseconds",
+            "Time of each stage of Rank.",
+            ("stage",),
+            buckets=BUCKETS_MS,
+            registry=self.registry,
         )
         self._stages = {stage: stages.labels(stage) for stage in STAGES}
         levels = Counter(
             "kar_knowledge_levels",
-            "Entities of Rank and BatchGetKnowledge by their knowledge.",
+            "Entities in Rank and BatchGetKnowledge by knowledge level.",
             ("entity", "level"),
             registry=self.registry,
         )
@@ -87,14 +91,16 @@ class Telemetry:
         self._expired = {entity: expired.labels(entity) for entity in ENTITIES}
         self._ages = _Ages("kar_knowledge_age_hours", "Age of the knowledge vectors served.", ENTITIES)
         self.registry.register(self._ages)
-        self._missing = Counter("kar_missing_values", "Numbers that were NaN or infinite.", registry=self.registry)
+        self._missing = Counter(
+            "kar_missing_values", "Numeric features that were absent, NaN or infinite.", registry=self.registry
+        )
         self._failures = Counter(
             "kar_backend_failures",
-            "Calls that a backend failed or did not answer.",
+            "Failed or unanswered calls of a backend.",
             ("backend",),
             registry=self.registry,
         )
-        self.serving = Gauge("kar_serving", "1 while health says SERVING.", registry=self.registry)
+        self.serving = Gauge("kar_serving", "1 while health reports SERVING.", registry=self.registry)
 
     def request(self, rpc: str, status: str, latency_ms: float, response: Message | None) -> None:
         """Count one finished call."""
@@ -113,17 +119,19 @@ class Telemetry:
         self._missing.inc(missing_values)
 
     def served(self, entity: str, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int) -> None:
-        """Observe ages and expiries of vectors [n] of "user", "item" or "history", served at `at_ms`.
+        """Observe ages and expiries of n vectors that a model read; those at level NEUTRAL are no stored vectors.
 
-        Those whose level is NEUTRAL do not exist.
+        Args:
+            entity: "user", "item" or "history".
+            levels: Knowledge levels [n].
+            written_at_ms: When each was written [n], milliseconds since 1970.
+            at_ms: When they were read, milliseconds since 1970.
         """
         self._expired[entity].inc(int(np.count_nonzero(levels == STALE)))
         self._ages.observe(entity, (at_ms - written_at_ms[levels != NEUTRAL]) / HOUR_MS)
 
-    def handed_out(
-        self, entity: EntityKind, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int
-    ) -> None:
-        """The same of vectors that a caller reads, one an entity: their levels count, too."""
+    def read(self, entity: EntityKind, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int) -> None:
+        """Observe vectors of n entities that a caller read: levels, and ages and expiries as in `served`."""
         self._count(entity, levels)
         self.served(entity, levels, written_at_ms, at_ms)
 
@@ -133,7 +141,7 @@ class Telemetry:
                 self._levels[entity][level].inc(int(count))
 
     def failed(self, backend: str) -> None:
-        """Count one failure of "store" or of a model."""
+        """Count one failure of a backend: "store" or a model."""
         self._failures.labels(backend).inc()
 
 

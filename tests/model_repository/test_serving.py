@@ -22,7 +22,8 @@ from kar_model_repository.render import Backbone, Sizes, render
 from kar_offline.models import BACKBONES, RERANKERS, Field, InputSpec, build_backbone
 from kar_offline.models.onnx import export_onnx
 from kar_sidecar.errors import InputError, UnavailableError
-from kar_sidecar.launcher.triton_process import TritonProcess, TritonRuntime, link_models
+from kar_sidecar.launcher.triton_process import TritonProcess
+from kar_sidecar.launcher.triton_runtime import TritonRuntime, link_models
 from kar_sidecar.scoring import ADAPTOR_INPUTS, AFFINITY, BASE_INPUTS, KNOWLEDGE_INPUTS, VECTOR_INPUTS
 from kar_sidecar.scoring.triton import TritonScorer
 

@@ -1,1 +1,1 @@
-"""Owns `kar serve`: Triton and the sidecar, started together and kept alive."""
+"""Owns `kar serve`: Triton and the gRPC sidecar as one supervised process tree on one machine."""

@@ -1,9 +1,9 @@
 """Owns `kar serve`: Triton and the gRPC sidecar over one work folder, as one supervised process tree.
 
 WORK/serving/
-  models/                      the repository that Triton reads: links to the models of every release
-  triton.log, sidecar.log      what the two say; *.previous.log: what they said under the `kar serve` before
-  serve.log, ready.json        of a `kar serve` that `kar rank` or `kar demo` started
+  models/                      the folder that Triton reads models from: links to the models of every release
+  triton.log, sidecar.log      output of the two processes; *.previous.log: from the `kar serve` before
+  serve.log, ready.json        written only when `kar replay` or `kar demo` started this `kar serve`
   lock                         held while `kar serve` runs
 """
 
@@ -25,7 +25,8 @@ from rich.console import Console
 
 from kar_sidecar.errors import InputError, IntegrityError
 from kar_sidecar.launcher.supervisor import ChildProcess, RestartPolicy, Service, Supervisor, spawn, termination
-from kar_sidecar.launcher.triton_process import LOOPBACK, Ports, TritonProcess, TritonRuntime, link_models
+from kar_sidecar.launcher.triton_process import LOOPBACK, Ports, TritonProcess
+from kar_sidecar.launcher.triton_runtime import TritonRuntime, link_models
 from kar_sidecar.lock import held
 from kar_sidecar.releases.manifest import Release, list_releases, read_active, write_active
 from kar_sidecar.releases.registry import open_active
@@ -37,14 +38,14 @@ __all__ = ["check", "is_serving", "listen_port", "serve", "serve_until_stopped"]
 
 PROBE_TIMEOUT_S = 1.0
 MARGIN_S = 5.0
-"""What a child gets beyond the grace that it gives its own requests, before it is killed."""
+"""Time that a stopping child gets beyond its grace for open requests, before it is killed."""
 
 
 def listen_port(host: str, port: int, option: str) -> int:
-    """`port` if nothing listens on it, or a free one for 0.
+    """`port`, or a free port for 0.
 
     Raises:
-        InputError: it is taken.
+        InputError: `port` is taken; the text names the command's option.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -59,12 +60,12 @@ def listen_port(host: str, port: int, option: str) -> int:
 
 
 def check(settings: Settings) -> None:
-    """Refuse to start what could not serve: verifies the active release and asks the store for what it needs.
+    """Check before the start that the active release is sound and published.
 
     Raises:
-        PreconditionError: nothing exported, or nothing published for it.
-        IntegrityError: a missing or corrupt file, which the text names.
-        UnavailableError: the store does not answer.
+        PreconditionError: no release is active, or nothing was published for it.
+        IntegrityError: a file is missing or corrupt; the text names it.
+        UnavailableError: the store cannot be opened.
     """
     store = open_store(settings.store, aerospike=settings.aerospike, readonly=True)
     try:
@@ -74,7 +75,7 @@ def check(settings: Settings) -> None:
 
 
 def is_serving(address: str) -> bool:
-    """Whether the gRPC server at `address` says SERVING."""
+    """Whether the gRPC server at `address` reports SERVING."""
     with grpc.insecure_channel(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
@@ -84,11 +85,12 @@ def is_serving(address: str) -> bool:
 
 
 class _Serving:
-    """One run: what it starts, what it tells."""
+    """One run of `kar serve`: its two services, their shared folder, and its messages."""
 
     def __init__(
         self, settings: Settings, config: Path | None, ready_file: Path | None, say: Callable[[str], None]
     ) -> None:
+        """Prepare the folder; `say` prints a line, `ready_file` is written when both services are ready."""
         self._settings = settings
         self._config = config
         self._ready_file = ready_file
@@ -117,7 +119,7 @@ class _Serving:
                 log.replace(log.with_suffix(".previous.log"))
 
     def _start_triton(self) -> TritonProcess:
-        # Ready means then that the active release can be scored; the sidecar loads what else it serves.
+        # With these models loaded, a ready Triton can score the active release. The sidecar loads any further models.
         settings = self._settings
         release = Release.load(settings.releases, read_active(settings.releases), verify=False)
         self._triton = self._runtime.start(
@@ -130,7 +132,7 @@ class _Serving:
 
     def _start_sidecar(self) -> ChildProcess:
         settings = self._settings
-        given = {
+        overrides = {
             "KAR_HOST": settings.host,
             "KAR_GRPC_PORT": str(settings.grpc_port),
             "KAR_METRICS_PORT": str(settings.metrics_port),
@@ -141,18 +143,18 @@ class _Serving:
         }
         config = ("--config", self._config) if self._config else ()
         command = (sys.executable, "-m", "kar_sidecar", "sidecar", *config)
-        return spawn(command, self._folder / "sidecar.log", os.environ | given)
+        return spawn(command, self._folder / "sidecar.log", os.environ | overrides)
 
     def link_releases(self) -> None:
-        """Show Triton the models of releases that were exported since the last call."""
+        """Link the models of releases that were exported since the last call."""
         for release_id in list_releases(self._settings.releases):
             models = self._settings.releases / release_id / "triton" / "cpu"
             if release_id not in self._linked and models.is_dir():
                 link_models(models, self._folder / "models")
                 self._linked.add(release_id)
 
-    def look(self) -> None:
-        """Tell what changed since the last look."""
+    def report(self) -> None:
+        """Link new releases, and print a line when the services became ready or ceased to be."""
         self.link_releases()
         if self.supervisor.ready == self._was_ready:
             return
@@ -193,10 +195,16 @@ def serve_until_stopped(
     ready_file: Path | None = None,
     say: Callable[[str], None],
 ) -> None:
-    """Run Triton and the sidecar until SIGTERM or SIGINT; `settings` name free ports. Main thread only.
+    """Run Triton and the sidecar until SIGTERM or SIGINT. Main thread only.
+
+    Args:
+        settings: Their ports must be free.
+        config: The settings file, which the sidecar reads again.
+        ready_file: Written when both are ready, removed at the end: addresses and process ids as JSON.
+        say: Prints a line.
 
     Raises:
-        InputError: another one runs on this work folder.
+        InputError: another `kar serve` runs on this work folder.
         KarError: see `check`, `TritonRuntime.install` and `Supervisor.run`.
     """
     active = read_active(settings.releases)
@@ -207,7 +215,7 @@ def serve_until_stopped(
     taken = InputError(f"another `kar serve` runs on {settings.work}: stop it, or name another --work")
     with held(folder / "lock", taken), termination() as stopping:
         if ready_file is not None:
-            ready_file.unlink(missing_ok=True)  # of one that was killed
+            ready_file.unlink(missing_ok=True)  # left by a run that was killed
         check(settings)
         if not (models := settings.releases / active / "triton" / "cpu").is_dir():
             raise IntegrityError(f"{models} is missing: export the release again")
@@ -215,7 +223,7 @@ def serve_until_stopped(
         serving.link_releases()
         say(f"starting Triton and the sidecar on release {active} (logs: {folder}/*.log)")
         try:
-            serving.supervisor.run(stopping, serving.look)
+            serving.supervisor.run(stopping, serving.report)
         finally:
             if ready_file is not None:
                 ready_file.unlink(missing_ok=True)
@@ -224,13 +232,18 @@ def serve_until_stopped(
 
 def serve(
     work: Annotated[
-        Path | None, typer.Option(help="Work folder with releases and store.", show_default="var/demo")
+        Path | None, typer.Option(help="Work folder that contains the releases and the store.", show_default="var/demo")
     ] = None,
     release: Annotated[
-        str | None, typer.Option(help="Activate this release first.", show_default="the active one")
+        str | None, typer.Option(help="Release to activate and serve.", show_default="the active one")
     ] = None,
-    store: Annotated[str | None, typer.Option(help="Store URL.", show_default="lmdb:WORK/store")] = None,
-    mode: Annotated[str | None, typer.Option(help="prestored or encoded.", show_default="prestored")] = None,
+    store: Annotated[str | None, typer.Option(help="URL of the store.", show_default="lmdb:WORK/store")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="prestored (read adapted vectors) or encoded (run the adaptor in Triton).", show_default="prestored"
+        ),
+    ] = None,
     port: Annotated[
         int | None, typer.Option(help="Port of the gRPC services; 0: any free one.", show_default="8500")
     ] = None,
@@ -238,12 +251,16 @@ def serve(
         int | None,
         typer.Option(help="Port of the Prometheus metrics; 0: any free one.", show_default="8502, or 0 with --port 0"),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings (docs/settings.md).")] = None,
     ready_file: Annotated[
-        Path | None, typer.Option(help="Written (JSON: addresses, process ids) when ready, removed at the end.")
+        Path | None,
+        typer.Option(help="File for addresses and process ids (JSON): written when ready, removed at the end."),
     ] = None,
 ) -> None:
-    """Serve a release: supervise Triton and the gRPC sidecar until Ctrl-C; every other knob: KAR_* or --config."""
+    """Serve a release: run Triton and the gRPC sidecar until Ctrl-C.
+
+    All other settings come from --config or from KAR_* variables of the environment.
+    """
     if port == 0 and metrics_port is None:
         metrics_port = 0
     settings = Settings.read(config, work=work, store=store, mode=mode, grpc_port=port, metrics_port=metrics_port)

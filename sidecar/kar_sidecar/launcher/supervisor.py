@@ -1,4 +1,4 @@
-"""Owns the supervision of child processes: started in order, restarted when they crash, stopped in reverse order."""
+"""Owns the supervision of child processes: started in order, restarted after crashes, stopped in reverse order."""
 
 import os
 import signal
@@ -17,10 +17,10 @@ __all__ = ["ChildProcess", "Process", "RestartPolicy", "Service", "Supervisor", 
 
 TICK_S: Final = 0.1
 PROBE_S: Final = 1.0
-"""How often a service that answered before is asked again."""
+"""Time between two checks of a service that answered."""
 
-# Runs between this process and a child: asks the kernel to kill the child with its parent, then becomes it.
-# A preexec_fn would run Python after a fork of a process that holds gRPC threads.
+# This program asks the kernel to kill it with its parent, then becomes the child by exec. A preexec_fn would run Python
+# in a fork of this process instead, which has gRPC threads.
 LAUNCH: Final = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
@@ -42,19 +42,19 @@ class Process(Protocol):
         ...
 
     def reason(self) -> str:
-        """What it said last, and where its log is."""
+        """Its last output or failure, and the path of its log."""
         ...
 
     def stop(self, grace_s: float) -> object:
-        """End it, after `grace_s` seconds by force, and what it left running; returns when it is gone."""
+        """End it and its own children, by force after `grace_s` seconds; returns when they are gone."""
         ...
 
 
 class ChildProcess:
-    """A process in a session of its own: a terminal's Ctrl-C does not reach it before its turn to stop."""
+    """A process in a session of its own, so that a terminal's Ctrl-C does not reach it before `stop`."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        """Take over a process started with `start_new_session`, which writes to `log`."""
+        """Take over a process that was started with `start_new_session` and writes to `log`."""
         self._process = process
         self._log = log
 
@@ -70,8 +70,8 @@ class ChildProcess:
     def reason(self) -> str:
         """See `Process`."""
         lines = self._log.read_text(errors="replace").splitlines()
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
-        return f"{said} (log: {self._log})"
+        last_line = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+        return f"{last_line} (log: {self._log})"
 
     def stop(self, grace_s: float) -> None:
         """See `Process`."""
@@ -99,16 +99,17 @@ def spawn(command: Sequence[str | Path], log: Path, environment: Mapping[str, st
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """How long a crashed service waits before it starts again: each time twice as long, and not for ever."""
+    """When a crashed service starts again: after a delay that doubles with each crash, until there were too many."""
 
     first_delay_s: float = 0.25
     longest_delay_s: float = 8.0
     most_crashes: int = 5
+    """Number of crashes within `window_s` after which the supervisor gives up."""
     window_s: float = 60.0
 
     def delay_s(self, crashes: Sequence[float], now: float) -> float | None:
-        """Seconds until the next start after `crashes` at these times, the last of them now; None: give up."""
-        recent = sum(now - at < self.window_s for at in crashes)
+        """Seconds until the next start; None: give up. `crashes` are the times of all crashes, the last one now."""
+        recent = sum(now - crashed_s < self.window_s for crashed_s in crashes)
         if recent >= self.most_crashes:
             return None
         return min(self.first_delay_s * 2 ** (recent - 1), self.longest_delay_s)
@@ -116,27 +117,28 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What to keep running: how it starts, and whether it answers (asked often: must be quick)."""
+    """A service to keep running."""
 
     name: str
     start: Callable[[], Process]
     answers: Callable[[], bool]
+    """Whether it is ready; called often, so it must be quick."""
 
 
 class _Child:
-    """The state of one service."""
+    """The state of one supervised service. Times are seconds of the supervisor's clock."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self.process: Process | None = None
-        self.start_at = self.started_at = self.probed_at = float("-inf")
+        self.next_start_s = self.started_s = self.probed_s = float("-inf")
         self.ready = False
-        self.proven = False  # was ready since it was last started
+        self.was_ready = False  # since it was last started
         self.crashes: list[float] = []
 
 
 class Supervisor:
-    """Keeps services running. A service starts for the first time when the ones before it are ready."""
+    """Keeps services running. At first, a service starts when all services before it are ready."""
 
     def __init__(
         self,
@@ -158,30 +160,30 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """Whether every service answered when last asked."""
+        """Whether every service answered the last check."""
         return all(child.ready for child in self._children)
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids of what runs now, by service name."""
+        """Process ids of the running services, by name."""
         return {child.service.name: child.process.pid for child in self._children if child.process}
 
-    def run(self, stopping: Callable[[], bool], look: Callable[[], None]) -> None:
-        """Step, and `look` after each step, until `stopping`; then stop all.
+    def run(self, stopping: Callable[[], bool], after_step: Callable[[], None]) -> None:
+        """Step, and call `after_step` after each step, until `stopping()`; then stop all services.
 
         Raises:
-            UnavailableError: a service never got ready, or crashed too often. Everything is stopped then, too.
+            UnavailableError: a service was never ready, or crashed too often. All services are stopped then, too.
         """
         try:
             while not stopping():
                 self.step()
-                look()
+                after_step()
                 time.sleep(TICK_S)
         finally:
             self.stop()
 
     def step(self) -> None:
-        """Look at every service once; start, restart or ask it. None is ready before those that it comes after.
+        """Start, restart or check each service once. A service is ready only while those before it are.
 
         Raises:
             UnavailableError: a service ended before it was ever ready, or crashed too often; the text names its log.
@@ -189,42 +191,43 @@ class Supervisor:
         before_ready = True
         for child in self._children:
             self._step(child, self._clock())
-            # What an answer said before a service that it depends on crashed is stale: ask again when that is back.
+            # After a crash of an earlier service, an older answer proves nothing: this service is checked again.
             child.ready = before_ready = child.ready and before_ready
-            if not (child.proven or child.crashes):
+            if not (child.was_ready or child.crashes):
                 break
 
     def _step(self, child: _Child, now: float) -> None:
         if child.process is None:
-            if now >= child.start_at:
-                child.process, child.started_at = child.service.start(), now
+            if now >= child.next_start_s:
+                child.process, child.started_s = child.service.start(), now
             return
-        ended = _describe(child.process.poll())
-        if not (ended or child.proven or now - child.started_at < self._start_timeout_s):
-            ended = f"was not ready within {self._start_timeout_s:.0f} s"
-        if ended:
-            self._bury(child, child.process, ended, now)
-        elif not child.ready or now - child.probed_at >= PROBE_S:
-            child.probed_at = now
+        failure = _describe(child.process.poll())
+        if not (failure or child.was_ready or now - child.started_s < self._start_timeout_s):
+            failure = f"was not ready within {self._start_timeout_s:.0f} s"
+        if failure:
+            self._handle_crash(child, child.process, failure, now)
+        elif not child.ready or now - child.probed_s >= PROBE_S:
+            child.probed_s = now
             child.ready = child.service.answers()
-            child.proven |= child.ready
+            child.was_ready |= child.ready
 
-    def _bury(self, child: _Child, process: Process, ended: str, now: float) -> None:
-        name, at_start = child.service.name, not (child.proven or child.crashes)
-        process.stop(self._stop_grace_s)  # dead or not: what it left running goes too
-        child.process, child.ready, child.proven = None, False, False
+    def _handle_crash(self, child: _Child, process: Process, failure: str, now: float) -> None:
+        """Schedule the next start; raises UnavailableError when there must not be another."""
+        name, at_start = child.service.name, not (child.was_ready or child.crashes)
+        process.stop(self._stop_grace_s)  # also ends the children of a process that is dead already
+        child.process, child.ready, child.was_ready = None, False, False
         child.crashes.append(now)
         delay_s = self._policy.delay_s(child.crashes, now)
         if at_start:
-            raise UnavailableError(f"{name} {ended} at start; it said: {process.reason()}")
+            raise UnavailableError(f"{name} {failure} at start; it said: {process.reason()}")
         if delay_s is None:
-            often = f"for the {self._policy.most_crashes}th time in {self._policy.window_s:.0f} s"
-            raise UnavailableError(f"{name} {ended} {often}, giving up; it said: {process.reason()}")
-        child.start_at = now + delay_s
-        self._say(f"{name} {ended}; starting it again in {delay_s:.2g} s")
+            count = f"for the {self._policy.most_crashes}th time in {self._policy.window_s:.0f} s"
+            raise UnavailableError(f"{name} {failure} {count}, giving up; it said: {process.reason()}")
+        child.next_start_s = now + delay_s
+        self._say(f"{name} {failure}; starting it again in {delay_s:.2g} s")
 
     def stop(self) -> None:
-        """Stop what runs, last service first; bounded by the grace of each."""
+        """Stop all services, the last one first; each gets the grace."""
         for child in reversed(self._children):
             if child.process is not None:
                 child.process.stop(self._stop_grace_s)
@@ -239,16 +242,19 @@ def _describe(code: int | None) -> str:
 
 @contextmanager
 def termination() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and SIGINT do not interrupt; the function given says whether one came. Main thread only."""
-    came = False
+    """Inside the block SIGTERM and SIGINT do not interrupt; the yielded function tells whether one was received.
 
-    def note(_number: int, _frame: object) -> None:
-        nonlocal came
-        came = True
+    Main thread only.
+    """
+    received = False
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    def record(_number: int, _frame: object) -> None:
+        nonlocal received
+        received = True
+
+    before = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: came
+        yield lambda: received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

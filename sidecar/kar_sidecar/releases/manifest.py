@@ -2,21 +2,22 @@
 
 <releases>/<release id>/
   manifest.json                      kar.records.v1.Manifest as JSON
-  item_ids.txt                       item vocabulary, one id a line
+  item_ids.txt                       items of the training data, one id a line; line i has the index i + 2
   backbones/{knowledge,control}.onnx
   adaptor.safetensors                expert, gate and neutral weights
-  vectors/neutral.npy                [2, K] float32: user row, item row
+  vectors/neutral.npy                [2, K] float32: neutral vector of users, of items
   vectors/{user,item}_ids.txt        one id a line, row order of the arrays
-  vectors/{user,item}_lent.txt       those of them whose vector is lent by others
-  vectors/{user,item}_adapted.npy    [n, K], of the adaptor's towers alone
+  vectors/{user,item}_lent.txt       ids of those whose vector is imputed from others
+  vectors/{user,item}_adapted.npy    [n, K], only for kinds with a tower in the adaptor
   vectors/{user,item}_encoded.npy    [n, D]
-  vectors/affinity_ids.txt           items with an affinity vector, where the model reads affinities
+  vectors/affinity_ids.txt           items with an affinity vector, only where the model reads affinities
   vectors/affinity.npy               [n, V]
   knowledge/{user,item}.jsonl        KnowledgeRecord as JSON, one a line
-  knowledge/{user,item}_clusters.jsonl  the same about clusters, where entities borrow their texts
+  knowledge/{user,item}_clusters.jsonl  KnowledgeRecord of each cluster, only where entities use the texts of clusters
   triton/{cpu,gpu}/<model>/          Triton repository; names end in the release id
-  triton/files.json                  Manifest with only the id and the files of triton/, which carry the id themselves
-<releases>/active                    the id that serving starts with
+  triton/files.json                  a Manifest with the release id and the files of triton/; manifest.json cannot list
+                                     them, since they contain the release id, which is the hash of manifest.json
+<releases>/active                    the id of the release that serving starts with
 """
 
 import hashlib
@@ -82,7 +83,7 @@ def read_active(releases: Path) -> str:
 
     Raises:
         PreconditionError: nothing was exported or activated yet.
-        IntegrityError: the file that says it is corrupt.
+        IntegrityError: the file `active` is corrupt.
     """
     path = releases / ACTIVE
     if not path.is_file():
@@ -94,7 +95,7 @@ def read_active(releases: Path) -> str:
 
 
 def write_active(releases: Path, release_id: str) -> None:
-    """Name the release that serving starts with; atomic."""
+    """Write the id of the release that serving starts with; atomic."""
     draft = releases / f".{ACTIVE}"
     draft.write_text(release_id + "\n")
     draft.replace(releases / ACTIVE)
@@ -107,8 +108,8 @@ def _read_manifest(path: Path) -> records_pb2.Manifest:
         raise IntegrityError(f"{path} is not a readable manifest: {error}; export the release again") from error
 
 
-def _rendered(folder: Path, release_id: str) -> Sequence[records_pb2.FileEntry]:
-    """The list of files below `triton/`; none where the release has no Triton repository."""
+def _triton_files(folder: Path, release_id: str) -> Sequence[records_pb2.FileEntry]:
+    """The listed files below `triton/`; none where the release has no Triton repository."""
     if not (folder / "triton").is_dir():
         return ()
     listed = _read_manifest(folder / RENDERED)
@@ -130,7 +131,7 @@ class Release:
 
         Raises:
             NotFoundError: no such release.
-            IntegrityError: a missing, corrupt or mismatched file, which the text names.
+            IntegrityError: a file is missing, corrupt or of another release; the text names it.
         """
         folder = releases / release_id
         path = folder / MANIFEST
@@ -143,8 +144,7 @@ class Release:
         if schema_hash(manifest.feature_schema) != manifest.feature_schema_hash:
             raise IntegrityError(f"{path} names another feature schema than it holds: export the release again")
         if verify:
-            rendered = _rendered(folder, release_id)
-            for entry in (*manifest.files, *rendered):
+            for entry in (*manifest.files, *_triton_files(folder, release_id)):
                 file = folder / entry.path
                 if not file.is_file():
                     raise IntegrityError(f"{file} is missing: export the release again")
@@ -154,11 +154,11 @@ class Release:
 
     @property
     def release_id(self) -> str:
-        """The release's id."""
+        """Content hash of the manifest, 12 hexadecimal digits."""
         return self.manifest.release_id
 
     def triton_name(self, template: str) -> str:
-        """The Triton model name of a manifest entry, with this release's id."""
+        """The name of a Triton model: `template` from the manifest with this release's id."""
         return template.format(release=self.release_id)
 
     def model(self, arm: str) -> records_pb2.ModelEntry:
@@ -170,10 +170,10 @@ class Release:
         for entry in self.manifest.models:
             if entry.arm == arm:
                 return entry
-        raise PreconditionError(f"release {self.release_id} has no {arm!r} model: activate one that has")
+        raise PreconditionError(f"release {self.release_id} has no {arm!r} model: activate a release that has one")
 
     def triton_models(self) -> Iterator[str]:
-        """Names of all Triton models, those that others depend on first."""
+        """Names of all Triton models; ensembles come after the models that they consist of."""
         for entry in self.manifest.models:
             yield self.triton_name(entry.triton_model)
         yield self.triton_name(self.manifest.triton_adaptor)
@@ -183,7 +183,7 @@ class Release:
 
     @cached_property
     def towers(self) -> tuple[EntityKind, ...]:
-        """Kinds of entities whose adapted vectors the knowledge model reads."""
+        """Kinds of entity that the adaptor has a tower for: the knowledge model reads their adapted vectors."""
         return tuple(map(EntityKind.of_number, self.manifest.towers)) or (USER, ITEM)
 
     @cached_property
@@ -199,15 +199,15 @@ class Release:
 
     @cached_property
     def user_layout(self) -> FeatureLayout:
-        """How user features are packed."""
+        """The packed layout of user features."""
         return FeatureLayout(self.manifest.feature_schema, USER)
 
     @cached_property
     def item_layout(self) -> FeatureLayout:
-        """How item features are packed."""
+        """The packed layout of item features."""
         return FeatureLayout(self.manifest.feature_schema, ITEM)
 
     @cached_property
     def neutral(self) -> NDArray[np.float32]:
-        """Neutral vectors [2, K] float32: user row, item row."""
+        """Neutral vectors float32 [2, K]: of users, of items."""
         return np.load(self.folder / "vectors" / "neutral.npy", allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Owns a release as one serving mode sees it: which vectors are read, which models are called."""
+"""Owns a release in one serving mode: which vectors are read, and which models are called."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,26 +34,26 @@ class ServedRelease:
 
     @cached_property
     def space(self) -> records_pb2.VectorSpace:
-        """The space of the vectors that are read."""
+        """The space of the knowledge vectors that this mode reads."""
         manifest = self.release.manifest
         return manifest.encoded_space if self.mode == ENCODED else manifest.adapted_space
 
     @cached_property
     def neutral(self) -> NDArray[np.float32]:
-        """What stands for a missing vector [2, dim]: user row, item row.
+        """Vectors [2, dim] in the place of missing ones: of users, of items.
 
-        Zeros in `encoded` mode: there the adaptor itself answers with the learned neutral vector.
+        Zeros in `encoded` mode, where the adaptor itself puts the learned neutral vector in.
         """
         return np.zeros((2, self.space.dim), np.float32) if self.mode == ENCODED else self.release.neutral
 
     @property
     def affinity_space(self) -> records_pb2.VectorSpace | None:
-        """The space of the items' affinity vectors; None where the release reads none."""
+        """The space of the items' affinity vectors; None for a release without them."""
         affinity = self.release.affinity
         return affinity.space if affinity and affinity.HasField("space") else None
 
     def parts(self, arm: str) -> tuple[str, ...]:
-        """Store parts of users and candidates that an arm reads: the control arm needs no vectors."""
+        """Store parts that an arm reads of user and candidates: features, knowledge vectors, affinity vectors."""
         if arm != KNOWLEDGE:
             return (FEATURES,)
         parts = (FEATURES, vector_part(self.space.space_id))
@@ -74,7 +74,7 @@ class ServedRelease:
     def models(self) -> tuple[str, ...]:
         """Names of all models that this mode needs, in the order to load them."""
         if self.mode == ENCODED:
-            # Triton loads what an ensemble consists of along with it, and anew where that was loaded before: the model
-            # processes that are replaced then would look like lost ones.
+            # Ensembles first: Triton loads an ensemble's models along with it, again if they were loaded before, and
+            # the model processes that it then replaces would look like lost ones.
             return tuple(self.release.triton_models())[::-1]
         return tuple(self.model(arm) for arm in ARMS)

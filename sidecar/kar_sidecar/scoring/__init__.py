@@ -1,10 +1,10 @@
-"""Owns the seam to the scoring models: tensor names, the Scorer Protocol and its implementations.
+"""Owns the scoring models as the server sees them: tensor names, the Scorer Protocol, its implementations.
 
-One request's tensors, named as in the Triton repository (C candidates, L or H history events, K, D or V
-vector components):
+One request's tensors, named as in the Triton repository. C candidates; L history events for the backbone, H for the
+affinity; vectors of K (adapted), D (encoded) or V (affinity) components:
 
-    history_item      [L]      int64    item index, 0 where padded
-    history_rating    [L]      int64    half-star bucket, 0 where padded
+    history_item      [L]      int64    item index, right-padded with 0
+    history_rating    [L]      int64    half-star bucket, right-padded with 0
     user_categorical  [Uc]     int64
     user_numeric      [Un]     float32  standardised
     item_index        [C]      int64
@@ -13,10 +13,11 @@ vector components):
     user_knowledge    [K]      float32  prestored mode, models with a user tower only
     item_knowledge    [C, K]   float32  prestored mode, models with an item tower only
     affinity          [C, F]   float32  standardised, models with knowledge affinity only (`ranking.affinity`)
-    item_vector       [C, V]   float32  models that learn their affinity only: the candidates' affinity vectors,
-    history_vector    [H, V]   float32  those of the rated items, right-padded with 0,
-    history_weight    [H]      float32  and their ratings less the user's mean, right-padded with 0
-    user_encoding     [D]      float32  encoded mode: through the ensemble
+    item_vector       [C, V]   float32  affinity vectors of the candidates; this and the next two for models with
+                                        learned affinity only
+    history_vector    [H, V]   float32  affinity vectors of the rated items, right-padded with 0
+    history_weight    [H]      float32  their ratings minus the user's mean rating, right-padded with 0
+    user_encoding     [D]      float32  encoded mode only, as the next three: input of the adaptor
     user_present      [1]      bool     False: the adaptor answers with the neutral vector
     item_encoding     [C, D]   float32
     item_present      [C]      bool
@@ -59,19 +60,19 @@ SCORE: Final = "score"
 
 
 class Scorer(Protocol):
-    """Runs one request through one named model. Batching across requests is the scorer's business."""
+    """Runs one request through one named model. An implementation may batch requests."""
 
     async def score(self, model: str, tensors: Tensors, timeout_s: float | None = None) -> NDArray[np.float32]:
         """Scores [C] of the candidates in `tensors` (module docstring).
 
         Raises:
             DeadlineError: no answer within `timeout_s`.
-            UnavailableError: the scorer does not answer or does not serve `model`.
+            UnavailableError: the scorer does not answer, or has not loaded `model`.
         """
         ...
 
     async def load(self, model: str) -> None:
-        """Make `model` ready; does nothing when it is.
+        """Load `model` unless it is ready.
 
         Raises:
             UnavailableError: it cannot be loaded; the text says why.
@@ -79,7 +80,7 @@ class Scorer(Protocol):
         ...
 
     async def ready(self, model: str) -> bool:
-        """Whether `model` can score now; False also when the scorer does not answer."""
+        """Whether `model` can score now; False when the scorer does not answer."""
         ...
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Owns the in-memory scorer: models are functions; for tests, and to show what a scorer must do."""
+"""Owns the in-memory scorer, whose models are functions; for tests."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -15,19 +15,18 @@ Model = Callable[[Tensors], NDArray[np.float32]]
 
 
 class MemoryScorer:
-    """A `Scorer` of named functions; put names into `down` or `hanging` to see what a fault does.
-
-    A model that is down cannot be loaded, is not ready and fails; one that hangs answers only with a DeadlineError.
-    `calls` lists what was scored: model and tensors.
-    """
+    """A `Scorer` of named functions, some of which can be made to fail."""
 
     def __init__(self, models: Mapping[str, Model]) -> None:
-        """Know `models`; none is loaded yet."""
+        """Take functions by model name; none is loaded yet."""
         self.models = dict(models)
         self.down: set[str] = set()
+        """Names of models that cannot be loaded and do not score."""
         self.hanging: set[str] = set()
+        """Names of models that do not answer before the deadline."""
         self.loaded: list[str] = []
         self.calls: list[tuple[str, Tensors]] = []
+        """Model and tensors of every call of `score`."""
 
     async def score(self, model: str, tensors: Tensors, timeout_s: float | None = None) -> NDArray[np.float32]:
         """See `Scorer.score`."""

@@ -1,4 +1,4 @@
-"""Owns the scorer that asks a Triton server: raw tensors over one gRPC channel, one message a request."""
+"""Owns the scorer that calls a Triton server: raw tensors over one gRPC channel, one message per request."""
 
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ __all__ = ["TritonScorer"]
 DTYPES: Final = {"int64": "INT64", "float32": "FP32", "bool": "BOOL"}
 READY_TIMEOUT_S: Final = 1.0
 OPTIONS: Final = (
-    # A restarted server is found again within a second, not after gRPC's default of up to two minutes.
+    # Reconnects to a restarted server within a second; gRPC's default is up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -26,20 +26,20 @@ STATUSES: Final[dict[grpc.StatusCode, type[KarError]]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.INVALID_ARGUMENT: InputError,
 }
-"""Every other status means that the server or the model is not there."""
+"""Errors by Triton's status. UnavailableError for any other: the server or the model is not there."""
 
 
 class TritonScorer:
-    """A `Scorer` over Triton's gRPC interface. Construct it where its event loop runs."""
+    """A `Scorer` over Triton's gRPC interface. Construct it inside the event loop that uses it."""
 
     def __init__(self, address: str) -> None:
-        """Connect lazily to `address`, `host:port` of Triton's gRPC endpoint."""
+        """Connect at the first call to `address`, host:port of Triton's gRPC endpoint."""
         self._address = address
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def score(self, model: str, tensors: Tensors, timeout_s: float | None = None) -> NDArray[np.float32]:
-        """See `Scorer.score`; a batch of one request, which Triton joins with others.
+        """See `Scorer.score`; the message is a batch of one request, which Triton merges with others.
 
         Raises:
             InputError: the model refuses the tensors; the text says why.
@@ -77,4 +77,4 @@ class TritonScorer:
 
     def _translate(self, model: str, error: grpc.aio.AioRpcError) -> KarError:
         kind = STATUSES.get(error.code(), UnavailableError)
-        return kind(f"Triton at {self._address} gave no scores of {model}: {error.details()}")
+        return kind(f"Triton at {self._address} gave no scores for {model}: {error.details()}")

@@ -1,1 +1,1 @@
-"""Owns the gRPC server process, its services and its interceptor."""
+"""Owns the gRPC server: its services, what happens around each call, its metrics endpoint, its health."""

@@ -1,4 +1,4 @@
-"""Owns what happens around every unary call: a request id, a count, and errors turned into statuses."""
+"""Owns what happens around every unary call: its request id, its count, and the translation of errors into statuses."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Maps our errors to their status and sentence, anything else to INTERNAL without its text, which is logged."""
+    """Answers our errors with their status and text, others with INTERNAL and a request id; their text is logged."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         clock: Callable[[], float] = time.perf_counter,
         new_id: Callable[[], str] = lambda: uuid4().hex,
     ) -> None:
-        """Count calls in `telemetry`; `clock` in seconds, `new_id` names requests that come without an id."""
+        """Count calls in `telemetry`; `clock` gives seconds, `new_id` names requests that come without an id."""
         self._telemetry = telemetry
         self._clock = clock
         self._new_id = new_id
@@ -38,14 +38,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wrap unary handlers; streams (health's Watch, reflection) pass untouched."""
+        """Wrap unary handlers; streams (health's Watch, reflection) pass unchanged."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return handler
         rpc = handler_call_details.method.lstrip("/")
 
         async def call(message: bytes, context: Any) -> Any:
-            began, response, status = self._clock(), None, grpc.StatusCode.INTERNAL
+            started_s, response, status = self._clock(), None, grpc.StatusCode.INTERNAL
             request_id = self._new_id()
             try:
                 request = _parse(message, handler.request_deserializer)
@@ -56,7 +56,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except KarError as error:
                 status = error.status
                 await context.abort(status, str(error))
-            except grpc.aio.AbortError:  # health's own, for a service that it does not know
+            except grpc.aio.AbortError:  # raised by the health service for an unknown service name
                 status = grpc.StatusCode.NOT_FOUND
                 raise
             except asyncio.CancelledError:
@@ -65,13 +65,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except Exception:
                 log.exception("internal_error rpc=%s request_id=%s", rpc, request_id)
                 await context.abort(
-                    status, f"request {request_id} failed inside of the server: its log says why, report it"
+                    status, f"request {request_id} failed inside the server: its log says why, report it"
                 )
             finally:
-                self._telemetry.request(rpc, status.name, (self._clock() - began) * 1e3, response)
+                self._telemetry.request(rpc, status.name, (self._clock() - started_s) * 1e3, response)
             return response
 
-        # Parsed in `call`: gRPC would answer a message that is none with UNKNOWN and a traceback.
+        # Messages are parsed in `call`: gRPC itself would answer a malformed one with UNKNOWN and a traceback.
         return grpc.unary_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
 
 
@@ -79,4 +79,6 @@ def _parse(message: bytes, deserialise: Callable[[bytes], Any]) -> Any:
     try:
         return deserialise(message)
     except DecodeError as error:
-        raise InputError("the message is not what this method takes: send a protobuf made from protos/") from error
+        raise InputError(
+            "the message does not have the type of this method: send a protobuf made from protos/"
+        ) from error

@@ -1,4 +1,4 @@
-"""Owns the sidecar process: it binds the services, follows the health of what they need, and stops gracefully."""
+"""Owns the sidecar process: it starts the services, watches the health of store and models, and stops gracefully."""
 
 import asyncio
 import logging
@@ -6,16 +6,13 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Annotated, Final, Self
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 import typer
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from kar.admin.v1 import admin_pb2_grpc
 from kar.feedback.v1 import feedback_pb2_grpc
@@ -28,6 +25,7 @@ from kar_sidecar.ranking.ranker import Ranker
 from kar_sidecar.releases.registry import Releases
 from kar_sidecar.scoring import Scorer
 from kar_sidecar.server.interceptor import CallInterceptor
+from kar_sidecar.server.metrics import MetricsServer
 from kar_sidecar.server.services import AdminService, FeedbackService, KnowledgeService, RankingService
 from kar_sidecar.settings import Settings
 from kar_sidecar.store import Store
@@ -51,17 +49,17 @@ SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where a sidecar listens, as host:port."""
+    """Addresses that a sidecar listens on, as host:port."""
 
     grpc: str
     metrics: str
 
 
 class Sidecar:
-    """One server on a store and a scorer; as a context manager it runs inside of the block.
+    """One server on a store and a scorer; as a context manager it runs inside the block.
 
-    Health says SERVING while the active release's models and the store answer. Requests are answered at any time:
-    what does not answer only lowers the rung.
+    Health reports SERVING while the store and the active release's models answer. Ranking requests are answered at any
+    time: when store or models fail, from a lower rung.
     """
 
     def __init__(
@@ -73,9 +71,14 @@ class Sidecar:
         indexes: LiveIndexes | None = None,
         ready: Callable[[Addresses], None] | None = None,
     ) -> None:
-        """Prepare; `ready` is called once, when health first says SERVING.
+        """Prepare the services; nothing listens yet.
 
-        `indexes` are those below the settings' folder unless others are given; they are closed at the end.
+        Args:
+            settings: Read at start-up.
+            store: Stays open at the end.
+            scorer: Stays open at the end.
+            indexes: None: those below the settings' folder. Closed at the end.
+            ready: Called once, when health first reports SERVING.
         """
         self._settings = settings
         self._ready = ready
@@ -91,7 +94,7 @@ class Sidecar:
         )
         self._indexes = indexes or LiveIndexes(settings.index)
         self._health = health.aio.HealthServicer()
-        # A port is ours alone: with SO_REUSEPORT a second server would silently take half of the requests.
+        # Without SO_REUSEPORT, with which a second server on the same port would silently take half of the requests.
         self._server = grpc.aio.server(
             interceptors=(CallInterceptor(self._telemetry),), options=(("grpc.so_reuseport", 0),)
         )
@@ -114,29 +117,27 @@ class Sidecar:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def __aenter__(self) -> Self:
-        """Verify the active release, bind both ports, start to answer and to watch.
+        """Verify the active release, open both ports, and start to answer and to watch.
 
         Raises:
-            PreconditionError: no active release, nothing published for it, or a port is taken.
-            IntegrityError: a corrupt release; the text names the file.
+            PreconditionError: no release is active, nothing was published for it, or a port is taken.
+            IntegrityError: a file of the release is missing or corrupt; the text names it.
         """
         settings = self._settings
         await self._releases.open()
-        await self._say(NOT_SERVING)
+        await self._set_health(NOT_SERVING)
         try:
             grpc_port = self._server.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
-            self._metrics: tuple[WSGIServer, Thread] = start_http_server(
-                settings.metrics_port, settings.host, self._telemetry.registry
-            )
+            self._metrics = MetricsServer(settings.host, settings.metrics_port, self._telemetry.registry)
         except (RuntimeError, OSError) as error:
             raise PreconditionError(
                 f"cannot listen on {settings.host}, ports {settings.grpc_port} and {settings.metrics_port} ({error}): "
                 "choose free ports"
             ) from error
-        self.addresses = Addresses(f"{settings.host}:{grpc_port}", f"{settings.host}:{self._metrics[0].server_port}")
+        self.addresses = Addresses(f"{settings.host}:{grpc_port}", f"{settings.host}:{self._metrics.port}")
         await self._server.start()
-        # Apart from each other: verifying a large snapshot must not hold up what health says.
-        self._watchers = [asyncio.create_task(watch()) for watch in (self._watch, self._watch_index)]
+        # Two tasks: verifying a large snapshot must not delay the health checks.
+        self._watchers = [asyncio.create_task(watch()) for watch in (self._watch_health, self._watch_indexes)]
         served = self._releases.active
         log.info(
             "listening grpc=%s metrics=%s release=%s space=%s mode=%s",
@@ -149,7 +150,7 @@ class Sidecar:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Say NOT_SERVING, give open requests their grace, close both ports."""
+        """Report NOT_SERVING, give open requests their grace, close both ports."""
         await self._health.enter_graceful_shutdown()
         self._telemetry.serving.set(0)
         for watcher in self._watchers:
@@ -157,30 +158,27 @@ class Sidecar:
         await asyncio.wait(self._watchers)
         await self._server.stop(self._settings.grace_s)
         await self._indexes.close()
-        server, thread = self._metrics
-        await asyncio.to_thread(server.shutdown)
-        server.server_close()
-        thread.join()
+        await asyncio.to_thread(self._metrics.stop)
         log.info("stopped grpc=%s", self.addresses.grpc)
 
-    async def _say(self, status: int) -> None:
+    async def _set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
         self._telemetry.serving.set(status == SERVING)
 
-    async def _watch(self) -> None:
-        """Keep health true, and load again what a restarted scorer has lost."""
+    async def _watch_health(self) -> None:
+        """Update health, and load again the models that a restarted scorer has lost."""
         while True:
             try:
-                if not await self._look():
+                if not await self._check_health():
                     await self._releases.restore()
-                    await self._look()
+                    await self._check_health()
             except Exception:
                 log.exception("health_fault")
             await asyncio.sleep(self._settings.health_interval_ms / 1e3)
 
-    async def _watch_index(self) -> None:
-        """Swap index snapshots as they are published."""
+    async def _watch_indexes(self) -> None:
+        """Swap in index snapshots when they are published."""
         while True:
             try:
                 served = self._releases.active
@@ -189,8 +187,8 @@ class Sidecar:
                 log.exception("index_fault")
             await asyncio.sleep(self._settings.health_interval_ms / 1e3)
 
-    async def _look(self) -> bool:
-        """Check, tell health, and log what changed."""
+    async def _check_health(self) -> bool:
+        """Whether store and models answer; a change is logged and reported by health."""
         reason = ""
         try:
             async with asyncio.timeout(self._settings.health_timeout_ms / 1e3):
@@ -203,7 +201,7 @@ class Sidecar:
             log.exception("health_fault")
             reason = "an unexpected fault"
         if reason != self._reason:
-            await self._say(NOT_SERVING if reason else SERVING)
+            await self._set_health(NOT_SERVING if reason else SERVING)
             log.info("health status=%s reason=%s", "NOT_SERVING" if reason else "SERVING", reason)
             self._reason = reason
             if not reason and self._ready is not None:
@@ -219,14 +217,18 @@ async def serve(
     scorer: Scorer | None = None,
     ready: Callable[[Addresses], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; `ready` is called once, when health first says SERVING.
+    """Serve until SIGTERM or SIGINT.
 
-    Store and scorer are the ones that the settings name unless they are given; both are closed at the end.
+    Args:
+        settings: Read at start-up.
+        store: None: the one that the settings name. Closed at the end.
+        scorer: None: Triton at the settings' address. Closed at the end.
+        ready: Called once, when health first reports SERVING.
 
     Raises:
-        PreconditionError: see `Sidecar`.
-        IntegrityError: a corrupt release; the text names the file.
-        InputError: not a store URL.
+        PreconditionError: no release is active, nothing was published for it, or a port is taken.
+        IntegrityError: a file of the release is missing or corrupt; the text names it.
+        InputError: the settings' store is not a store URL.
         UnavailableError: the store does not answer.
     """
     stop = asyncio.Event()
@@ -244,23 +246,35 @@ async def serve(
 
 
 def _triton(address: str) -> Scorer:
-    from kar_sidecar.scoring.triton import TritonScorer  # a server on another scorer needs no tritonclient
+    from kar_sidecar.scoring.triton import TritonScorer  # only this scorer needs the package tritonclient
 
     return TritonScorer(address)
 
 
 def sidecar(
     work: Annotated[
-        Path | None, typer.Option(help="Work folder with releases and store.", show_default="var/demo")
+        Path | None, typer.Option(help="Work folder that contains the releases and the store.", show_default="var/demo")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
-    mode: Annotated[str | None, typer.Option(help="prestored or encoded.", show_default="prestored")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings (docs/settings.md).")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="prestored (read adapted vectors) or encoded (run the adaptor in Triton).", show_default="prestored"
+        ),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC services.", show_default="8500")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Port of the metrics.", show_default="8502")] = None,
-    triton: Annotated[str | None, typer.Option(help="Triton's gRPC address.", show_default="127.0.0.1:8001")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Port of the gRPC services; 0: any free one.", show_default="8500")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Port of the Prometheus metrics; 0: any free one.", show_default="8502")
+    ] = None,
+    triton: Annotated[str | None, typer.Option(help="gRPC address of Triton.", show_default="127.0.0.1:8001")] = None,
 ) -> None:
-    """Run the gRPC sidecar alone, beside a Triton that runs already; every other knob: KAR_* or --config."""
+    """Run the gRPC sidecar alone; Triton must be running already.
+
+    All other settings come from --config or from KAR_* variables of the environment.
+    """
     settings = Settings.read(
         config,
         work=work,

@@ -1,4 +1,4 @@
-"""Owns the RPCs: each checks what it is asked, calls the core, and answers; errors pass through the interceptor."""
+"""Owns the RPCs: each checks its request, calls one room, and builds the response. `CallInterceptor` handles errors."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -28,19 +28,19 @@ Context = grpc.aio.ServicerContext
 
 
 class RankingService(ranking_pb2_grpc.RankingServiceServicer):
-    """Ranks."""
+    """Scores and orders candidates."""
 
     def __init__(self, ranker: Ranker) -> None:
-        """Rank with `ranker`."""
+        """Answer with a ranker."""
         self._ranker = ranker
 
     async def Rank(self, request: ranking_pb2.RankRequest, context: Context) -> ranking_pb2.RankResponse:
-        """See `Ranker.rank`; the caller's deadline rules."""
+        """See `Ranker.rank`; it must answer within the caller's deadline."""
         return await self._ranker.rank(request, context.time_remaining())
 
 
 class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
-    """Hands out vectors and texts, and finds neighbours."""
+    """Reads vectors and texts, and finds similar entities."""
 
     def __init__(
         self,
@@ -54,7 +54,18 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
         timeout_s: float,
         wall_ms: Callable[[], int],
     ) -> None:
-        """Read at most `max_ids` at once, no longer than `timeout_s`, and find at most `max_similar` neighbours."""
+        """Answer from a store and from indexes.
+
+        Args:
+            releases: Name the vector spaces.
+            store: Holds vectors and texts.
+            indexes: Snapshots of the releases' encoded vectors.
+            telemetry: Counts levels, ages and failures.
+            max_ids: Largest number of ids in one read.
+            max_similar: Largest number of neighbours in one search.
+            timeout_s: Longest wait for the store, in seconds.
+            wall_ms: The time of day, milliseconds since 1970.
+        """
         self._releases = releases
         self._store = store
         self._indexes = indexes
@@ -67,17 +78,17 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
     async def BatchGetKnowledge(
         self, request: knowledge_pb2.BatchGetKnowledgeRequest, context: Context
     ) -> knowledge_pb2.BatchGetKnowledgeResponse:
-        """Read vectors, and texts on demand, in one batch.
+        """Read vectors, and texts on demand, in one batch. The response names ids that could not be read.
 
         Raises:
-            InputError: no kind, no ids, too many of them, or an empty one.
-            PreconditionError: the release named is not loaded.
-            IntegrityError: a record of another vector space.
-            UnavailableError: the store does not answer; what it answers in part is handed out.
+            InputError: no kind, no ids, too many ids, or an empty id.
+            PreconditionError: the named release is not loaded.
+            IntegrityError: a record belongs to another vector space or is damaged.
+            UnavailableError: the store does not answer.
         """
         kind = _entity_kind(request.entity)
         if not request.ids or len(request.ids) > self._max_ids or "" in request.ids:
-            raise InputError(f"ids must be 1 to {self._max_ids} ids, none of them empty: correct them")
+            raise InputError(f"ids must be 1 to {self._max_ids} non-empty ids: correct them")
         served = self._releases.get(request.release_id)
         space = served.space
         parts = (vector_part(space.space_id), TEXT)[: 1 + request.include_texts]
@@ -104,7 +115,7 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
             dtype=space.dtype,
             at_ms=at_ms,
         )
-        self._telemetry.handed_out(kind, batch.levels, batch.written_at_ms, at_ms)
+        self._telemetry.read(kind, batch.levels, batch.written_at_ms, at_ms)
         return knowledge_pb2.BatchGetKnowledgeResponse(
             release_id=served.id,
             space=space,
@@ -120,13 +131,13 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
     async def FindSimilar(
         self, request: knowledge_pb2.FindSimilarRequest, context: Context
     ) -> knowledge_pb2.FindSimilarResponse:
-        """Search the index snapshot that is current now; the search itself runs on the index's own thread.
+        """Search the current index snapshot; the search runs on the index's own thread.
 
         Raises:
-            InputError: no kind, no query, a vector that does not fit, or a limit out of range.
+            InputError: no kind, no query, a vector of another dimension or space, or a limit out of range.
             NotFoundError: the entity has no vector.
-            PreconditionError: the release named is not loaded, or has no snapshot.
-            IntegrityError: the snapshot is corrupt, or of another vector space.
+            PreconditionError: the named release is not loaded, or has no snapshot.
+            IntegrityError: the snapshot is corrupt, or holds vectors of another space.
             UnavailableError: the snapshot cannot be loaded now.
             UnsupportedError: FAISS is not installed.
         """
@@ -139,13 +150,13 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
         if vector is None and not request.id:
             raise InputError("id is empty: send the id of an entity, or a vector")
         snapshot = await self._indexes.get(served.id, space, kind)
-        # Nothing is awaited between these two, so that the snapshot cannot be closed before it is searched.
+        # There is no await between `get` and `submit`, so the snapshot cannot be closed in between.
         index = snapshot.index
         search = index.submit_like(request.id, request.limit) if vector is None else index.submit(vector, request.limit)
-        found = await asyncio.wrap_future(search)
+        neighbours = await asyncio.wrap_future(search)
         return knowledge_pb2.FindSimilarResponse(
-            ids=found.ids[0],
-            similarities=found.similarities[0, : len(found.ids[0])].tolist(),
+            ids=neighbours.ids[0],
+            similarities=neighbours.similarities[0, : len(neighbours.ids[0])].tolist(),
             release_id=served.id,
             snapshot_id=snapshot.snapshot_id,
             snapshot_age_ms=max(self._wall_ms() - snapshot.published_at_ms, 0),
@@ -163,7 +174,7 @@ def _query_vector(request: knowledge_pb2.FindSimilarRequest, space: records_pb2.
     """The request's vector [1, dim], checked."""
     if request.space_id and request.space_id != space.space_id:
         raise InputError(
-            f"the vector is of space {request.space_id!r}, the release's encoder of {space.space_id!r}: encode anew"
+            f"the vector is of space {request.space_id!r}, the release of {space.space_id!r}: encode with its encoder"
         )
     if len(request.vector) != 4 * space.dim:
         raise InputError(
@@ -177,12 +188,12 @@ def _query_vector(request: knowledge_pb2.FindSimilarRequest, space: records_pb2.
 
 
 class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
-    """Takes outcomes."""
+    """Receives outcomes."""
 
     async def ReportOutcomes(
         self, request: feedback_pb2.ReportOutcomesRequest, context: Context
     ) -> feedback_pb2.ReportOutcomesResponse:
-        """Not built."""
+        """Not built yet."""
         raise UnsupportedError("ReportOutcomes is not built yet: keep outcomes with their request ids")
 
 
@@ -190,7 +201,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     """Lists and switches releases."""
 
     def __init__(self, releases: Releases) -> None:
-        """Administer `releases`."""
+        """List and switch the releases of this server."""
         self._releases = releases
 
     async def ListReleases(

@@ -189,7 +189,7 @@ def test_too_many_crashes_end_the_supervision(world):
 def test_run_stops_the_last_service_first(world):
     world.answering.update(back=True, front=True)
     looks = []
-    world.supervisor.run(stopping=lambda: True in looks, look=lambda: looks.append(world.supervisor.ready))
+    world.supervisor.run(stopping=lambda: True in looks, after_step=lambda: looks.append(world.supervisor.ready))
     assert looks == [False, False, True]
     assert world.history == ["start back", "start front", "stop front 2 within 7 s", "stop back 1 within 7 s"]
     assert world.supervisor.pids == {}
@@ -208,5 +208,5 @@ def test_run_stops_everything_when_it_gives_up(world):
 
     world.start = start
     with pytest.raises(UnavailableError, match="front ended with exit code 1 at start"):
-        world.supervisor.run(stopping=lambda: False, look=lambda: None)
+        world.supervisor.run(stopping=lambda: False, after_step=lambda: None)
     assert world.history[-1] == "stop back 1 within 7 s"

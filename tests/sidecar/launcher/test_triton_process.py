@@ -1,4 +1,4 @@
-"""The packaged Triton server: what it needs, how it starts, what becomes of it."""
+"""A running Triton server: it gets ready, tells why it failed, and leaves nothing behind."""
 
 import os
 import signal
@@ -9,19 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kar_sidecar.errors import PreconditionError, UnavailableError
-from kar_sidecar.launcher.triton_process import (
-    SHARED_MEMORY,
-    Ports,
-    TritonRuntime,
-    check_platform,
-    find_libpython,
-    link_models,
-)
+from kar_sidecar.errors import UnavailableError
+from kar_sidecar.launcher.triton_process import SHARED_MEMORY, Ports
+from kar_sidecar.launcher.triton_runtime import TritonRuntime
 
 pytestmark = pytest.mark.service
 
-GLIBC = ("glibc", "2.36")
 MODEL = """
 import numpy
 import triton_python_backend_utils as pb_utils
@@ -42,7 +35,7 @@ instance_group [ { count: 1 kind: KIND_CPU } ]
 STARTER = """
 import sys, time
 from pathlib import Path
-from kar_sidecar.launcher.triton_process import TritonRuntime
+from kar_sidecar.launcher.triton_runtime import TritonRuntime
 folder = Path(sys.argv[1])
 server = TritonRuntime.install().start(folder / "models", models=["good"], log_file=folder / "triton.log")
 server.wait_ready(60)
@@ -77,53 +70,8 @@ def group_is_gone(pid):
     return True
 
 
-def test_this_platform_is_checked():
-    check_platform("Linux", "x86_64", GLIBC, (3, 11))
-    check_platform("Linux", "x86_64", ("glibc", "2.35"), (3, 13))
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (("Darwin", "arm64", ("", ""), (3, 11)), "Linux x86-64, not Darwin arm64"),
-        (("Linux", "aarch64", GLIBC, (3, 11)), "NVIDIA's container"),
-        (("Linux", "x86_64", ("glibc", "2.31"), (3, 11)), "glibc 2.35 or newer, not glibc 2.31"),
-        (("Linux", "x86_64", ("", ""), (3, 11)), "another C library"),
-        (("Linux", "x86_64", GLIBC, (3, 14)), "Python 3.14"),
-    ],
-)
-def test_another_platform_is_refused(given, said):
-    with pytest.raises(PreconditionError, match=said):
-        check_platform(*given)
-
-
-def test_libpython_is_found_in_the_first_folder_that_has_it(tmp_path):
-    folders = [tmp_path / name for name in "abc"]
-    for folder in folders:
-        folder.mkdir()
-    for folder in folders[1:]:
-        (folder / "libpython3.11.so.1.0").touch()
-    assert find_libpython("libpython3.11.so.1.0", folders) == tmp_path / "b"
-
-
-def test_a_missing_libpython_names_the_package(tmp_path):
-    with pytest.raises(PreconditionError, match=r"apt-get install libpython3\.11`"):
-        find_libpython("libpython3.11.so.1.0", [tmp_path, "/nonexistent"])
-
-
 def test_ports_are_free_and_distinct():
     assert len(set(Ports.free())) == 3
-
-
-def test_models_of_several_releases_share_a_folder_and_replace_their_former_links(tmp_path):
-    for release, model in (("one", "a"), ("one", "b"), ("two", "c"), ("three", "a")):
-        (tmp_path / release / model).mkdir(parents=True)
-    live = tmp_path / "live"
-    assert link_models(tmp_path / "one", live) == ["a", "b"]
-    assert link_models(tmp_path / "two", live) == ["c"]
-    assert link_models(tmp_path / "three", live) == ["a"]
-    assert sorted(path.name for path in live.iterdir()) == ["a", "b", "c"]
-    assert (live / "a").resolve() == tmp_path / "three" / "a"
 
 
 def test_a_server_becomes_ready_serves_metrics_and_stops_clean(tmp_path):
