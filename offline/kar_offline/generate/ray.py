@@ -1,7 +1,7 @@
-"""Owns asking from many machines: Ray actors ask, each through a provider of its own; the driver keeps the ledger.
+"""Owns requests from many machines: Ray actors ask, each through its own provider; the driver keeps the ledger.
 
-A question is one Ray task that Ray never repeats. So what has left and what has come back is known to the driver at any
-moment, exactly as when it asks by itself: Ray Data, which moves blocks and repeats them, could not promise that.
+A question is one Ray task that Ray never repeats. So the driver knows at any moment which questions were sent and
+answered. Ray Data could not promise that: it moves blocks of questions and repeats them.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ QUIET: Final[Mapping[str, Any]] = MappingProxyType(
 )
 
 
-class _Untold:
-    """The log of an actor's provider: the driver has told the real one."""
+class _IgnoredLog:
+    """The log of an actor's provider: the driver writes the real one."""
 
     def sending(self, questions: Sequence[Question], handle: str = "") -> None:
         pass
@@ -32,7 +32,7 @@ class _Untold:
 
 
 class _Asker:
-    """Runs in an actor: asks through its own copy of the provider."""
+    """Runs in an actor and asks through its own copy of the provider."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
@@ -41,7 +41,7 @@ class _Asker:
         await self._provider.__aenter__()
 
     async def ask(self, question: Question) -> Reply | Failure:
-        answers = self._provider.ask([question], _Untold())
+        answers = self._provider.ask([question], _IgnoredLog())
         (answer,) = [answer async for answer in answers]
         return answer.outcome
 
@@ -50,12 +50,12 @@ class _Asker:
 
 
 class OnRay:
-    """A provider whose questions are asked by `workers` Ray actors, which share its concurrency.
+    """A provider whose requests are made by `workers` Ray actors, which share its concurrency.
 
     Args:
-        inner: Asks one question a request; it travels to the actors before it is entered.
-        workers: Actors, at most as many as the questions that `inner` wants under way at once.
-        address: Of a running cluster, such as "auto"; None: a cluster inside this machine, for as long as it is used.
+        inner: A provider that asks one question a request; each actor gets a copy.
+        workers: Number of actors, at most the concurrency of `inner`.
+        address: Address of a running cluster, such as "auto"; None: a cluster inside this machine while it is used.
     """
 
     def __init__(self, inner: Provider, workers: int, address: str | None = None) -> None:
@@ -80,7 +80,7 @@ class OnRay:
         self._own = not ray.is_initialized()
         if self._own:
             try:
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster in here reports to nobody
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # this cluster reports to nobody
                 ray.init(self._address, **QUIET)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UnavailableError(f"no Ray cluster at {self._address!r} ({error}): start it first") from error
@@ -116,7 +116,7 @@ class OnRay:
 
 
 async def _result(reference: Any) -> Any:
-    """What a task returned; our own errors come back as themselves, the end of an actor as `UnavailableError`."""
+    """The result of a task. Our own errors are raised again; the end of an actor becomes `UnavailableError`."""
     from ray.exceptions import RayActorError, RayTaskError
 
     try:

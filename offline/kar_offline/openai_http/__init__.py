@@ -1,1 +1,1 @@
-"""Owns HTTP requests to OpenAI-compatible endpoints."""
+"""Owns HTTP requests to OpenAI-compatible endpoints: chat, batches and embeddings share one client."""

@@ -1,4 +1,4 @@
-"""Owns requests to an OpenAI-compatible address: timeouts, retries, back-off, and what each HTTP status means."""
+"""Owns requests to an OpenAI-compatible endpoint: timeouts, retries, back-off, and the meaning of HTTP statuses."""
 
 import asyncio
 import json
@@ -16,22 +16,33 @@ import httpx
 
 from kar_sidecar.errors import InputError, UnavailableError
 
-__all__ = ["Endpoint", "Got", "RefusedError", "Retry", "Verdict", "parse_json", "said", "storable", "verdict_of"]
+__all__ = [
+    "CallResult",
+    "Endpoint",
+    "RefusedError",
+    "Retry",
+    "Verdict",
+    "error_message",
+    "parse_json",
+    "storable",
+    "verdict_of",
+]
 
 LARGEST_ANSWER_BYTES: Final = 4 << 20
+"""A longer answer is broken, unless a call allows more."""
 T = TypeVar("T")
 
 
 class Verdict(Enum):
-    """What an HTTP status says about a request."""
+    """The meaning of an HTTP status for a request."""
 
     GOOD = auto()
     AGAIN = auto()
-    """It may pass when sent again."""
+    """The request may succeed when it is sent again."""
     OWN_FAULT = auto()
-    """This one is at fault (too long, not allowed); others may pass."""
+    """This request is at fault (too long, not allowed); others may succeed."""
     REFUSED = auto()
-    """The endpoint refuses all such requests: wrong address, key or model."""
+    """The endpoint refuses all requests: wrong address, key or model."""
 
 
 def verdict_of(status: int) -> Verdict:
@@ -44,13 +55,13 @@ def verdict_of(status: int) -> Verdict:
 
 
 CUT_SHORT: Final = (408, 502, 504)
-"""Statuses by which a proxy gives up on a model that may go on, and charge for it."""
+"""Statuses of a proxy that gave up on a model; the model may have gone on, and may charge for it."""
 
 
 class Retry(NamedTuple):
-    """How often to ask, and how long to wait between: random up to `base_s` * 2**attempt, at most `longest_s`.
+    """How often to send a request, and how long to wait in between: random, up to `base_s` * 2**attempt.
 
-    A server's `Retry-After` holds for all requests and comes on top, itself up to `longest_s`.
+    A server's `Retry-After` is waited for by all requests, in addition. Each of the two waits is at most `longest_s`.
     """
 
     attempts: int = 6
@@ -58,18 +69,18 @@ class Retry(NamedTuple):
     longest_s: float = 30.0
 
 
-class Got(NamedTuple, Generic[T]):
-    """What a call returned."""
+class CallResult(NamedTuple, Generic[T]):
+    """The result of a call."""
 
     value: T
     requests: int
-    """Attempts that it took."""
+    """Number of attempts."""
     maybe_charged: int
-    """Those of them that may have been charged for without an answer."""
+    """Number of attempts that may have been charged for without an answer."""
 
 
 class RefusedError(InputError):
-    """The endpoint refuses a request with a status that will stay; `reason` says why, in short."""
+    """The endpoint refuses a request, and would refuse it again; `reason` says why, in short."""
 
     def __init__(self, text: str, status: int = 0, reason: str = "") -> None:
         super().__init__(text)
@@ -77,7 +88,7 @@ class RefusedError(InputError):
 
 
 class _TransientError(Exception):
-    """The reason why an attempt failed that may be repeated, and whether it may have been charged for."""
+    """An attempt failed that may be repeated: the reason, and whether it may have been charged for."""
 
     def __init__(self, reason: str, *, maybe_charged: bool) -> None:
         super().__init__(reason)
@@ -85,17 +96,17 @@ class _TransientError(Exception):
 
 
 class Endpoint:
-    """An OpenAI-compatible address. Use as an async context manager, which opens and closes its connections.
+    """A client of an OpenAI-compatible endpoint. Use as an async context manager, which opens and closes connections.
 
     Args:
-        base_url: Address up to and with the version, such as "http://127.0.0.1:8000/v1".
-        key: Bearer token; never logged, and cut out of error texts.
-        connections: The most at once.
-        timeout_s: The longest time that one attempt may take.
-        retry: What to do after 429, 5xx, broken answers and timeouts.
+        base_url: Address including the version, such as "http://127.0.0.1:8000/v1".
+        key: Bearer token; never logged, and removed from error texts.
+        connections: The most connections at once.
+        timeout_s: Longest time of one attempt, in seconds.
+        retry: For statuses 429 and 5xx, broken answers and timeouts.
         rng: Draws the waiting times.
         sleep: Waits.
-        clock: Seconds that only grow.
+        clock: Monotonic time, in seconds.
     """
 
     def __init__(
@@ -113,7 +124,7 @@ class Endpoint:
         """Check the address and the key; nothing is opened yet.
 
         Raises:
-            InputError: `base_url` is no HTTP address, or the key no value of a header.
+            InputError: `base_url` is not an HTTP address, or the key cannot stand in a header.
         """
         try:
             address = httpx.URL(base_url)
@@ -131,7 +142,7 @@ class Endpoint:
 
     async def __aenter__(self) -> Self:
         """Open the connection pool."""
-        # A packed answer can unpack to any size, so none is asked for.
+        # A compressed answer can unpack to any size, so none is asked for.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         self._client = httpx.AsyncClient(
             headers=headers,
@@ -158,53 +169,52 @@ class Endpoint:
         patience: float = 1.0,
         recover: Callable[[], Awaitable[T | None]] | None = None,
         **request: Any,
-    ) -> Got[T]:
+    ) -> CallResult[T]:
         """Send a request until it succeeds.
 
         Args:
-            method: Of HTTP.
-            path: Beneath the base address.
-            read: Takes the body apart; a ValueError says how it is broken, and it is asked for again.
+            method: HTTP method.
+            path: Below the base address.
+            read: Reads the body; for a broken one it raises ValueError, and the request is sent again.
             largest_bytes: A longer body is broken.
-            patience: The timeout of an attempt, as a multiple of `timeout_s`.
-            recover: Tells before each further attempt what the attempts before it achieved unseen, if anything.
-            **request: As of `httpx.AsyncClient.stream`.
+            patience: Longest time of one attempt, as a multiple of `timeout_s`.
+            recover: Called before each further attempt; the result of an earlier one whose answer was lost, or None.
+            **request: As for `httpx.AsyncClient.stream`.
 
         Raises:
             UnavailableError: no answer after all attempts.
-            RefusedError: the endpoint refuses the request: for its own fault, or whatever it asks (wrong address,
-                key or model).
+            RefusedError: the endpoint refuses this request, or all requests (wrong address, key or model).
         """
         reason, maybe_charged, timeout_s = "", 0, patience * self._timeout_s
         for attempt in range(self._retry.attempts):
             await self._wait(attempt)
-            if attempt and recover is not None and (found := await recover()) is not None:
-                return Got(found, attempt, maybe_charged)
+            if attempt and recover is not None and (recovered := await recover()) is not None:
+                return CallResult(recovered, attempt, maybe_charged)
             try:
                 async with asyncio.timeout(timeout_s):
                     content = await self._attempt(method, path, largest_bytes, request)
-                return Got(read(content), attempt + 1, maybe_charged)
+                return CallResult(read(content), attempt + 1, maybe_charged)
             except TimeoutError:
-                reason, lost = f"no answer within {timeout_s:g} s", True
+                reason, charged = f"no answer within {timeout_s:g} s", True
             except (ValueError, RecursionError) as error:
-                reason, lost = str(error), True
+                reason, charged = str(error), True
             except _TransientError as error:
-                reason, lost = str(error), error.maybe_charged
+                reason, charged = str(error), error.maybe_charged
             except RefusedError as error:
                 error.requests, error.maybe_charged = attempt + 1, maybe_charged
                 raise
-            maybe_charged += lost
+            maybe_charged += charged
         raise UnavailableError(
             f"{self.base_url} gave no answer in {self._retry.attempts} attempts (last: {self._hide(reason)}): "
             "check the endpoint, then run the same command to go on"
         )
 
     async def _wait(self, attempt: int) -> None:
-        """Before an attempt: as long as the server asked everybody to wait, and after a failure a random time more."""
-        asked_s = max(self._not_before - self._clock(), 0.0)
-        if attempt or asked_s:
-            drawn_s = self._rng.uniform(0, self._retry.base_s * 2 ** max(attempt - 1, 0))
-            await self._sleep(asked_s + min(drawn_s, self._retry.longest_s))
+        """Wait before an attempt: as long as the server asked for, and after a failure a random time more."""
+        requested_s = max(self._not_before - self._clock(), 0.0)
+        if attempt or requested_s:
+            random_s = self._rng.uniform(0, self._retry.base_s * 2 ** max(attempt - 1, 0))
+            await self._sleep(requested_s + min(random_s, self._retry.longest_s))
 
     async def _attempt(self, method: str, path: str, largest_bytes: int, request: dict[str, Any]) -> bytes:
         if self._client is None:
@@ -219,19 +229,21 @@ class Endpoint:
                     if len(content) > largest_bytes:
                         raise ValueError(f"an answer of more than {largest_bytes:,} bytes")
         except httpx.RequestError as error:
-            sent = not isinstance(error, httpx.ConnectError)
-            raise _TransientError(f"{type(error).__name__}: {error}", maybe_charged=sent) from error
+            connected = not isinstance(error, httpx.ConnectError)
+            raise _TransientError(f"{type(error).__name__}: {error}", maybe_charged=connected) from error
         status = response.status_code
         verdict = verdict_of(status)
         if verdict is Verdict.GOOD:
             return bytes(content)
         moved = f"it redirects to {response.headers['location']}" if "location" in response.headers else ""
-        reason = self._hide(f"status {status}: {moved or said(bytes(content))}")
+        reason = self._hide(f"status {status}: {moved or error_message(bytes(content))}")
         if verdict is Verdict.AGAIN:
             raise _TransientError(reason, maybe_charged=status in CUT_SHORT)
-        what = f"{self.base_url} refused with {reason}"
         raise RefusedError(
-            f"{what}; correct the address, model, key or parameters, then run this again", status, reason
+            f"{self.base_url} refused with {reason}; correct the address, model, key or parameters, then run this "
+            "again",
+            status,
+            reason,
         )
 
     def _hide(self, text: str) -> str:
@@ -239,7 +251,7 @@ class Endpoint:
 
 
 def _retry_after_s(headers: httpx.Headers) -> float:
-    """How long a server asks to wait; a date counts from the server's own clock."""
+    """Seconds that a server asks to wait; a date is compared with the server's own clock."""
     value = headers.get("retry-after", "")
     try:
         wait_s = float(value)
@@ -252,10 +264,10 @@ def _retry_after_s(headers: httpx.Headers) -> float:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a body, in which bytes that are no UTF-8 became U+FFFD.
+    """The JSON value of a body; bytes that are not UTF-8 become U+FFFD.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: the body is not JSON.
     """
     text = content.decode("utf-8-sig", "replace")
     try:
@@ -264,8 +276,8 @@ def parse_json(content: bytes) -> Any:
         raise ValueError(f"the answer is not JSON: {text[:80]!r}") from error
 
 
-def said(body: Any) -> str:
-    """What an error's body says, as one line: bytes, or JSON that was read from them."""
+def error_message(body: Any) -> str:
+    """The message in the body of an error, as one line; the body is bytes, or JSON that was read from them."""
     if isinstance(body, bytes):
         try:
             body = parse_json(body)
@@ -277,6 +289,6 @@ def said(body: Any) -> str:
 
 
 def storable(text: str) -> str:
-    """Text that UTF-8 and people can take: no control characters but line feeds, no halves of surrogate pairs."""
+    """Text that can be stored and shown: no control characters except line feeds, no halves of surrogate pairs."""
     text = re.sub("\r\n?|[\u0085\u2028\u2029]", "\n", text).replace("\t", " ")
     return re.sub("[\ud800-\udfff]", "\ufffd", re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f]", "", text)).strip()
