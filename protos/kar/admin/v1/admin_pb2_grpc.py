@@ -52,14 +52,14 @@ class AdminServiceServicer:
     """
 
     def ListReleases(self, request, context):
-        """Lists the releases that the sidecar can see.
+        """Lists the releases in the sidecar's folder.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ActivateRelease(self, request, context):
-        """Loads and warms a release, then routes to it at once. The old one stays loaded, so going back is instant.
+        """Loads and warms a release, then makes it the active one. The former one stays loaded, so switching back is instant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

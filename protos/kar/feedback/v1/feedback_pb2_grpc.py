@@ -47,7 +47,7 @@ class FeedbackServiceServicer:
     """
 
     def ReportOutcomes(self, request, context):
-        """Records what users did with what they were shown. Not built yet: UNIMPLEMENTED.
+        """Records what users did with the items that they were shown. Not built yet: UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class KnowledgeServiceStub:
-    """Reads knowledge.
+    """Reads knowledge, and finds similar entities.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class KnowledgeServiceStub:
 
 
 class KnowledgeServiceServicer:
-    """Reads knowledge.
+    """Reads knowledge, and finds similar entities.
     """
 
     def BatchGetKnowledge(self, request, context):
@@ -59,9 +59,9 @@ class KnowledgeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FindSimilar(self, request, context):
-        """Finds the entities whose knowledge is nearest, in the index snapshot that was current when the call arrived.
-        NOT_FOUND: the entity has no vector; INVALID_ARGUMENT: another dimension, or a limit out of range;
-        FAILED_PRECONDITION: no snapshot was published; UNAVAILABLE: it cannot be read now;
+        """Finds the entities with the nearest knowledge vectors, in the index snapshot that is current when the call arrives.
+        NOT_FOUND: the entity has no vector. INVALID_ARGUMENT: another dimension, or a limit out of range.
+        FAILED_PRECONDITION: no snapshot was published. UNAVAILABLE: it cannot be read now.
         UNIMPLEMENTED: FAISS is not installed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -90,7 +90,7 @@ def add_KnowledgeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KnowledgeService:
-    """Reads knowledge.
+    """Reads knowledge, and finds similar entities.
     """
 
     @staticmethod

@@ -47,8 +47,8 @@ class RankingServiceServicer:
     """
 
     def Rank(self, request, context):
-        """Scores every candidate of one user. Answers every well-formed request: when a part fails, with
-        less knowledge, and at last in the caller's own order.
+        """Scores every candidate of one user. Every well-formed request is answered: when a backend fails, with less
+        knowledge, and if none is left, in the caller's own order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
