@@ -11,7 +11,7 @@ trained and tested as `kar bench quality` does.
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -228,7 +228,7 @@ def _summary(
             if line not in (other, others["control"]) and other in scored:
                 pairs = list(zip(ours, scored[other], strict=True))
                 mean = float(np.mean([a.auc - b.auc for a, b in pairs]))
-                minus[name] = dict(interval(mean, np.mean([a.resampled - b.resampled for a, b in pairs], 0)))
+                minus[name] = asdict(interval(mean, np.mean([a.resampled - b.resampled for a, b in pairs], 0)))
         yield {
             **line._asdict(),
             "item_calls": float(np.mean(taken)) if taken else items * line.share,

@@ -21,7 +21,7 @@ answers about items, template-made ones (`month.taste`) for those about users, a
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -399,7 +399,7 @@ def _compared(line: Line, scored: Mapping[Line, Sequence[_Scored]]) -> dict[str,
         if line.arm != CONTROL and line != other:
             pairs = list(zip(scored[line], scored[other], strict=True))
             mean = float(np.mean([a.auc - b.auc for a, b in pairs]))
-            minus[name] = dict(interval(mean, np.mean([a.resampled - b.resampled for a, b in pairs], 0)))
+            minus[name] = asdict(interval(mean, np.mean([a.resampled - b.resampled for a, b in pairs], 0)))
     means = {name: float(np.mean([getattr(one, name) for one in scored[line]])) for name in METRICS}
     return {**line._asdict(), **means, "minus": minus}
 

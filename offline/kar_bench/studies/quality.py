@@ -7,7 +7,7 @@ test split of exactly one fold.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -212,7 +212,7 @@ def measure(
                     controls[job.model, job.seed] = found
                 elif control := controls.get((job.model, job.seed)):
                     difference = interval(found.value - control.value, found.resampled - control.resampled)
-                    found.row["interval"] = dict(difference)
+                    found.row["interval"] = asdict(difference)
                 scored.setdefault((job.model, arm), []).append(found)
             on_job(job)
     return {
@@ -326,7 +326,7 @@ def _difference(ours: Sequence[_Scored], theirs: Sequence[_Scored]) -> dict[str,
     error = float(np.nanstd(resampled))
     # Counting resamples beyond 0 knows no p below 1 / resamples, which no correction for many comparisons survives.
     p = math.erfc(abs(mean) / (error * math.sqrt(2))) if error else float(mean == 0)
-    return {"mean": mean, "low": found["low"], "high": found["high"], "p": p}
+    return {"mean": mean, "low": found.low, "high": found.high, "p": p}
 
 
 def _breakdowns(

@@ -103,7 +103,7 @@ def run_demo(
         lambda: train_with_progress(work, list(DEFAULT_BACKBONES), list(DEFAULT_ARMS), TrainSettings(), 2, console),
         lambda r: f"{len(r.runs)} models: {', '.join(DEFAULT_BACKBONES)}, each with {', '.join(DEFAULT_ARMS)}",
     )
-    quality = walk.step("evaluate", lambda: evaluate(work), lambda r: f"{r['test']['samples']:,} test samples")
+    quality = walk.step("evaluate", lambda: evaluate(work), lambda r: f"{r.test.samples:,} test samples")
     console.print(evaluation_table(quality))
     for backbone in DEFAULT_BACKBONES:
         exported = walk.step(
@@ -126,7 +126,7 @@ def run_demo(
         "samples": data.samples,
         "positive_ratio": data.positive_ratio,
         "release_id": read_active(work.releases),
-        **{name: quality[name] for name in ("auc", "logloss", "gauc", "intervals", "caveats")},
+        **{name: quality.to_json()[name] for name in ("auc", "logloss", "gauc", "intervals", "caveats")},
         **online,
         "stages": walk.rows,
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}",

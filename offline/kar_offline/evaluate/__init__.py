@@ -1,4 +1,4 @@
-"""Owns offline evaluation: metrics, intervals, the side-by-side table on test users."""
+"""Owns offline evaluation: metrics of trained models on test users, with intervals, as a table."""
 
 from kar_offline.evaluate.stage import evaluate
 from kar_offline.evaluate.table import evaluation_table

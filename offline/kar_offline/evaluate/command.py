@@ -17,17 +17,17 @@ __all__ = ["evaluate"]
 def evaluate(
     work: Work = DEFAULT_WORK,
     backbone: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(BACKBONES)}; default: {', '.join(DEFAULT_BACKBONES)}.")
+        list[str] | None, typer.Option(help=f"Any of {', '.join(BACKBONES)}; default: {', '.join(DEFAULT_BACKBONES)}.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 1000,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare backbone, backbone + raw text and backbone + knowledge on test users."""
+    """Compare each backbone alone, with raw text and with LLM knowledge on the test users."""
     console = Console()
     backbones = once(backbone) or DEFAULT_BACKBONES
     refuse_unknown("backbone", backbones, BACKBONES)
     result = evaluate_models(work, backbones, seed=seed, resamples=resamples)
     console.print(evaluation_table(result.report))
     console.print(f"{result.folder}: {result.outcome}")
-    write_json(json_file, result.report)
+    write_json(json_file, result.report.to_json())

@@ -1,13 +1,12 @@
-"""Owns the metrics of ranked lists, as pure functions: `labels` and `scores` are [n, C], one list a row.
+"""Owns the metrics of ranked lists, as pure functions of `labels` and `scores` [n, C], one list per row.
 
-A list's items are ranked by falling score, ties as they lie. With rel_i the label of the item at rank i and P the
-list's positives:
+A list is ranked by falling score; ties keep their order. rel_i is the label at rank i, P the number of positives:
 
     AP@k   = sum_{i<=k} rel_i (rel_1 + ... + rel_i) / i  /  min(P, k)
-    NDCG@k = sum_{i<=k} rel_i / log2(i + 1)  /  the same of the best order
-    hit@k  = 1 if any of the first k is positive
+    NDCG@k = sum_{i<=k} rel_i / log2(i + 1)  /  the same sum for the best order
+    hit@k  = 1 if one of the first k labels is positive, else 0
 
-Lists without positives cannot be ranked well or badly: they are NaN here and left out of means.
+A list without positives has NaN, because its order does not matter; means leave it out.
 """
 
 import numpy as np
@@ -16,21 +15,21 @@ from numpy.typing import NDArray
 __all__ = ["average_precision", "hit", "ndcg"]
 
 
-def _ranked(labels: NDArray, scores: NDArray) -> NDArray[np.float64]:
+def _ranked_labels(labels: NDArray, scores: NDArray) -> NDArray[np.float64]:
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(labels > 0, order, 1).astype(np.float64)
 
 
-def _of_lists_with_positives(values: NDArray[np.float64], labels: NDArray) -> NDArray[np.float64]:
+def _nan_without_positives(values: NDArray[np.float64], labels: NDArray) -> NDArray[np.float64]:
     return np.where((labels > 0).any(1), values, np.nan)
 
 
 def average_precision(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
-    """AP@k of each list [n]; their mean is MAP@k."""
-    relevant = _ranked(labels, scores)[:, :k]
+    """AP@k of each list [n]; the mean over lists is MAP@k."""
+    relevant = _ranked_labels(labels, scores)[:, :k]
     precision = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)
     best = np.clip(np.count_nonzero(labels > 0, axis=1), 1, k)
-    return _of_lists_with_positives(np.einsum("nk,nk->n", relevant, precision) / best, labels)
+    return _nan_without_positives(np.einsum("nk,nk->n", relevant, precision) / best, labels)
 
 
 def ndcg(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
@@ -38,13 +37,13 @@ def ndcg(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
 
     Source: Järvelin and Kekäläinen, "Cumulated Gain-Based Evaluation of IR Techniques" (TOIS 2002).
     """
-    relevant = _ranked(labels, scores)[:, :k]
+    relevant = _ranked_labels(labels, scores)[:, :k]
     discount = 1 / np.log2(np.arange(2, relevant.shape[1] + 2))
     best = discount.cumsum()[np.clip((labels > 0).sum(1), 1, relevant.shape[1]) - 1]
-    return _of_lists_with_positives((relevant * discount).sum(1) / best, labels)
+    return _nan_without_positives((relevant * discount).sum(1) / best, labels)
 
 
 def hit(labels: NDArray, scores: NDArray, k: int) -> NDArray[np.float64]:
-    """Whether any of the first k is positive, of each list [n]."""
-    positives = np.count_nonzero(_ranked(labels, scores)[:, :k], axis=1)
-    return _of_lists_with_positives((positives > 0).astype(np.float64), labels)
+    """1 for each list with a positive among the first k, else 0 [n]."""
+    positives = np.count_nonzero(_ranked_labels(labels, scores)[:, :k], axis=1)
+    return _nan_without_positives((positives > 0).astype(np.float64), labels)

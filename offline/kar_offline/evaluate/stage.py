@@ -1,12 +1,12 @@
-"""Owns the evaluation stage: every trained model on the test users, side by side, with intervals.
+"""Owns the stage `evaluate`: every trained model on the test samples, side by side, with intervals.
 
-Models are chosen on validation users; only this stage and the demo's replay read the test split.
+Epochs and settings are chosen on validation users; only this stage and the replay read the test split.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.splits import TEST
 from kar_offline.evaluate.caveats import caveats_of
-from kar_offline.evaluate.metrics import auc, gauc, logloss, paired_bootstrap
+from kar_offline.evaluate.metrics import Interval, auc, gauc, logloss, paired_bootstrap
+from kar_offline.evaluate.report import NEUTRAL, EvaluationReport, SampleSize
 from kar_offline.stage_runner import StageResult, run_stage
 from kar_offline.train.arms import ARMS, DEFAULT_ARMS
 from kar_offline.train.batches import Batches
@@ -28,75 +29,92 @@ from kar_offline.train.stage import DEFAULT_BACKBONES
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.errors import PreconditionError
 
-__all__ = ["EVALUATION", "NEUTRAL", "evaluate"]
+__all__ = ["EVALUATION", "evaluate"]
 
 EVALUATION: Final = "evaluation.json"
-NEUTRAL: Final = "neutral"
-"""The knowledge model when nothing is known of the user or of any item: every vector is the neutral one."""
 VERSION: Final = 3
 ONE_SEED: Final = "One split and one seed: intervals cover the choice of test users, not of seeds."
+COMPARISONS: Final = (
+    ("knowledge", "control"),
+    ("knowledge", "raw_text"),
+    ("raw_text", "control"),
+    (NEUTRAL, "control"),
+)
+"""Pairs of arms whose AUC is compared."""
 
 
-def _scores(work: WorkFolder, dataset: Dataset, backbone: str, arm: str) -> dict[str, NDArray]:
-    """Probabilities of one run on the test samples, for `knowledge` also without any knowledge."""
-    trained = load_trained(work, backbone, arm)
-    data = encode_dataset(dataset, FeatureEncodings(trained.encodings, trained.item_ids))
-    samples, model = samples_of_split(data, TEST), trained.model
-    given = {arm: KnowledgeInputs.for_serving(ARMS[arm], dataset, trained.affinity, work.encoding, seed=trained.seed)}
-    if arm == "knowledge":
-        given[NEUTRAL] = given[arm].without_knowledge_of(("user", "item"))
-    return {row: torch.sigmoid(predict_logits(model, Batches(data, samples, g))).numpy() for row, g in given.items()}
+def evaluate(
+    work: WorkFolder, backbones: Sequence[str] = DEFAULT_BACKBONES, *, seed: int = 0, resamples: int = 1000
+) -> StageResult[EvaluationReport]:
+    """Evaluate trained models and write `evaluation.json`, the report, to `work.evaluation`.
+
+    Args:
+        work: The work folder with trained models.
+        backbones: Names of the backbones, each trained with the default arms.
+        seed: Seed of the bootstrap.
+        resamples: Resamples of the bootstrap.
+
+    Raises:
+        PreconditionError: a model is not trained yet, or there are no test samples.
+    """
+    runs = {f"{backbone}_{arm}": run_folder(work, backbone, arm) for backbone in backbones for arm in DEFAULT_ARMS}
+
+    def build(draft: Path) -> EvaluationReport:
+        report = _evaluate(work, backbones, seed=seed, resamples=resamples)
+        (draft / EVALUATION).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        return report
+
+    return run_stage(
+        "evaluate",
+        work.evaluation,
+        build,
+        inputs={"dataset": work.dataset, "encoding": work.encoding, **runs},
+        params={"backbones": list(backbones), "seed": seed, "resamples": resamples},
+        version=VERSION,
+        report_type=EvaluationReport,
+    )
 
 
-def _evaluate(work: WorkFolder, backbones: Sequence[str], *, seed: int, resamples: int) -> dict[str, Any]:
+def _evaluate(work: WorkFolder, backbones: Sequence[str], *, seed: int, resamples: int) -> EvaluationReport:
     dataset = work.read(Dataset)
     events = dataset.samples(TEST)
     if not len(events):
         raise PreconditionError("the dataset has no test users: build it with more users")
     labels, users = dataset.labels[events], dataset.event_user[events]
-    report: dict[str, Any] = {name: {} for name in ("auc", "logloss", "gauc", "calibration", "intervals")}
-    for backbone in backbones:
-        scores: dict[str, NDArray] = {}
-        for arm in DEFAULT_ARMS:
-            scores |= _scores(work, dataset, backbone, arm)
-        report["auc"][backbone] = {row: auc(labels, p) for row, p in scores.items()}
-        report["logloss"][backbone] = {row: logloss(labels, p) for row, p in scores.items()}
-        report["gauc"][backbone] = {row: gauc(labels, p, users) for row, p in scores.items()}
-        report["calibration"][backbone] = {row: float(p.mean() / labels.mean()) for row, p in scores.items()}
-        report["intervals"][backbone] = {
-            f"{ours}_minus_{theirs}": paired_bootstrap(
-                labels, scores[ours], scores[theirs], users, seed=seed, resamples=resamples
-            )
-            for ours, theirs in (
-                ("knowledge", "control"),
-                ("knowledge", "raw_text"),
-                ("raw_text", "control"),
-                (NEUTRAL, "control"),
-            )
+    scores = {backbone: _scores_by_arm(work, dataset, backbone) for backbone in backbones}
+
+    def compare(by_arm: dict[str, NDArray], arm: str, baseline: str) -> Interval:
+        return paired_bootstrap(labels, by_arm[arm], by_arm[baseline], users, seed=seed, resamples=resamples)
+
+    return EvaluationReport(
+        auc={name: {arm: auc(labels, p) for arm, p in by_arm.items()} for name, by_arm in scores.items()},
+        logloss={name: {arm: logloss(labels, p) for arm, p in by_arm.items()} for name, by_arm in scores.items()},
+        gauc={name: {arm: gauc(labels, p, users) for arm, p in by_arm.items()} for name, by_arm in scores.items()},
+        calibration={
+            name: {arm: float(p.mean() / labels.mean()) for arm, p in by_arm.items()} for name, by_arm in scores.items()
+        },
+        intervals={
+            name: {f"{arm}_minus_{baseline}": compare(by_arm, arm, baseline) for arm, baseline in COMPARISONS}
+            for name, by_arm in scores.items()
+        },
+        test=SampleSize(users=len(np.unique(users)), samples=len(labels)),
+        caveats=(*caveats_of(dataset), ONE_SEED),
+    )
+
+
+def _scores_by_arm(work: WorkFolder, dataset: Dataset, backbone: str) -> dict[str, NDArray]:
+    """Probabilities [S] of the test samples by arm; `NEUTRAL` is the knowledge model without knowledge."""
+    scores: dict[str, NDArray] = {}
+    for arm in DEFAULT_ARMS:
+        trained = load_trained(work, backbone, arm)
+        data = encode_dataset(dataset, FeatureEncodings(trained.encodings, trained.item_ids))
+        samples, model = samples_of_split(data, TEST), trained.model
+        inputs = {
+            arm: KnowledgeInputs.for_serving(ARMS[arm], dataset, trained.affinity, work.encoding, seed=trained.seed)
         }
-    test = {"users": len(np.unique(users)), "samples": len(labels)}
-    return {**report, "test": test, "caveats": [*caveats_of(dataset), ONE_SEED]}
-
-
-def evaluate(
-    work: WorkFolder, backbones: Sequence[str] = DEFAULT_BACKBONES, *, seed: int = 0, resamples: int = 1000
-) -> StageResult:
-    """Write `work`/evaluation/evaluation.json, which is also the stage's report.
-
-    It holds `auc`, `logloss` (nats), `gauc` and `calibration` (mean prediction over mean label) as
-    {backbone: {control, raw_text, knowledge, neutral}}, `intervals` as {backbone: {"a_minus_b": Interval}} of AUC
-    differences, the size of the test split and the caveats.
-
-    Raises:
-        PreconditionError: a model is not trained yet, or there are no test users.
-    """
-    runs = {f"{backbone}_{arm}": run_folder(work, backbone, arm) for backbone in backbones for arm in DEFAULT_ARMS}
-    inputs: Mapping[str, Path] = {"dataset": work.dataset, "encoding": work.encoding, **runs}
-
-    def build(draft: Path) -> dict[str, Any]:
-        report = _evaluate(work, backbones, seed=seed, resamples=resamples)
-        (draft / EVALUATION).write_text(json.dumps(report, indent=2) + "\n")
-        return report
-
-    params = {"backbones": list(backbones), "seed": seed, "resamples": resamples}
-    return run_stage("evaluate", work.evaluation, build, inputs=inputs, params=params, version=VERSION)
+        if arm == "knowledge":
+            inputs[NEUTRAL] = inputs[arm].without_knowledge_of(("user", "item"))
+        for name, knowledge_inputs in inputs.items():
+            logits = predict_logits(model, Batches(data, samples, knowledge_inputs))
+            scores[name] = torch.sigmoid(logits).numpy()
+    return scores

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -156,7 +156,7 @@ def replay(
             "labelled_rows": len(measured.labels),
             "max_score_difference": measured.max_difference,
             "auc": auc_by_arm,
-            "knowledge_minus_control": interval,
+            "knowledge_minus_control": asdict(interval),
         },
         "serve": {
             "requests": requests,

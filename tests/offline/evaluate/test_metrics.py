@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kar_offline.evaluate import metrics
 from kar_offline.evaluate.metrics import (
+    Interval,
     auc,
     bootstrap_weights,
     ece,
@@ -90,10 +91,10 @@ def test_bootstrap_agrees_with_resampling_rows_of_users():
     slow = slow_bootstrap(labels, scores, baseline, users, 1, 400)
     error = slow.std() / 20  # of the slow mean
     one = np.ones(len(labels))
-    assert fast["mean"] == pytest.approx(slow_auc(labels, scores, one) - slow_auc(labels, baseline, one))
-    assert fast["low"] == pytest.approx(np.percentile(slow, 2.5), abs=12 * error)
-    assert fast["high"] == pytest.approx(np.percentile(slow, 97.5), abs=12 * error)
-    assert fast["low"] < fast["mean"] < fast["high"]
+    assert fast.mean == pytest.approx(slow_auc(labels, scores, one) - slow_auc(labels, baseline, one))
+    assert fast.low == pytest.approx(np.percentile(slow, 2.5), abs=12 * error)
+    assert fast.high == pytest.approx(np.percentile(slow, 97.5), abs=12 * error)
+    assert fast.low < fast.mean < fast.high
 
 
 def test_bootstrap_is_seeded_paired_and_antisymmetric():
@@ -101,20 +102,20 @@ def test_bootstrap_is_seeded_paired_and_antisymmetric():
     there = paired_bootstrap(labels, scores, baseline, users, seed=5)
     assert there == paired_bootstrap(labels, scores, baseline, users, seed=5)
     back = paired_bootstrap(labels, baseline, scores, users, seed=5)
-    assert (back["mean"], back["low"]) == pytest.approx((-there["mean"], -there["high"]))
-    assert paired_bootstrap(labels, scores, scores, users, seed=5) == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert (back.mean, back.low) == pytest.approx((-there.mean, -there.high))
+    assert paired_bootstrap(labels, scores, scores, users, seed=5) == Interval(0.0, 0.0, 0.0)
 
 
 def test_bootstrap_resamples_users_not_rows():
     # With one user every resample is the same.
     labels, scores, baseline, _ = make()
     interval = paired_bootstrap(labels, scores, baseline, np.zeros(len(labels), dtype=int), seed=0, resamples=50)
-    assert interval["low"] == pytest.approx(interval["high"])
-    assert interval["mean"] == pytest.approx(auc(labels, scores) - auc(labels, baseline))
+    assert interval.low == pytest.approx(interval.high)
+    assert interval.mean == pytest.approx(auc(labels, scores) - auc(labels, baseline))
 
 
 def test_bootstrap_without_negatives_is_nan():
-    assert math.isnan(paired_bootstrap(np.ones(4), np.arange(4), np.arange(4), np.arange(4), seed=0)["mean"])
+    assert math.isnan(paired_bootstrap(np.ones(4), np.arange(4), np.arange(4), np.arange(4), seed=0).mean)
 
 
 @given(samples)
@@ -146,7 +147,7 @@ def test_weights_draw_as_many_users_as_there_are():
 
 def test_interval_leaves_out_what_cannot_be_measured():
     found = interval(0.5, np.array([0.0, np.nan, 1.0]))
-    assert (found["mean"], found["low"], found["high"]) == (0.5, pytest.approx(0.025), pytest.approx(0.975))
+    assert (found.mean, found.low, found.high) == (0.5, pytest.approx(0.025), pytest.approx(0.975))
 
 
 def test_calibration_by_hand():

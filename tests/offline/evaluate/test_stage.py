@@ -63,7 +63,7 @@ def test_evaluation_of_all_arms(work):
     result = evaluate(work, ["dcnv2"], resamples=50)
     assert result.ran
     report = json.loads((work.evaluation / "evaluation.json").read_text())
-    assert report == result.report
+    assert report == json.loads(json.dumps(result.report.to_json()))
     for metric in ("auc", "logloss", "gauc", "calibration"):
         assert report[metric]["dcnv2"].keys() == ROWS
         assert len(set(report[metric]["dcnv2"].values())) == len(ROWS)
@@ -80,7 +80,7 @@ def test_evaluation_of_all_arms(work):
     assert not evaluate(work, ["dcnv2"], resamples=50).ran
 
     console = Console(file=io.StringIO(), width=120)
-    console.print(evaluation_table(report))
+    console.print(evaluation_table(result.report))
     shown = console.file.getvalue()
     assert "Users are split" in shown
     assert all(caveat in shown for caveat in report["caveats"])
