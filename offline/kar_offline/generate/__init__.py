@@ -1,4 +1,4 @@
-"""Owns where knowledge texts come from: providers behind one Protocol, the ledger, the records and the stage around."""
+"""Owns the generation of knowledge texts: providers behind one Protocol, the ledger, the run, and the stage."""
 
 from kar_offline.generate.ledger import Ledger
 from kar_offline.generate.openai_chat import OpenAIChat, Price, Retry

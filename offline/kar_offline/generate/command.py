@@ -1,5 +1,6 @@
 """Owns `kar generate`."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -34,12 +35,12 @@ from kar_sidecar.errors import InputError
 __all__ = ["generate"]
 
 WARNING: Final = (
-    "SmolLM2 (135 million parameters) shows that the live path works. It HALLUCINATES: what it says about films and "
-    "people is made up. Do not train on it; use a capable model (--llm openai) or the released pack (--llm pack)."
+    "SmolLM2 (135 million parameters) only shows that generation works. It HALLUCINATES: its texts about films and "
+    "people are made up. Do not train on them; use a capable model (--llm openai) or the released pack (--llm pack)."
 )
 
 
-class Name(StrEnum):
+class DatasetName(StrEnum):
     """Data sets that are fetched by name."""
 
     ML_100K = "ml-100k"
@@ -50,7 +51,8 @@ def generate(
     llm: ProviderOptions,
     work: OptionalWork = None,
     dataset: Annotated[
-        Name | None, typer.Option(help="Where WORK has no prompts yet: first run `kar dataset` and `kar prompts`.")
+        DatasetName | None,
+        typer.Option(help="If WORK has no prompts yet: first run `kar dataset` and `kar prompts` for this data set."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the records; default: WORK/knowledge, or WORK/knowledge-LLM.")
@@ -79,7 +81,7 @@ def generate(
     config: ConfigFile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Have the prompts answered, by released knowledge, a hosted or a local language model, and check the answers."""
+    """Have prompts answered by released texts, or by a hosted or local language model, and check the answers."""
     console = Console()
     work = work_of(work, config)
     if dataset is not None:
@@ -88,9 +90,9 @@ def generate(
     known = facts_table(facts) if facts else None
     sharing = _sharing(share, provider) if share is not None else None
     if dry_run:
-        expected = estimate_run(work, provider, kind=kind, limit=limit, sharing=sharing)
-        _tell(console, expected, llm.budget_usd)
-        write_json(json_file, {"dry_run": True, **expected._asdict()})
+        estimate = estimate_run(work, provider, kind=kind, limit=limit, sharing=sharing)
+        _print_estimate(console, estimate, llm.budget_usd)
+        write_json(json_file, {"dry_run": True, **estimate._asdict()})
         return
     demonstration = llm.provider == "local" and llm.gguf is None
     if demonstration:
@@ -108,18 +110,18 @@ def generate(
         budget_usd=llm.budget_usd,
         console=console,
     )
-    _show(console, work, out, (0 if llm.provider == "pack" else 3) if show is None else show)
-    _report(console, result.report)
+    _print_texts(console, work, out, (0 if llm.provider == "pack" else 3) if show is None else show)
+    _print_report(console, result.report)
     if demonstration:
         console.print(Panel(WARNING, title="[bold]demonstration only", style="bold yellow"))
     console.print(f"{result.folder}: {result.outcome}")
     write_json(json_file, result.report)
 
 
-def _prepare(work: WorkFolder, dataset: Name, console: Console) -> None:
+def _prepare(work: WorkFolder, dataset: DatasetName, console: Console) -> None:
     if work.dataset.is_dir():
-        if (held := work.read(Dataset).name) != dataset:
-            raise InputError(f"{work} holds {held}: name another folder for {dataset} with --work")
+        if (present := work.read(Dataset).name) != dataset:
+            raise InputError(f"{work} holds {present}: name another folder for {dataset} with --work")
     else:
         with console.status(f"fetching and reading {dataset}"):
             build_dataset(work, MovieLens100K())
@@ -136,18 +138,18 @@ def _sharing(share: float, provider: Provider) -> Sharing:
     return Sharing(share, mini_lm())
 
 
-def _tell(console: Console, expected: Estimate, budget_usd: float | None) -> None:
+def _print_estimate(console: Console, estimate: Estimate, budget_usd: float | None) -> None:
     table = Table("calls", "tokens to read", "to write", "cost, USD", "at most, USD", title="nothing was sent")
-    money = ["unknown" if cost is None else f"{cost:.4f}" for cost in (expected.cost_usd, expected.most_usd)]
-    table.add_row(f"{expected.calls:,}", f"{expected.input_tokens:,}", f"{expected.output_tokens:,}", *money)
+    money = ["unknown" if cost is None else f"{cost:.4f}" for cost in (estimate.cost_usd, estimate.most_usd)]
+    table.add_row(f"{estimate.calls:,}", f"{estimate.input_tokens:,}", f"{estimate.output_tokens:,}", *money)
     console.print(table)
-    basis = "what this model took before" if expected.measured else "the length of prompts and the words asked for"
-    console.print(f"Tokens are estimated from {basis}; asking again for what fails a check comes on top of this.")
-    if budget_usd is not None and expected.cost_usd is not None and expected.cost_usd > budget_usd:
-        console.print(f"[yellow]More than the budget of ${budget_usd:g}: the run would stop on the way.")
+    basis = "earlier answers of this model" if estimate.measured else "the length of prompts and the words asked for"
+    console.print(f"Tokens are estimated from {basis}; asking again after a failed check comes on top of this.")
+    if budget_usd is not None and estimate.cost_usd is not None and estimate.cost_usd > budget_usd:
+        console.print(f"[yellow]More than the budget of ${budget_usd:g}: the run would stop before its end.")
 
 
-def _report(console: Console, report: dict[str, Any]) -> None:
+def _print_report(console: Console, report: Mapping[str, Any]) -> None:
     table = Table("records", "items", "users", "quarantined", "calls", "tokens read", "written", "USD")
     cost = "unknown" if report["cost_usd"] is None else f"{report['cost_usd']:.4f}"
     counts = (report["records"], *report["kinds"].values(), report["quarantined"], report["calls"])
@@ -155,7 +157,9 @@ def _report(console: Console, report: dict[str, Any]) -> None:
     console.print(f"answered by {report['source']}", highlight=False, soft_wrap=True)
     console.print(table)
     if report["clusters"]:
-        console.print(f"{report['lent']:,} entities borrow, also from texts about {report['clusters']:,} clusters")
+        console.print(
+            f"{report['lent']:,} vectors will be imputed, also from texts about {report['clusters']:,} clusters"
+        )
     if report["gates"]:
         refused = ", ".join(f"{gate} {count:,}" for gate, count in sorted(report["gates"].items()))
         console.print(f"refused by: {refused} (a text can fail several checks)", soft_wrap=True)
@@ -168,9 +172,9 @@ def _report(console: Console, report: dict[str, Any]) -> None:
         console.print(f"[bold yellow]stopped with {report['unanswered']:,} unanswered:[/] {report['stopped']}")
 
 
-def _show(console: Console, work: WorkFolder, out: Path, number: int) -> None:
-    asked = read_prompts(work.prompts) if number else []
-    prompts: dict[tuple[str, str], str] = {(prompt.entity, prompt.id): prompt.prompt for prompt in asked}
+def _print_texts(console: Console, work: WorkFolder, out: Path, number: int) -> None:
+    rendered = read_prompts(work.prompts) if number else []
+    prompts = {(prompt.entity, prompt.id): prompt.prompt for prompt in rendered}
     records = ((kind, record) for kind in EntityKind for record in read_knowledge(out, kind) if record.text)
     for kind, record in islice(records, number):
         console.print(Panel(Text(prompts[kind, record.id]), title=f"prompt · {record.template} · {kind} {record.id}"))

@@ -1,1 +1,1 @@
-"""Owns what `kar knowledge` shows: single texts, their freshness, their cost."""
+"""Owns the inspection of knowledge (`kar knowledge`): single texts, their freshness, their cost."""

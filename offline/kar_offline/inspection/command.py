@@ -1,9 +1,9 @@
-"""Owns `kar knowledge`: what is known about an entity and why it may be used, how fresh it all is, and what it cost."""
+"""Owns `kar knowledge`: a text about one entity with its verdicts, the freshness of all texts, and their cost."""
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -16,15 +16,24 @@ from rich.table import Table
 from rich.text import Text
 
 from kar.records.v1 import records_pb2
-from kar_offline.cli_options import DEFAULT_WORK, JsonFile, OptionalWork, Work, once, refuse_unknown, write_json
+from kar_offline.cli_options import (
+    DEFAULT_WORK,
+    ConfigFile,
+    JsonFile,
+    OptionalWork,
+    Work,
+    once,
+    refuse_unknown,
+    write_json,
+)
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.generate.ledger import COLUMNS, Ledger, Spending
-from kar_offline.inspection.freshness import served_status, text_status
+from kar_offline.inspection.freshness import TextStatus, served_status, text_status
 from kar_offline.knowledge.records import read_knowledge, read_quarantine
 from kar_offline.prompts import Prompt, read_prompts
 from kar_offline.refresh.policy import Policy
 from kar_offline.work_folder import WorkFolder
-from kar_sidecar.entities import USER, EntityKind
+from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import NotFoundError
 from kar_sidecar.releases.manifest import Release, read_active
 from kar_sidecar.settings import Settings
@@ -36,7 +45,7 @@ knowledge = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look at knowledge: a text with its verdicts, how fresh texts and vectors are, and what was spent.",
+    help="Inspect knowledge: a text with its verdicts, the freshness of texts and vectors, and costs.",
 )
 OUTCOME: Final = {
     records_pb2.OUTCOME_PASSED: Text("passed", "green"),
@@ -52,10 +61,10 @@ def show(
     work: Work = DEFAULT_WORK,
     folder: Annotated[str, typer.Option("--knowledge", help="Folder in WORK that holds the records.")] = "knowledge",
     encoding: Annotated[str, typer.Option(help="Folder in WORK that holds the vectors.")] = "encoding",
-    neighbours: Annotated[int, typer.Option(min=0, help="So many texts that are nearest to this one.")] = 5,
+    neighbours: Annotated[int, typer.Option(min=0, help="Number of nearest texts to print.")] = 5,
     json_file: JsonFile = None,
 ) -> None:
-    """Print an entity's prompt, its text, where that comes from, what the gates found, and the texts next to it."""
+    """Print an entity's prompt, its text with source and verdicts, and the texts nearest to it."""
     console = Console()
     records = {record.id: record for record in read_knowledge(work.root / folder, kind)}
     refused = {record.id: record for record in read_quarantine(work.root / folder) if record.entity == kind.number}
@@ -66,7 +75,7 @@ def show(
     if prompt is not None:
         console.print(Panel(Text(prompt.prompt), title=f"prompt · {prompt.template}"))
     if record is None:
-        console.print(f"[yellow]There is no text about {kind} {entity_id}: others lend theirs, if it has facts.")
+        console.print(f"[yellow]There is no text about {kind} {entity_id}: its vector is imputed if it has facts.")
         return
     quarantined = entity_id in refused
     style, state = ("bold red", "quarantined, not used") if quarantined else ("green", "in use")
@@ -75,12 +84,12 @@ def show(
     console.print(_provenance(record, prompt))
     if record.verdicts:
         console.print(_verdicts(record))
-    near = [] if quarantined else _neighbours(work, encoding, kind, entity_id, neighbours)
-    if near:
+    nearest = [] if quarantined else _neighbours(work, encoding, kind, entity_id, neighbours)
+    if nearest:
         table = Table("nearest", "cosine", "text", title=f"{kind}s with the nearest texts")
-        for other, cosine in near:
-            words = records[other].text if other in records else ""
-            table.add_row(other, f"{cosine:.3f}", Text(words[:90] + ("…" if len(words) > 90 else "")))
+        for other, cosine in nearest:
+            text = records[other].text if other in records else ""
+            table.add_row(other, f"{cosine:.3f}", Text(text[:90] + ("…" if len(text) > 90 else "")))
         console.print(table)
     write_json(
         json_file,
@@ -88,7 +97,7 @@ def show(
             "prompt": prompt and prompt.prompt,
             "quarantined": quarantined,
             "record": json.loads(json_format.MessageToJson(record, preserving_proto_field_name=True)),
-            "neighbours": [{"id": other, "cosine": cosine} for other, cosine in near],
+            "neighbours": [{"id": other, "cosine": cosine} for other, cosine in nearest],
         },
     )
 
@@ -97,12 +106,12 @@ def _provenance(record: records_pb2.KnowledgeRecord, prompt: Prompt | None) -> T
     table = Table(show_header=False, box=None)
     table.add_row("written by", record.llm)
     table.add_row("template", record.template)
-    asked = record.prompt_sha256[:12]
+    prompt_cell = record.prompt_sha256[:12]
     if record.retries:
-        asked += f", which names what was wrong with {record.retries} earlier answer{'s' * (record.retries > 1)}"
+        prompt_cell += f", which names what was wrong with {record.retries} earlier answer{'s' * (record.retries > 1)}"
     elif prompt and record.prompt_sha256 not in ("unknown", prompt.prompt_sha256):
-        asked += ", another than the one above: it has changed since"
-    table.add_row("prompt", asked)
+        prompt_cell += ", another than the one above: it has changed since"
+    table.add_row("prompt", prompt_cell)
     if record.entity == records_pb2.ENTITY_KIND_USER:
         table.add_row("written from", f"the first {record.history_cutoff} interactions")
     for name, value in sorted(record.context.items()):
@@ -112,8 +121,8 @@ def _provenance(record: records_pb2.KnowledgeRecord, prompt: Prompt | None) -> T
             table.add_row(name.replace("_at", ""), f"{getattr(record, name).ToDatetime():%Y-%m-%d %H:%M} UTC")
     if record.confidence:
         table.add_row("its writer's confidence", record.confidence)
-    for loan in record.loans:
-        table.add_row("lent by", f"{loan.id}, {loan.weight:.0%}")
+    for neighbour in record.loans:
+        table.add_row("imputed from", f"{neighbour.id}, {neighbour.weight:.0%}")
     return table
 
 
@@ -127,23 +136,23 @@ def _verdicts(record: records_pb2.KnowledgeRecord) -> Table:
 def _neighbours(
     work: WorkFolder, encoding: str, kind: EntityKind, entity_id: str, number: int
 ) -> list[tuple[str, float]]:
-    """The entities whose texts' vectors have the largest cosine with this one's; none where nothing is encoded."""
+    """The entities whose texts' vectors have the largest cosine with this text's; none where nothing is encoded."""
     path = work.root / encoding / f"knowledge_{kind}.npy"
     if not (path.is_file() and number):
         return []
-    about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-    ids = about["ids"]
+    header: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    ids = header["ids"]
     vectors = np.load(path, mmap_mode="r")
-    if entity_id not in ids or not about["text_sha256"][ids.index(entity_id)]:
+    if entity_id not in ids or not header["text_sha256"][ids.index(entity_id)]:
         return []
     row = ids.index(entity_id)
     cosine = vectors @ vectors[row]
-    lent = set(about.get("lent", ()))
-    texts = zip(ids, about["text_sha256"], strict=True)
-    cosine[[at for at, (id_, digest) in enumerate(texts) if not digest or id_ in lent]] = -np.inf
+    imputed = set(header.get("lent", ()))
+    texts = enumerate(zip(ids, header["text_sha256"], strict=True))
+    cosine[[other for other, (id_, digest) in texts if not digest or id_ in imputed]] = -np.inf
     cosine[row] = -np.inf
     nearest = np.argsort(-cosine)[:number]
-    return [(ids[at], float(cosine[at])) for at in nearest if np.isfinite(cosine[at])]
+    return [(ids[other], float(cosine[other])) for other in nearest if np.isfinite(cosine[other])]
 
 
 @knowledge.command()
@@ -151,11 +160,11 @@ def costs(
     work: Work = DEFAULT_WORK,
     by: Annotated[
         list[str] | None,
-        typer.Option(help=f"What to group by, repeatable: {', '.join(COLUMNS)}; default: model and template."),
+        typer.Option(help=f"Columns to group by, repeatable: {', '.join(COLUMNS)}; default: model and template."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Print what was asked of language models for this work folder, and what it cost."""
+    """Print the calls of language models for this work folder, and their cost."""
     columns = once(by) or ["model", "template"]
     refuse_unknown("--by", columns, COLUMNS)
     with Ledger.read(work) as ledger:
@@ -173,8 +182,8 @@ def costs(
     console.print(table)
     if any(row.uncertain or row.risk_usd for row in total):
         console.print(
-            "unsure: under way when a run was killed; the provider may have charged for it, and for attempts that "
-            "ended without an answer, at most what `at most` adds to the cost"
+            "unsure: questions under way when a run was killed. The provider may have charged for them, and for "
+            "attempts that ended without an answer; `at most` includes the most that these can have cost"
         )
     groups = [{**dict(zip(columns, row.group, strict=True)), **_numbers(row)} for row in rows]
     write_json(json_file, {"groups": groups, "all": next(map(_numbers, total), {})})
@@ -197,16 +206,16 @@ def status(
     work: OptionalWork = None,
     store: Annotated[
         str | None,
-        typer.Option(help="The store whose vectors are counted, too; default: lmdb:WORK/store, where there is one."),
+        typer.Option(help="A store whose vectors are counted, too; default: lmdb:WORK/store, if it exists."),
     ] = None,
     release: Annotated[str | None, typer.Option(help="The release that is served; default: the active one.")] = None,
     grown_by: Annotated[
-        int, typer.Option(min=1, help="Events since a user's text that make it due.")
+        int, typer.Option(min=1, help="A user's text is due after this number of events.")
     ] = Policy().grown_by,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings, as `kar sidecar` reads it.")] = None,
+    config: ConfigFile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Print how many entities have texts, how old those are, what is due, and the same of the vectors served."""
+    """Print how many entities have texts, the age of the texts, which are due, and the age of the vectors served."""
     console = Console()
     now = datetime.now(UTC)
     settings = Settings.read(config, work=work and work.root, store=store)
@@ -215,31 +224,37 @@ def status(
     table = Table("", "items", "users", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
-    _section(table, "texts", *(_flat(texts[kind]) for kind in EntityKind))
-    _section(table, "days since they were written", *(texts[kind]["age_days"] for kind in EntityKind))
-    _section(table, "events since they were written", {}, texts[USER]["events_since"])
-    served = None
-    if url != f"lmdb:{folder.root / 'store'}" or (folder.store).is_dir():
+    _section(table, "texts", *(_counts(texts[kind]) for kind in EntityKind))
+    _section(table, "days since they were written", *(texts[kind].age_days for kind in EntityKind))
+    _section(table, "events since they were written", {}, texts[USER].events_since or {})
+    served_json: dict[str, Any] | None = None
+    if url != f"lmdb:{folder.store}" or folder.store.is_dir():
         chosen = Release.load(folder.releases, release or read_active(folder.releases), verify=False)
         with closing(open_store(url, aerospike=settings.aerospike, readonly=True)) as opened:
             served = served_status(folder.read(Dataset), chosen, opened, round(now.timestamp() * 1000))
-        kinds = [served[kind] for kind in EntityKind]
-        _section(table, f"vectors of release {chosen.release_id}", *(about["levels"] for about in kinds))
-        _section(table, "days since they were written", *(about["age_days"] for about in kinds))
-        console.print(f"vectors are those in {url}: {kinds[0]['vectors']} of items, {kinds[1]['vectors']} of users")
+        _section(table, f"vectors of release {chosen.release_id}", *(served[kind].levels for kind in EntityKind))
+        _section(table, "days since they were written", *(served[kind].age_days for kind in EntityKind))
+        console.print(f"vectors are those in {url}: {served[ITEM].vectors} of items, {served[USER].vectors} of users")
+        served_json = {"release_id": chosen.release_id} | {kind.value: served[kind] for kind in EntityKind}
     console.print(table)
-    write_json(json_file, {"texts": texts, "served": served})
+    write_json(json_file, {"texts": {kind: texts[kind].as_json() for kind in texts}, "served": served_json})
 
 
-def _flat(about: dict[str, Any]) -> dict[str, int]:
-    """The counts of one kind, and what is due by reason."""
-    counts = {name.replace("_", " "): about[name] for name in ("entities", "own_text", "lent", "none", "expired")}
-    return counts | {f"due: {reason}": count for reason, count in about["due"].items()}
+def _counts(texts: TextStatus) -> dict[str, int]:
+    """The counts of one kind by their names in the table."""
+    counts = {
+        "entities": texts.entities,
+        "own text": texts.own_text,
+        "imputed": texts.lent,
+        "none": texts.none,
+        "expired": texts.expired,
+    }
+    return counts | {f"due: {reason}": count for reason, count in texts.due.items()}
 
 
-def _section(table: Table, title: str, items: dict[str, int], users: dict[str, int]) -> None:
-    """Counts of both kinds by name; a kind that lacks one has none to tell."""
+def _section(table: Table, title: str, items: Mapping[str, int], users: Mapping[str, int]) -> None:
+    """Add counts of both kinds by name; the cell of a kind without a count stays empty."""
     table.add_section()
     table.add_row(Text(title, "bold"))
     for name in users:
-        table.add_row(f"  {name}", *(f"{about[name]:,}" if name in about else "" for about in (items, users)))
+        table.add_row(f"  {name}", *(f"{counts[name]:,}" if name in counts else "" for counts in (items, users)))

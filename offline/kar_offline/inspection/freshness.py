@@ -1,7 +1,8 @@
-"""Owns how fresh knowledge is: counts and ages of a work folder's texts, and of the vectors that a store serves."""
+"""Owns the freshness of knowledge: counts and ages of a work folder's texts, and of the vectors in a store."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -20,65 +21,100 @@ from kar_sidecar.releases.manifest import Release
 from kar_sidecar.store import EntityKey, Store, vector_part
 from kar_sidecar.store.records import FULL, HEADER, NEUTRAL, NEVER, STALE
 
-__all__ = ["served_status", "text_status"]
+__all__ = ["ServedVectors", "TextStatus", "served_status", "text_status"]
 
 AGES_DAYS: Final = (1, 7, 30, 90)
 GROWTH_EVENTS: Final = (1, 10, 30, 100)
 UNKNOWN: Final = "unknown"
 LEVELS: Final = [name.removeprefix("KNOWLEDGE_LEVEL_").lower() for name, _ in records_pb2.KnowledgeLevel.items()]
 DAY_MS: Final = 86_400_000
-BATCH: Final = 1_000
-"""Entities of one read of the store."""
+BATCH_ENTITIES: Final = 1_000
+"""Number of entities in one read of the store."""
 TIMEOUT_S: Final = 5.0
-"""Of one such read."""
+"""Longest time of one read of the store, in seconds."""
 
 
-def text_status(work: WorkFolder, policy: Policy, now: datetime) -> dict[str, Any]:
-    """What is known of each kind of entities of a work folder: counts, ages of texts, growth of users' histories.
+@dataclass(frozen=True, slots=True)
+class TextStatus:
+    """Counts and ages of the texts about one kind of entity."""
+
+    entities: int
+    own_text: int
+    """Entities with a text of their own."""
+    lent: int
+    """Entities whose vector is imputed from named neighbours."""
+    none: int
+    """Entities without a record."""
+    expired: int
+    """Entities whose text has expired."""
+    due: Mapping[str, int]
+    """Entities whose text is due, by the first reason."""
+    age_days: Mapping[str, int]
+    """Texts by age in days, such as "<7"."""
+    events_since: Mapping[str, int] | None = None
+    """Users by the number of events since their text was written; None for items."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as a report has them; a field that is None is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedVectors:
+    """Counts and ages of the vectors that a store serves of one kind of entity."""
+
+    vectors: str
+    """"adapted" or "encoded"."""
+    levels: Mapping[str, int]
+    """Entities by knowledge level."""
+    age_days: Mapping[str, int]
+    """Vectors by age in days, such as "<7"."""
+
+
+def text_status(work: WorkFolder, policy: Policy, now: datetime) -> dict[EntityKind, TextStatus]:
+    """Counts and ages of the texts in a work folder, by kind of entity.
 
     Raises:
         PreconditionError: an earlier stage is missing.
-        IntegrityError: one is corrupt.
+        IntegrityError: the output of a stage is corrupt.
     """
     dataset, records = work.read(Dataset), read_records(work)
-    every = list(states(dataset, records, read_renderer(work.prompts, now.date()), now))
-    found = due(every, policy)
-    report: dict[str, Any] = {}
+    entity_states = list(states(dataset, records, read_renderer(work.prompts, now.date()), now))
+    candidates = due(entity_states, policy)
+    report = {}
     for kind, entities in entities_of(dataset).items():
-        held = [record for entity in entities if (record := records[kind].get(entity.id))]
-        own = [record for record in held if record.text]
-        reasons = Counter(one.reasons[0] for one in found if one.kind == kind)
+        with_record = [record for entity in entities if (record := records[kind].get(entity.id))]
+        own = [record for record in with_record if record.text]
+        reasons = Counter(candidate.reasons[0] for candidate in candidates if candidate.kind == kind)
         ages = [(now - r.created_at.ToDatetime(UTC)).days if r.HasField("created_at") else None for r in own]
-        report[kind] = {
-            "entities": len(entities),
-            "own_text": len(own),
-            "lent": len(held) - len(own),
-            "none": len(entities) - len(held),
-            "expired": sum(state.expired for state in every if state.kind == kind),
-            "due": {reason.value: reasons[reason] for reason in Reason},
-            "age_days": _histogram(ages, AGES_DAYS),
-        }
-        if kind == USER:
-            report[kind]["events_since"] = _growth(every)
+        report[kind] = TextStatus(
+            entities=len(entities),
+            own_text=len(own),
+            lent=len(with_record) - len(own),
+            none=len(entities) - len(with_record),
+            expired=sum(state.expired for state in entity_states if state.kind == kind),
+            due={reason.value: reasons[reason] for reason in Reason},
+            age_days=_histogram(ages, AGES_DAYS),
+            events_since=_events_since(entity_states) if kind == USER else None,
+        )
     return report
 
 
-def _growth(every: Iterable[State]) -> dict[str, int]:
-    """How many users with a text did so much since it was written."""
-    grown = [state.events - state.cutoff for state in every if state.kind == USER and state.written]
-    counts = _histogram(grown, GROWTH_EVENTS)
-    return {name: count for name, count in counts.items() if name != UNKNOWN}
+def _events_since(entity_states: Iterable[State]) -> dict[str, int]:
+    """The number of users by their events since their text was written."""
+    events = [state.events - state.cutoff for state in entity_states if state.kind == USER and state.written]
+    return {name: count for name, count in _histogram(events, GROWTH_EVENTS).items() if name != UNKNOWN}
 
 
-def served_status(dataset: Dataset, release: Release, store: Store, now_ms: int) -> dict[str, Any]:
-    """What a store serves of a release: entities by level, and ages of their vectors, from the headers of all records.
+def served_status(dataset: Dataset, release: Release, store: Store, now_ms: int) -> dict[EntityKind, ServedVectors]:
+    """Counts and ages of the vectors of a release in a store, by kind of entity, from the headers of all records.
 
-    It reads the adapted vectors of kinds that pass through the adaptor, and the encoded ones of the others.
+    Adapted vectors are read of kinds that pass through the adaptor, encoded vectors of the others.
 
     Raises:
         UnavailableError: the store does not answer.
     """
-    report: dict[str, Any] = {"release_id": release.release_id}
+    report = {}
     manifest = release.manifest
     for kind, entities in entities_of(dataset).items():
         adapted = kind in release.towers
@@ -88,25 +124,25 @@ def served_status(dataset: Dataset, release: Release, store: Store, now_ms: int)
         levels = np.where((expires != NEVER) & (expires <= now_ms), STALE, headers["level"])
         counts = np.bincount(levels, minlength=NEUTRAL + 1)
         counts[NEUTRAL] = len(entities) - len(headers)
-        report[kind] = {
-            "vectors": "adapted" if adapted else "encoded",
-            "levels": dict(zip(LEVELS[FULL:], counts[FULL:].tolist(), strict=True)),
-            "age_days": _histogram(((now_ms - headers["written_at_ms"]) // DAY_MS).tolist(), AGES_DAYS),
-        }
+        report[kind] = ServedVectors(
+            vectors="adapted" if adapted else "encoded",
+            levels=dict(zip(LEVELS[FULL:], counts[FULL:].tolist(), strict=True)),
+            age_days=_histogram(((now_ms - headers["written_at_ms"]) // DAY_MS).tolist(), AGES_DAYS),
+        )
     return report
 
 
 def _headers(store: Store, kind: EntityKind, entities: Sequence[Entity], part: str) -> NDArray[np.void]:
-    """The headers of the parts that are there, as `HEADER`."""
-    found = []
-    for start in range(0, len(entities), BATCH):
-        keys = [EntityKey(kind, entity.id) for entity in entities[start : start + BATCH]]
-        found += [blob[: HEADER.itemsize] for (blob,) in store.read(keys, [part], TIMEOUT_S) if blob]
-    return np.frombuffer(b"".join(found), HEADER)
+    """The headers [parts], of type `HEADER`, of the parts that exist."""
+    headers = []
+    for start in range(0, len(entities), BATCH_ENTITIES):
+        keys = [EntityKey(kind, entity.id) for entity in entities[start : start + BATCH_ENTITIES]]
+        headers += [blob[: HEADER.itemsize] for (blob,) in store.read(keys, [part], TIMEOUT_S) if blob]
+    return np.frombuffer(b"".join(headers), HEADER)
 
 
 def _histogram(values: Sequence[int | None], bounds: Sequence[int]) -> dict[str, int]:
-    """How many values lie below each bound, but not below the one before; above the last; and are not known."""
+    """The number of values between each two bounds, at or above the last bound, and not known (None)."""
     known = [value for value in values if value is not None]
     counts = np.bincount(np.searchsorted(bounds, known, side="right"), minlength=len(bounds) + 1)
     names = [*(f"<{bound}" for bound in bounds), f"{bounds[-1]}+"]

@@ -1,1 +1,1 @@
-"""Owns knowledge records on disk, and the imputation of vectors for entities without a text."""
+"""Owns knowledge: its records on disk, and the imputation of vectors for entities without a text."""

@@ -1,7 +1,7 @@
 """Owns knowledge records on disk, one kar.records.v1.KnowledgeRecord a line.
 
-{item,user}.jsonl             one record an entity: its own text, or loans
-{item,user}_clusters.jsonl    texts about clusters of entities, which they borrow; only where there are some
+{item,user}.jsonl             one record an entity: its own text, or the neighbours (`loans`) to impute its vector from
+{item,user}_clusters.jsonl    texts about clusters of entities, which can be such neighbours; only if there are any
 quarantine.jsonl              records that a quality gate refused, with their verdicts
 """
 
@@ -37,7 +37,7 @@ def parse_record(line: str) -> records_pb2.KnowledgeRecord:
     """The record of a line.
 
     Raises:
-        json_format.ParseError: the line is no record.
+        json_format.ParseError: the line is not a record.
     """
     return json_format.Parse(line, records_pb2.KnowledgeRecord())
 
@@ -61,12 +61,12 @@ def write_knowledge(
 
 
 def write_quarantine(folder: Path, records: Iterable[records_pb2.KnowledgeRecord]) -> None:
-    """Write the records of both kinds that failed a quality gate; nothing but people reads them."""
+    """Write the refused records of both kinds, for people to read."""
     (folder / QUARANTINE).write_text("".join(record_line(record) + "\n" for record in records))
 
 
 def read_quarantine(folder: Path) -> list[records_pb2.KnowledgeRecord]:
-    """The records that failed a quality gate, of both kinds; errors as of `read_knowledge`."""
+    """The refused records of both kinds; errors as for `read_knowledge`."""
     path = folder / QUARANTINE
     return _read(path) if path.is_file() else []
 
@@ -76,7 +76,7 @@ def read_knowledge(folder: Path, kind: str) -> list[records_pb2.KnowledgeRecord]
 
     Raises:
         PreconditionError: there is no knowledge.
-        IntegrityError: a line is no record; the text names it.
+        IntegrityError: a line is not a record; the text names it.
     """
     path = folder / f"{kind}.jsonl"
     if not path.is_file():
@@ -85,10 +85,10 @@ def read_knowledge(folder: Path, kind: str) -> list[records_pb2.KnowledgeRecord]
 
 
 def read_clusters(folder: Path, kind: str) -> list[records_pb2.KnowledgeRecord]:
-    """The records of clusters of one kind of entities; none where nothing was clustered.
+    """The records about clusters of one kind of entities; empty where nothing was clustered.
 
     Raises:
-        IntegrityError: a line is no record; the text names it.
+        IntegrityError: a line is not a record; the text names it.
     """
     path = folder / f"{kind}_clusters.jsonl"
     return _read(path) if path.is_file() else []

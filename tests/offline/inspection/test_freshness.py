@@ -16,6 +16,7 @@ from kar_offline.refresh.knowledge_state import read_records, states, traffic
 from kar_offline.refresh.policy import Policy, State
 from kar_offline.refresh.stage import Budget
 from kar_offline.work_folder import WorkFolder
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.releases.manifest import Release
 from kar_sidecar.store.lmdb import LmdbStore
 from kar_sidecar.store.memory import MemoryStore
@@ -38,15 +39,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, MemorySto
 def test_texts_are_counted_by_age_growth_and_what_is_due(made: tuple[Path, str, MemoryStore]) -> None:
     work, _, _ = made
     report = text_status(work, Policy(2), NOON + timedelta(days=1))
-    assert report["item"]["entities"] == report["item"]["own_text"] == 8
+    assert report[EntityKind("item")].entities == report[EntityKind("item")].own_text == 8
     # Items' texts are a day old; of users' one was written an hour later.
-    assert report["item"]["age_days"] == AGES | {"<7": 8}
-    assert report["user"]["age_days"] == AGES | {"<1": 1, "<7": 3}
-    assert report["user"]["events_since"] == {"<1": 1, "<10": 3, "<30": 0, "<100": 0, "100+": 0}
-    assert report["user"]["due"] == {"new": 0, "grown": 3, "expired": 0, "season": 0, "template": 0}
+    assert report[EntityKind("item")].age_days == AGES | {"<7": 8}
+    assert report[EntityKind("user")].age_days == AGES | {"<1": 1, "<7": 3}
+    assert report[EntityKind("user")].events_since == {"<1": 1, "<10": 3, "<30": 0, "<100": 0, "100+": 0}
+    assert report[EntityKind("user")].due == {"new": 0, "grown": 3, "expired": 0, "season": 0, "template": 0}
     late = text_status(work, Policy(2), NOON + timedelta(days=31))
-    assert (late["user"]["expired"], late["user"]["due"]["expired"]) == (4, 4)
-    assert late["user"]["age_days"] == AGES | {"<90": 4}
+    assert (late[EntityKind("user")].expired, late[EntityKind("user")].due["expired"]) == (4, 4)
+    assert late[EntityKind("user")].age_days == AGES | {"<90": 4}
 
 
 def test_vectors_are_counted_as_they_are_served(made: tuple[Path, str, MemoryStore]) -> None:
@@ -54,15 +55,15 @@ def test_vectors_are_counted_as_they_are_served(made: tuple[Path, str, MemorySto
     release, dataset = Release.load(work.releases, release_id), work.read(Dataset)
     now_ms = round((NOON + timedelta(days=30, minutes=30)).timestamp() * 1000)
     served = served_status(dataset, release, store, now_ms)
-    assert served["item"]["vectors"] == "adapted"
-    assert served["item"]["levels"] == {"full": 8, "stale": 0, "neighbour": 0, "neutral": 0}
-    assert served["item"]["age_days"] == AGES | {"<90": 8}
+    assert served[EntityKind("item")].vectors == "adapted"
+    assert served[EntityKind("item")].levels == {"full": 8, "stale": 0, "neighbour": 0, "neutral": 0}
+    assert served[EntityKind("item")].age_days == AGES | {"<90": 8}
     # Texts about users hold for 30 days; the newest has half an hour left.
-    assert served["user"]["vectors"] == "encoded"
-    assert served["user"]["levels"] == {"full": 1, "stale": 3, "neighbour": 0, "neutral": 0}
-    assert served["user"]["age_days"] == AGES | {"<30": 1, "<90": 3}
+    assert served[EntityKind("user")].vectors == "encoded"
+    assert served[EntityKind("user")].levels == {"full": 1, "stale": 3, "neighbour": 0, "neutral": 0}
+    assert served[EntityKind("user")].age_days == AGES | {"<30": 1, "<90": 3}
     nothing = served_status(dataset, release, MemoryStore(), now_ms)
-    assert nothing["item"]["levels"] == {"full": 0, "stale": 0, "neighbour": 0, "neutral": 8}
+    assert nothing[EntityKind("item")].levels == {"full": 0, "stale": 0, "neighbour": 0, "neutral": 8}
 
 
 def test_the_state_of_each_entity_follows_from_its_record(made: tuple[Path, str, MemoryStore]) -> None:
