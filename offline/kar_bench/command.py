@@ -90,7 +90,9 @@ def quality(
     encoder: Annotated[str, typer.Option(help="Of minilm, mpnet.")] = "minilm",
     words: Annotated[int | None, typer.Option(min=1, help="Encode so many words of each text; default: all.")] = None,
     work: Work = QUALITY_WORK,
-    model: Annotated[list[str] | None, typer.Option(help="Models to train; default: all.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--backbone", "--model", help="Backbones to train; default: all.")
+    ] = None,
     arm: Annotated[
         list[str] | None,
         typer.Option(help=f"Of {', '.join(ARMS)}; default: all but the last two for dcnv2 and din, else three."),
@@ -167,7 +169,7 @@ def quality(
 def collective(
     dataset: Annotated[str, typer.Option(help="ml-100k; or 'prepared': WORK already holds the stages.")] = "ml-100k",
     work: Work = QUALITY_WORK,
-    model: Annotated[str, typer.Option(help="The model to train.")] = Collective().model,
+    model: Annotated[str, typer.Option("--backbone", "--model", help="Backbone to train.")] = Collective().model,
     share: Annotated[
         list[float] | None, typer.Option(min=0.001, max=0.999, help="Calls by entities; default: 0.3, 0.1 and 0.03.")
     ] = None,
@@ -215,7 +217,7 @@ def freshness(
         list[int] | None,
         typer.Option(min=1, help="Calls a day, beside none and any number; default: 1, 3 and 10."),
     ] = None,
-    model: Annotated[str, typer.Option(help="The model to train.")] = Freshness().model,
+    model: Annotated[str, typer.Option("--backbone", "--model", help="Backbone to train.")] = Freshness().model,
     share: Annotated[
         float, typer.Option(min=0.01, max=0.99, help="Of the events, those before the month's first day.")
     ] = Freshness().share,
@@ -281,7 +283,9 @@ def train(
     ] = "ml-100k",
     folder: Annotated[Path | None, typer.Option("--from", help="ml-1m: the folder that holds it and texts.")] = None,
     work: Work = QUALITY_WORK,
-    model: Annotated[list[str] | None, typer.Option(help="Models to train; default: dcnv2 and din.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--backbone", "--model", help="Backbones to train; default: dcnv2 and din.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Samples of a turn.")] = Options().rows,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each; one more warms up.")] = Options().rounds,
     fuxictr: Annotated[
@@ -355,7 +359,7 @@ def throughput(
 @bench.command()
 def direct(
     work: Work = QUALITY_WORK,
-    model: Annotated[str, typer.Option(help="The reranker to compare with.")] = "prm",
+    model: Annotated[str, typer.Option("--backbone", "--model", help="Reranker to compare with.")] = "prm",
     users: Annotated[int, typer.Option(min=1, help="Test users, one list of ten each.")] = 50,
     json_file: JsonFile = None,
 ) -> None:
@@ -393,7 +397,12 @@ def modes(
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Of each mode and number of candidates.")] = 1000,
     model: Annotated[
-        str, typer.Option(help="Trained model that follows the served one; default: the first other one.")
+        str,
+        typer.Option(
+            "--backbone",
+            "--model",
+            help="Trained backbone that follows the served one; default: the first other one.",
+        ),
     ] = "",
     json_file: JsonFile = None,
 ) -> None:
