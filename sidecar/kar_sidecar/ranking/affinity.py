@@ -30,7 +30,7 @@ SMALLEST_SUM: Final = 1e-6
 
 
 def affinity_columns(segments: int) -> int:
-    """Number of columns F of `affinity` for vectors with a number of segments."""
+    """Number of columns F of `affinity`, by the number of segments of the vectors."""
     return len(STATISTICS) + segments * len(SIMILARITIES)
 
 

@@ -120,7 +120,7 @@ def assemble(query: Query, served: ServedRelease, fetched: Fetched, *, at_ms: in
     """
     user = fetched.user
     decoder = _Decoder(at_ms, [user.fault] if user.fault else [])
-    features, *vectors = zip(*fetched.records, strict=True)  # one tuple a part: the user's, then the candidates'
+    features, *vectors = zip(*fetched.records, strict=True)  # by part: of the user, then of the candidates
     tensors, missing_values = _feature_tensors(query, served, fetched, features[1:], decoder)
     if vectors:
         knowledge = _knowledge(served, fetched, vectors, decoder)
@@ -177,7 +177,7 @@ def _replace(rows: NDArray[np.void], columns: Sequence[Column]) -> NDArray[np.vo
 def _knowledge(
     served: ServedRelease, fetched: Fetched, vectors: Sequence[Sequence[bytes | None]], decoder: _Decoder
 ) -> _Knowledge:
-    """Knowledge of user and candidates from their vectors and, where the release reads it, from rated items.
+    """Knowledge of user and candidates from their own vectors and, in releases with affinity, from rated items.
 
     `vectors` holds the knowledge vectors [1 + C] of user and candidates, then, where the release has an affinity space,
     their affinity vectors.
@@ -193,7 +193,7 @@ def _knowledge(
     candidates, rated = batch.levels[:count], batch.levels[count:]
     levels = adapted.levels.copy()
     if USER not in served.release.towers:
-        # The user's own knowledge is not read: its level is that of the best known item of the history.
+        # The user's own knowledge is not read: the best level of a rated item stands for it.
         levels[0] = rated.min(initial=NEUTRAL)
     if ITEM not in served.release.towers:
         levels[1:] = candidates

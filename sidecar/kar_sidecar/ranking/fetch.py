@@ -1,4 +1,4 @@
-"""Owns what a ranking request reads from the store: which keys, in one or two batches, and what a failed read leaves.
+"""Owns the store reads of a ranking request: their keys, their batches, and the result when a read fails.
 
 One batch reads the user and all candidates. Knowledge affinity also needs the vectors of the items that the user rated:
 they come with the same batch when the request names the history, and otherwise with a second one.
@@ -30,7 +30,7 @@ class UserView:
     row: NDArray[np.void]
     """Packed stored features [1]; missing values where nothing is stored."""
     history: History
-    """The newer one of the request's and the stored history."""
+    """The request's or the stored history, whichever is newer."""
     inline_history: bool
     """Whether the history came with the request."""
     features_written_at_ms: int
@@ -44,7 +44,7 @@ class Fetched:
     """What was read for one query."""
 
     records: Sequence[Record]
-    """Of the user, then of each candidate: the parts `ServedRelease.parts`; None for what is absent or was not read."""
+    """Parts of the user, then of each candidate, as `ServedRelease.parts` lists them; None: absent or not read."""
     user: UserView
     rated_vectors: Sequence[bytes | None]
     """Affinity vectors of `rated_item_keys(user.history, ...)`, in that order; empty where they were not read."""
@@ -79,7 +79,7 @@ def view_user(query: Query, served: ServedRelease, features: bytes | None) -> Us
 
 
 def nothing_read(query: Query, served: ServedRelease, arm: str) -> Fetched:
-    """What is known of a query whose entities are all unknown."""
+    """The result for a query when none of its records could be read."""
     absent: Record = (None,) * len(served.parts(arm))
     return Fetched([absent] * (1 + len(query.item_ids)), view_user(query, served, None), [])
 

@@ -15,7 +15,7 @@ PROBE_ID: Final = "warm-up"
 
 
 def probe_tensors(served: ServedRelease, arm: str) -> Tensors:
-    """The tensors of a request for one candidate of which nothing is known, for the model of an arm."""
+    """The tensors of a request with an unknown user and one unknown candidate, for the model of an arm."""
     query = Query(
         user_id=PROBE_ID,
         item_ids=(PROBE_ID,),

@@ -113,7 +113,7 @@ class Releases:
 
     @property
     def active(self) -> ServedRelease:
-        """The release of requests that name none."""
+        """The active release, which serves requests that name none."""
         return self._loaded[self._active].served
 
     def get(self, release_id: str) -> ServedRelease:

@@ -94,7 +94,7 @@ class Sidecar:
         )
         self._indexes = indexes or LiveIndexes(settings.index)
         self._health = health.aio.HealthServicer()
-        # Without SO_REUSEPORT, with which a second server on the same port would silently take half of the requests.
+        # SO_REUSEPORT is off: with it, a second server on the same port would silently take half of the requests.
         self._server = grpc.aio.server(
             interceptors=(CallInterceptor(self._telemetry),), options=(("grpc.so_reuseport", 0),)
         )

@@ -17,7 +17,7 @@ from kar_sidecar.errors import DeadlineError, IncompleteError, InputError, Unava
 from kar_sidecar.index.live import LiveIndexes
 from kar_sidecar.ranking.ranker import Ranker
 from kar_sidecar.releases.registry import Releases
-from kar_sidecar.store import TEXT, EntityKey, Store, vector_part
+from kar_sidecar.store import TEXT, EntityKey, Record, Store, vector_part
 from kar_sidecar.store.async_read import STORE_SHARE, call_store
 from kar_sidecar.store.records import decode_vectors
 from kar_sidecar.telemetry import Telemetry
@@ -95,17 +95,7 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
         keys = [EntityKey(kind, id_) for id_ in request.ids]
         left_s = context.time_remaining()
         timeout_s = self._timeout_s if left_s is None else min(self._timeout_s, left_s)
-        unread: Sequence[int] = ()
-        try:
-            async with asyncio.timeout(timeout_s):
-                records = await call_store(self._store, self._store.read, keys, parts, STORE_SHARE * timeout_s)
-        except (UnavailableError, TimeoutError) as error:
-            self._telemetry.failed("store")
-            if isinstance(error, TimeoutError):
-                raise DeadlineError(f"the store gave no answer within {timeout_s * 1e3:.1f} ms: allow more") from error
-            if not isinstance(error, IncompleteError):
-                raise
-            records, unread = list(error.records), error.unread
+        records, unread = await self._read(keys, parts, timeout_s)
         at_ms = self._wall_ms()
         batch = decode_vectors(
             [record[0] for record in records],
@@ -127,6 +117,21 @@ class KnowledgeService(knowledge_pb2_grpc.KnowledgeServiceServicer):
             if request.include_texts
             else (),
         )
+
+    async def _read(
+        self, keys: Sequence[EntityKey], parts: Sequence[str], timeout_s: float
+    ) -> tuple[list[Record], Sequence[int]]:
+        """Records in the order of `keys`, and the positions of those that could not be read."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await call_store(self._store, self._store.read, keys, parts, STORE_SHARE * timeout_s), ()
+        except (UnavailableError, TimeoutError) as error:
+            self._telemetry.failed("store")
+            if isinstance(error, TimeoutError):
+                raise DeadlineError(f"the store gave no answer within {timeout_s * 1e3:.1f} ms: allow more") from error
+            if not isinstance(error, IncompleteError):
+                raise
+            return list(error.records), error.unread
 
     async def FindSimilar(
         self, request: knowledge_pb2.FindSimilarRequest, context: Context

@@ -131,7 +131,7 @@ def test_a_server_that_was_never_ready_is_not_called_hung(tmp_path):
         os.kill(server.pid, signal.SIGCONT)
         server.wait_ready(60)
     finally:
-        server.stop()
+        server.stop(grace_s=0.0)
 
 
 def test_a_hung_server_is_killed(tmp_path):
@@ -155,5 +155,5 @@ def test_nothing_survives_a_killed_starter(tmp_path):
     # What it left in shared memory goes with the next start.
     (tmp_path / "none").mkdir()
     server = TritonRuntime.install().start(tmp_path / "none", models=[], log_file=tmp_path / "next.log")
-    server.stop()
+    server.stop(grace_s=0.0)
     assert not list(SHARED_MEMORY.glob(f"kar-triton-{starter.pid}-*"))
