@@ -14,7 +14,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ from kar_sidecar.releases.serving_view import ServedRelease
 from kar_sidecar.settings import Settings
 from kar_sidecar.store.open import open_store
 
-__all__ = ["check", "is_serving", "listen_port", "serve", "serve_until_stopped"]
+__all__ = ["ReadyReport", "check", "is_serving", "listen_port", "serve", "serve_until_stopped"]
 
 PROBE_TIMEOUT_S = 1.0
 MARGIN_S = 5.0
@@ -84,6 +85,20 @@ def is_serving(address: str) -> bool:
     return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+@dataclass(frozen=True, slots=True)
+class ReadyReport:
+    """Content of the file `--ready-file`. Addresses are host:port."""
+
+    release: str
+    grpc: str
+    metrics: str
+    triton_grpc: str
+    triton_http: str
+    triton_metrics: str
+    pids: dict[str, int]
+    """Process ids by name: supervisor, triton, sidecar."""
+
+
 class _Serving:
     """One run of `kar serve`: its two services, their shared folder, and its messages."""
 
@@ -101,7 +116,7 @@ class _Serving:
         self._triton: TritonProcess | None = None
         self._linked: set[str] = set()
         self._was_ready = False
-        self._changed_at = time.monotonic()
+        self._changed_s = time.monotonic()
         self.address = f"{settings.host}:{settings.grpc_port}"
         self.supervisor = Supervisor(
             [
@@ -153,39 +168,38 @@ class _Serving:
                 link_models(models, self._folder / "models")
                 self._linked.add(release_id)
 
-    def report(self) -> None:
-        """Link new releases, and print a line when the services became ready or ceased to be."""
+    def after_step(self) -> None:
+        """Link new releases; print a line when the services become ready or stop being ready."""
         self.link_releases()
         if self.supervisor.ready == self._was_ready:
             return
         now = time.monotonic()
         self._was_ready = not self._was_ready
         if self._was_ready:
-            addresses = self._addresses()
+            report = self._ready_report()
             self._say(
-                f"ready on {addresses['grpc']} in {now - self._changed_at:.1f} s (metrics on {addresses['metrics']}, "
-                f"Triton on {addresses['triton_grpc']}); Ctrl-C stops"
+                f"ready on {report.grpc} in {now - self._changed_s:.1f} s (metrics on {report.metrics}, "
+                f"Triton on {report.triton_grpc}); Ctrl-C stops"
             )
-            self._write_ready_file(addresses)
+            if self._ready_file is not None:
+                draft = self._ready_file.with_name(f".{self._ready_file.name}")
+                draft.write_text(json.dumps(asdict(report), indent=2) + "\n")
+                draft.replace(self._ready_file)
         else:
             self._say(f"not ready ({self._folder / 'sidecar.log'} says why)")
-        self._changed_at = now
+        self._changed_s = now
 
-    def _addresses(self) -> dict[str, str]:
-        return {
-            "grpc": self.address,
-            "metrics": f"{self._settings.host}:{self._settings.metrics_port}",
-            **{f"triton_{name}": f"{LOOPBACK}:{port}" for name, port in self._ports._asdict().items()},
-        }
-
-    def _write_ready_file(self, addresses: Mapping[str, str]) -> None:
-        if self._ready_file is None:
-            return
-        pids = {"supervisor": os.getpid(), **self.supervisor.pids}
-        ready = {"release": read_active(self._settings.releases), **addresses, "pids": pids}
-        draft = self._ready_file.with_name(f".{self._ready_file.name}")
-        draft.write_text(json.dumps(ready, indent=2) + "\n")
-        draft.replace(self._ready_file)
+    def _ready_report(self) -> ReadyReport:
+        ports = self._ports
+        return ReadyReport(
+            release=read_active(self._settings.releases),
+            grpc=self.address,
+            metrics=f"{self._settings.host}:{self._settings.metrics_port}",
+            triton_grpc=f"{LOOPBACK}:{ports.grpc}",
+            triton_http=f"{LOOPBACK}:{ports.http}",
+            triton_metrics=f"{LOOPBACK}:{ports.metrics}",
+            pids={"supervisor": os.getpid(), **self.supervisor.pids},
+        )
 
 
 def serve_until_stopped(
@@ -223,7 +237,7 @@ def serve_until_stopped(
         serving.link_releases()
         say(f"starting Triton and the sidecar on release {active} (logs: {folder}/*.log)")
         try:
-            serving.supervisor.run(stopping, serving.report)
+            serving.supervisor.run(stopping, serving.after_step)
         finally:
             if ready_file is not None:
                 ready_file.unlink(missing_ok=True)
