@@ -1,8 +1,8 @@
-"""Owns the lists that rerankers learn from and are measured on: what a user did next, among items left untouched.
+"""Owns the lists that rerankers learn from and are measured on: a user's next samples among items without an event.
 
-A list has ten rows: a window of four consecutive samples of one user (windows do not overlap; what is left over at
-the end of a user is dropped) and six items drawn evenly from those that training samples have and the user never
-rated. All rows see the history before the window's first event. Rows lie in an order that seed and user alone decide.
+A list has ten rows: a window of four consecutive samples of one user, and six items drawn with equal probability from
+the items of training samples that the user has no event with. Windows do not overlap; a rest of fewer than four samples
+is dropped. All rows have the history before the first event of the window. Their order depends on seed and user only.
 """
 
 import hashlib
@@ -19,50 +19,71 @@ from kar_sidecar.errors import InputError
 __all__ = ["LIST_LENGTH", "Lists", "rerank_lists"]
 
 WINDOW: Final = 4
-SAMPLED: Final = 6
-LIST_LENGTH: Final = WINDOW + SAMPLED
+"""Samples in a list."""
+DRAWN: Final = 6
+"""Drawn items in a list."""
+LIST_LENGTH: Final = WINDOW + DRAWN
 
 
 @dataclass(frozen=True, slots=True)
 class Lists:
-    """Rows [n, 10] of n lists: the event before which history ends, item row, label (0 for a sampled item)."""
+    """The rows [n, 10] of n lists."""
 
     event: NDArray[np.int64]
+    """The event before which the history ends."""
     item: NDArray[np.int64]
+    """Row of the item."""
     label: NDArray[np.float32]
+    """Label of the sample; 0 for a drawn item."""
 
 
 def rerank_lists(dataset: Dataset, split: int, *, seed: int) -> Lists:
-    """The lists of one split. Lists without any positive row are kept: metrics leave them out, training need not.
+    """The lists of one split.
+
+    Lists without a positive row are included: training uses them, metrics leave them out.
+
+    Args:
+        dataset: The dataset.
+        split: Number of the split, such as `TEST`.
+        seed: Seed of the drawn items and of the order of rows.
 
     Raises:
-        InputError: a user rated nearly every item, so that six others cannot be drawn.
+        InputError: a user has events with nearly all items, so that six others cannot be drawn; the text names the user.
     """
     samples = dataset.samples(split)
     users = dataset.event_user[samples]
-    known = np.unique(dataset.event_item[dataset.samples(TRAIN)])
-    events: list[NDArray[np.int64]] = []
-    items: list[NDArray[np.int64]] = []
-    labels: list[NDArray[np.float32]] = []
-    for chunk in np.split(samples, np.flatnonzero(np.diff(users)) + 1):
-        windows = chunk[: len(chunk) // WINDOW * WINDOW].reshape(-1, WINDOW)
-        if not len(windows):
-            continue
-        user = int(dataset.event_user[chunk[0]])
-        own = dataset.event_item[dataset.offsets[user] : dataset.offsets[user + 1]]
-        others = np.setdiff1d(known, own)
-        if len(others) < SAMPLED:
-            raise InputError(f"user {dataset.users[user].id!r} rated all items but {len(others)}: lists need {SAMPLED}")
-        digest = hashlib.blake2b(f"{seed}:{dataset.users[user].id}".encode(), digest_size=8).digest()
-        generator = np.random.default_rng(int.from_bytes(digest, "little"))
-        drawn = np.stack([generator.choice(others, SAMPLED, replace=False) for _ in windows])
-        order = generator.permuted(np.tile(np.arange(LIST_LENGTH), (len(windows), 1)), axis=1)
-        none = np.zeros((len(windows), SAMPLED), np.float32)
-        shown = np.concatenate([dataset.event_item[windows], drawn], 1).astype(np.int64)
-        items.append(np.take_along_axis(shown, order, 1))
-        labels.append(np.take_along_axis(np.concatenate([dataset.labels[windows], none], 1), order, 1))
-        events.append(np.repeat(windows[:, :1], LIST_LENGTH, 1))
-    if not events:
+    candidates = np.unique(dataset.event_item[dataset.samples(TRAIN)])
+    lists = []
+    for samples_of_user in np.split(samples, np.flatnonzero(np.diff(users)) + 1):
+        windows = samples_of_user[: len(samples_of_user) // WINDOW * WINDOW].reshape(-1, WINDOW)
+        if len(windows):
+            lists.append(_lists_of_user(dataset, windows, candidates, seed))
+    if not lists:
         empty = np.zeros((0, LIST_LENGTH), np.int64)
         return Lists(empty, empty, empty.astype(np.float32))
-    return Lists(np.concatenate(events), np.concatenate(items), np.concatenate(labels))
+    return Lists(
+        np.concatenate([part.event for part in lists]),
+        np.concatenate([part.item for part in lists]),
+        np.concatenate([part.label for part in lists]),
+    )
+
+
+def _lists_of_user(dataset: Dataset, windows: NDArray[np.int64], candidates: NDArray[np.integer], seed: int) -> Lists:
+    """The lists of one user, from windows [n, 4] of events."""
+    user = int(dataset.event_user[windows[0, 0]])
+    user_id = dataset.users[user].id
+    own = dataset.event_item[dataset.offsets[user] : dataset.offsets[user + 1]]
+    others = np.setdiff1d(candidates, own)
+    if len(others) < DRAWN:
+        raise InputError(f"user {user_id!r} rated all items but {len(others)}: lists need {DRAWN}")
+    digest = hashlib.blake2b(f"{seed}:{user_id}".encode(), digest_size=8).digest()
+    generator = np.random.default_rng(int.from_bytes(digest, "little"))
+    drawn = np.stack([generator.choice(others, DRAWN, replace=False) for _ in windows])  # [n, 6]
+    order = generator.permuted(np.tile(np.arange(LIST_LENGTH), (len(windows), 1)), axis=1)  # [n, 10]
+    items = np.concatenate([dataset.event_item[windows], drawn], 1).astype(np.int64)
+    labels = np.concatenate([dataset.labels[windows], np.zeros((len(windows), DRAWN), np.float32)], 1)
+    return Lists(
+        np.repeat(windows[:, :1], LIST_LENGTH, 1),
+        np.take_along_axis(items, order, 1),
+        np.take_along_axis(labels, order, 1),
+    )
