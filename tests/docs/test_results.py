@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tests.support.paths import DOCS
 
-from kar_bench.studies.quality_report import IDLE_CORES
+from kar_bench.harness import IDLE_CORES
 
 pytestmark = pytest.mark.unit
 

@@ -1,1 +1,1 @@
-"""Owns performance benchmarks, one file each."""
+"""Owns the benchmarks of speed and size, each beside the bare library that does the work."""

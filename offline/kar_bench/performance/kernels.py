@@ -6,21 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
+import typer
 from rich import box
 from rich.console import Console, Group
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kar_bench.harness import write_report
 from kar_kernels.benchmark import gpu, processor
 from kar_kernels.benchmark.machine import machine
 from kar_kernels.benchmark.plots import write_plots
 from kar_kernels.benchmark.report import compile_report, device_name, kernel_table, roofline_table, write_block
+from kar_offline.cli_options import JsonFile
 from kar_sidecar.errors import InputError, PreconditionError
 
-__all__ = ["Device", "measure_kernels", "write_docs"]
+__all__ = ["Device", "kernels", "measure_kernels", "write_docs"]
 
 PAGE: Final = Path("docs/kernels.md")
 WAIT: Final = "OMP_WAIT_POLICY"
@@ -219,3 +222,19 @@ def _compiled_line(compiled: Sequence[Mapping[str, Any]]) -> str:
         f"{len(compiled)} kernel variants compiled for sm_80 and sm_90: {len(spilled)} spill registers, "
         f"{'every' if cores else 'NOT every'} dot runs on tensor cores"
     )
+
+
+def kernels(
+    device: Annotated[Device, typer.Option(help="Where implementations are compared.")] = Device.CPU,
+    rows: Annotated[int, typer.Option(min=1, help="cpu: vectors to prestore.")] = 1_000_000,
+    seconds: Annotated[float, typer.Option(min=0.01, help="cpu: seconds of measuring each implementation.")] = 1.0,
+    budget: Annotated[float, typer.Option(min=1, help="cuda: seconds after which no further case begins.")] = 420,
+    plots: Annotated[Path | None, typer.Option(help="cuda: folder for pictures and CSV files.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="Put the tables into this page's blocks: docs/kernels.md.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare the adaptor's implementations, and compile every kernel ahead of time for two GPU generations."""
+    report = measure_kernels(device, Console(), rows=rows, seconds=seconds, budget_s=budget, plots=plots)
+    if docs is not None:
+        write_docs(report, docs)
+    write_report(report, json_file)

@@ -3,8 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from kar_bench.studies.llm_reranking import Lists, measure_direct, read_order
-from kar_bench.studies.quality_report import direct_table
+from kar_bench.harness import to_json
+from kar_bench.studies.llm_reranking import Lists, LlmRerankingOptions, direct_table, measure_direct, read_order
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
 from kar_offline.dataset.splits import TEST
@@ -52,9 +52,9 @@ def test_a_model_that_knows_the_labels_is_perfect_and_ours_stand_beside_it(title
         for prompt, labels in zip(lists.prompts, lists.labels, strict=True)
     }
     llm = ScriptedModel(best.__getitem__, model="oracle")
-    report = measure_direct(titled, titled.encoding, llm, model="dlcm", users=4, settings=SETTINGS)
+    report = measure_direct(titled, titled.encoding, llm, LlmRerankingOptions("dlcm", 4), settings=SETTINGS)
     assert llm.asked == lists.prompts
-    rows = {row["ranker"]: row for row in report["rows"]}
+    rows = {row["ranker"]: row for row in to_json(report)["rows"]}
     assert list(rows) == ["oracle", "random order", "dlcm control", "dlcm knowledge"]
     assert rows["oracle"]["ndcg"] == rows["oracle"]["map"] == rows["oracle"]["complete"] == 1
     assert all(0 < row["ndcg"] <= 1 for row in rows.values())

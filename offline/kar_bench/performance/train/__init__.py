@@ -1,0 +1,1 @@
+"""Owns the benchmark of training speed: our trainer, a loop over samples, and FuxiCTR."""

@@ -1,0 +1,1 @@
+"""Owns the study of collective knowledge: the loss of quality when entities share texts, to save calls."""
