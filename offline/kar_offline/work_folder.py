@@ -63,6 +63,10 @@ class WorkFolder:
             self._contents[content] = known
         return cast(T, known[1])
 
+    def keep(self, content: StageContent) -> None:
+        """Remember content that was just written to its stage's folder, so that `read` does not read it again."""
+        self._contents[type(content)] = (folder_hash(self.root / content.FOLDER), content)
+
     def folder(self, name: str) -> Path:
         """A folder whose name an option gives, such as another encoding."""
         return self.root / name

@@ -21,8 +21,9 @@ from kar_offline.export import export
 from kar_offline.generate import ScriptedModel, generate
 from kar_offline.prompts import render_prompts
 from kar_offline.publish.stage import publish_release
+from kar_offline.refresh.plan import Budget
 from kar_offline.refresh.policy import Policy
-from kar_offline.refresh.stage import Budget, refresh
+from kar_offline.refresh.stage import refresh
 from kar_offline.train.checkpoint import build_model, run_folder, save_trained
 from kar_offline.train.features import encode_dataset
 from kar_offline.train.knowledge_inputs import AffinityInput
@@ -184,4 +185,4 @@ def published(work: WorkFolder, release_id: str, store: Store | None = None) -> 
 def refreshed(work: WorkFolder, provider: Any, store: Store, release_id: str, **options: Any) -> dict[str, Any]:
     """One refresh; texts of users are due after two events unless told otherwise."""
     chosen = {"policy": Policy(2), "budget": Budget(), "now": at(LATER), **options}
-    return refresh(work, provider, HashingEncoder, release_id=release_id, store=lambda: store, **chosen)
+    return refresh(work, provider, HashingEncoder, release_id=release_id, open_store=lambda: store, **chosen).as_json()

@@ -89,9 +89,12 @@ def extend_dataset(work: WorkFolder, dataset: Dataset) -> StageResult[DatasetRep
         return DatasetReport.of(extended, source)
 
     params = {**params, "refreshed": _content_hash(extended)}
-    return run_stage(
+    result = run_stage(
         "dataset", work.dataset, build, inputs={}, params=params, version=VERSION, report_type=DatasetReport
     )
+    if result.ran:
+        work.keep(extended)
+    return result
 
 
 def _content_hash(dataset: Dataset) -> str:

@@ -114,7 +114,7 @@ def run_demo(
         walk.step(
             "publish",
             partial(publish, work, exported["release_id"], f"lmdb:{work.store}"),
-            lambda r: f"{r['users']:,} users and {r['items']:,} items in {r['store']}",
+            lambda r: f"{r.users:,} users and {r.items:,} items in {r.store}",
         )
     with console.status("serve and rank ..."):
         ranked_at = time.perf_counter()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,11 +23,11 @@ from rich.console import Console
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.encode.journal import Vectors, encode_texts, read_journal, text_sha256
-from kar_offline.encode.vector_files import VectorHeader, create_array, imputed_ids, vectors_by_text, write_header
+from kar_offline.encode.vector_files import Encoding, VectorHeader, create_array, write_header
 from kar_offline.encoders.text_encoder import TextEncoder
 from kar_offline.knowledge.imputation import impute_from_neighbours, mean_of_neighbours
-from kar_offline.knowledge.records import read_clusters, read_knowledge
-from kar_offline.prompts import Prompt, read_prompts
+from kar_offline.knowledge.knowledge_folder import Knowledge
+from kar_offline.prompts import Prompt, RenderedPrompts
 from kar_offline.stage_runner import StageResult, run_stage
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
@@ -39,17 +39,15 @@ FOLDER: Final = re.compile(r"encoding(_\w+)?")
 JOURNAL: Final = "vectors.journal"
 VERSION: Final = 4
 
-KnowledgeRecords = Mapping[EntityKind, Sequence[records_pb2.KnowledgeRecord]]
-
 
 class EncodingInputs(NamedTuple):
     """The texts to encode, and the entities that they are about."""
 
     dataset: Dataset
     prompts: Sequence[Prompt]
-    records: KnowledgeRecords
-    clusters: KnowledgeRecords
-    """Records of clusters of entities."""
+    knowledge: Knowledge
+    former: Encoding
+    """The former output, whose vectors are reused; it may be empty."""
 
 
 class _Neighbour(NamedTuple):
@@ -109,9 +107,9 @@ def encode(
     def read_inputs() -> EncodingInputs:
         return EncodingInputs(
             work.read(Dataset),
-            read_prompts(work.prompts),
-            {kind: read_knowledge(work.knowledge, kind) for kind in EntityKind},
-            {kind: read_clusters(work.knowledge, kind) for kind in EntityKind},
+            work.read(RenderedPrompts).prompts,
+            work.read(Knowledge),
+            Encoding.load(work.folder(folder)),
         )
 
     return encode_inputs(work, encoder, read_inputs, folder, kinds=kinds, words=words, console=console)
@@ -132,10 +130,11 @@ def encode_inputs(
         raise InputError(f"{folder!r} cannot hold vectors: call the folder encoding, or encoding_ and a word")
 
     def build(draft: Path) -> Mapping[str, Any]:
-        tables = _text_tables(read_inputs(), kinds, words)
+        inputs = read_inputs()
+        tables = _text_tables(inputs, kinds, words)
         texts = {text_sha256(text): text for table in tables.values() for text in table.texts if text}
-        former = vectors_by_text(work.folder(folder), encoder.encoder_id)
-        reused = {digest: vector for digest, vector in former.items() if digest in texts}
+        former_vectors = inputs.former.vectors_by_text(encoder.encoder_id)
+        reused = {digest: vector for digest, vector in former_vectors.items() if digest in texts}
         resumed = {
             digest: vector
             for digest, vector in read_journal(draft / JOURNAL, encoder.dim).items()
@@ -149,8 +148,8 @@ def encode_inputs(
             vectors |= zip(digests, encoded, strict=True)
             tokens += count
         seconds = time.perf_counter() - began
-        _write_tables(draft, tables, vectors, encoder)
-        imputed = {f"knowledge_{kind}": len(imputed_ids(draft, "knowledge", kind)) for kind in EntityKind}
+        headers = _write_tables(draft, tables, vectors, encoder)
+        imputed = {f"knowledge_{kind}": len(headers[f"knowledge_{kind}"].imputed) for kind in EntityKind}
         (draft / JOURNAL).unlink(missing_ok=True)
         return {
             "encoder_id": encoder.encoder_id,
@@ -164,9 +163,9 @@ def encode_inputs(
             "tokens_per_s": round(tokens / seconds, 1) if tokens else 0.0,
         }
 
-    inputs = {name: work.folder(name) for name in ("dataset", "prompts", "knowledge")}
+    sources = {name: work.folder(name) for name in ("dataset", "prompts", "knowledge")}
     params = {"encoder_id": encoder.encoder_id, "kinds": sorted(kinds)} | ({"words": words} if words else {})
-    return run_stage("encode", work.folder(folder), build, inputs=inputs, params=params, version=VERSION)
+    return run_stage("encode", work.folder(folder), build, inputs=sources, params=params, version=VERSION)
 
 
 def _text_tables(inputs: EncodingInputs, kinds: Sequence[EntityKind], words: int | None) -> dict[str, _TextTable]:
@@ -179,14 +178,15 @@ def _text_tables(inputs: EncodingInputs, kinds: Sequence[EntityKind], words: int
     for kind in (ITEM, USER):
         ids = [entity.id for entity in inputs.dataset.entities[kind]]
         wanted = kind in kinds
-        records = inputs.records[kind] if wanted else []
-        cluster_texts = {cluster.id: shorten(cluster.text) for cluster in inputs.clusters[kind] if wanted}
-        entity_texts = {record.id: shorten(record.text) for record in records}
+        records = inputs.knowledge.records[kind] if wanted else {}
+        clusters = inputs.knowledge.clusters[kind] if wanted else {}
+        entity_texts = {id_: shorten(record.text) for id_, record in records.items()}
+        cluster_texts = {id_: shorten(cluster.text) for id_, cluster in clusters.items()}
         raw_texts = {
             prompt.id: shorten(prompt.raw_text) for prompt in inputs.prompts if prompt.entity == kind and wanted
         }
         aligned = _align(entity_texts, ids, "knowledge texts")
-        neighbours = _neighbours(records, cluster_texts | entity_texts)
+        neighbours = _neighbours(records.values(), cluster_texts | entity_texts)
         rows_with_neighbours = {row: neighbours[id_] for row, id_ in enumerate(ids) if id_ in neighbours}
         tables[f"knowledge_{kind}"] = _TextTable(ids, aligned, rows_with_neighbours)
         if cluster_texts:
@@ -197,7 +197,7 @@ def _text_tables(inputs: EncodingInputs, kinds: Sequence[EntityKind], words: int
 
 
 def _neighbours(
-    records: Sequence[records_pb2.KnowledgeRecord], texts: Mapping[str, str]
+    records: Iterable[records_pb2.KnowledgeRecord], texts: Mapping[str, str]
 ) -> dict[str, list[_Neighbour]]:
     """Neighbours with a text, of the records without a text, by id; records without such neighbours are left out."""
     digests = {id_: text_sha256(text) for id_, text in texts.items() if text}
@@ -215,8 +215,10 @@ def _align(texts: Mapping[str, str], ids: Sequence[str], what: str) -> list[str 
     return [texts.get(entity_id) or None for entity_id in ids]
 
 
-def _write_tables(draft: Path, tables: Mapping[str, _TextTable], vectors: Vectors, encoder: TextEncoder) -> None:
-    """Write the array and the header of each table."""
+def _write_tables(
+    draft: Path, tables: Mapping[str, _TextTable], vectors: Vectors, encoder: TextEncoder
+) -> dict[str, VectorHeader]:
+    """Write the array and the header of each table; returns the headers."""
     encoded = {name: _fill_table(draft, name, table, vectors, encoder) for name, table in tables.items()}
     for kind in EntityKind:
         knowledge = encoded[f"knowledge_{kind}"]
@@ -224,6 +226,7 @@ def _write_tables(draft: Path, tables: Mapping[str, _TextTable], vectors: Vector
     for name, table in encoded.items():
         table.vectors.flush()
         write_header(draft, name, table.header)
+    return {name: table.header for name, table in encoded.items()}
 
 
 def _fill_table(draft: Path, name: str, table: _TextTable, vectors: Vectors, encoder: TextEncoder) -> _VectorTable:

@@ -6,15 +6,17 @@
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kar_sidecar.errors import PreconditionError
 
-__all__ = ["SOURCES", "VectorHeader", "create_array", "imputed_ids", "read_header", "vectors_by_text", "write_header"]
+__all__ = ["SOURCES", "Encoding", "VectorHeader", "create_array", "imputed_ids", "read_header", "write_header"]
 
 SOURCES: Final = ("knowledge", "raw")
 """Text sources: what the language model wrote, and the facts that its prompts show."""
@@ -67,14 +69,44 @@ def imputed_ids(folder: Path, source: str, kind: str) -> set[str]:
     return set(read_header(folder, f"{source}_{kind}").imputed)
 
 
-def vectors_by_text(folder: Path, encoder_id: str) -> dict[str, NDArray[np.float32]]:
-    """Vectors [D] of a folder by the SHA-256 of their text, if `encoder_id` made them; imputed ones are left out."""
-    vectors: dict[str, NDArray[np.float32]] = {}
-    for path in folder.glob("*_*.json"):
-        header = read_header(folder, path.stem)
-        if header.encoder_id == encoder_id:
-            array = np.load(path.with_suffix(".npy"), mmap_mode="r")
-            imputed = set(header.imputed)
-            rows = enumerate(zip(header.ids, header.text_sha256, strict=True))
-            vectors |= {digest: array[row] for row, (id_, digest) in rows if digest and id_ not in imputed}
-    return vectors
+@dataclass(frozen=True)
+class Encoding:
+    """All vectors of a folder."""
+
+    FOLDER: ClassVar[str] = "encoding"
+
+    folder: Path
+    headers: Mapping[str, VectorHeader]
+    """By the name of the array, such as "knowledge_item"."""
+    _arrays: dict[str, NDArray[np.float32]] = field(default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def load(folder: Path) -> "Encoding":
+        """Read the headers of a folder; a folder that does not exist has none."""
+        return Encoding(folder, {path.stem: read_header(folder, path.stem) for path in folder.glob("*_*.json")})
+
+    def header(self, name: str) -> VectorHeader:
+        """The header of an array.
+
+        Raises:
+            PreconditionError: the texts were not encoded.
+        """
+        if name not in self.headers:
+            raise PreconditionError(f"{self.folder / name}.json does not exist: run `kar encode` first")
+        return self.headers[name]
+
+    def vectors(self, name: str) -> NDArray[np.float32]:
+        """An array [rows, D], memory-mapped once."""
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return self._arrays[name]
+
+    def vectors_by_text(self, encoder_id: str) -> dict[str, NDArray[np.float32]]:
+        """Vectors [D] by the SHA-256 of their text, if `encoder_id` made them; imputed vectors are left out."""
+        vectors: dict[str, NDArray[np.float32]] = {}
+        for name, header in self.headers.items():
+            if header.encoder_id == encoder_id:
+                array, imputed = self.vectors(name), set(header.imputed)
+                rows = enumerate(zip(header.ids, header.text_sha256, strict=True))
+                vectors |= {digest: array[row] for row, (id_, digest) in rows if digest and id_ not in imputed}
+        return vectors

@@ -31,15 +31,9 @@ from kar_offline.generate.task_records import (
     keep_record,
     task_record,
 )
-from kar_offline.knowledge.records import (
-    read_clusters,
-    read_knowledge,
-    read_quarantine,
-    record_line,
-    write_knowledge,
-    write_quarantine,
-)
-from kar_offline.prompts import Prompt, read_prompts, read_scenario
+from kar_offline.knowledge.knowledge_folder import Knowledge, records_by_kind
+from kar_offline.knowledge.records import record_line, write_knowledge, write_quarantine
+from kar_offline.prompts import Prompt, RenderedPrompts, read_prompts, read_scenario
 from kar_offline.prompts.scenario import Scenario
 from kar_offline.stage_runner import StageResult, run_stage
 from kar_offline.work_folder import WorkFolder
@@ -203,9 +197,10 @@ def regenerate(
         InputError: an endpoint refuses the requests.
     """
     folder = work.knowledge
-    prompts = {(prompt.entity, prompt.id): prompt for prompt in read_prompts(work.prompts)}
-    task_of = _task_maker(work, read_scenario(work.prompts), facts)
-    former = {(kind, record.id): record for kind in EntityKind for record in read_knowledge(folder, kind)}
+    rendered, knowledge = work.read(RenderedPrompts), work.read(Knowledge)
+    prompts = {(prompt.entity, prompt.id): prompt for prompt in rendered.prompts}
+    task_of = _task_maker(work, rendered.scenario, facts)
+    former = {(kind, id_): record for kind, records in knowledge.records.items() for id_, record in records.items()}
     tasks = [task_of(prompts[key]) for key in chosen]
     being_written = set(chosen)
     existing = [
@@ -221,8 +216,8 @@ def regenerate(
     records = [record for key in prompts if (record := written.get(key) or former.get(key))]
     records += [record for key, record in former.items() if key not in prompts]
     answered = {(record.entity, record.id) for record in (*written.values(), *judged.refused)}
-    quarantined = [old for old in read_quarantine(folder) if (old.entity, old.id) not in answered] + judged.refused
-    clusters = [cluster for kind in EntityKind for cluster in read_clusters(folder, kind)]
+    quarantined = [old for old in knowledge.quarantine if (old.entity, old.id) not in answered] + judged.refused
+    clusters = [cluster for by_id in knowledge.clusters.values() for cluster in by_id.values()]
 
     def build(draft: Path) -> Mapping[str, Any]:
         write_knowledge(draft, records, clusters)
@@ -232,6 +227,8 @@ def regenerate(
     digest = hashlib.sha256("".join(map(record_line, (*records, *quarantined))).encode()).hexdigest()
     inputs = {"prompts": work.prompts}
     result = run_stage("generate", folder, build, inputs=inputs, params={"refreshed": digest}, version=VERSION)
+    if result.ran:
+        work.keep(Knowledge(records_by_kind(records), knowledge.clusters, quarantined))
     report = RegenerationReport(
         written=sum(former.get(key) != record for key, record in written.items()),
         refused=len(judged.refused),
@@ -286,7 +283,7 @@ def _answer(
         asyncio.run(take_from_pack(tasks, provider, now(), existing=existing))
         return _Answering(RunReport.of(Tally()), 0)
     if retries is None:
-        retries = read_scenario(work.prompts).limits.retries
+        retries = work.read(RenderedPrompts).scenario.limits.retries
     with Ledger.open(work, now) as ledger, shown_progress(console) as progress:
         if isinstance(provider, OpenAIBatch):
             provider.on_poll = progress.on_poll

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
+from kar_offline.knowledge.knowledge_folder import Knowledge
 from kar_offline.prompts import read_renderer
-from kar_offline.refresh.knowledge_state import entities_of, read_records, states
-from kar_offline.refresh.policy import Policy, Reason, State, due
+from kar_offline.refresh.knowledge_state import knowledge_states
+from kar_offline.refresh.policy import KnowledgeState, Policy, Reason, refresh_candidates
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import USER, EntityKind
 from kar_sidecar.releases.manifest import Release
@@ -78,11 +79,12 @@ def text_status(work: WorkFolder, policy: Policy, now: datetime) -> dict[EntityK
         PreconditionError: an earlier stage is missing.
         IntegrityError: the output of a stage is corrupt.
     """
-    dataset, records = work.read(Dataset), read_records(work)
-    entity_states = list(states(dataset, records, read_renderer(work.prompts, now.date()), now))
-    candidates = due(entity_states, policy)
+    dataset, records = work.read(Dataset), work.read(Knowledge).records
+    entity_states = list(knowledge_states(dataset, records, read_renderer(work.prompts, now.date()), now))
+    candidates = refresh_candidates(entity_states, policy)
     report = {}
-    for kind, entities in entities_of(dataset).items():
+    for kind in EntityKind:
+        entities = dataset.entities[kind]
         with_record = [record for entity in entities if (record := records[kind].get(entity.id))]
         own = [record for record in with_record if record.text]
         reasons = Counter(candidate.reasons[0] for candidate in candidates if candidate.kind == kind)
@@ -100,9 +102,9 @@ def text_status(work: WorkFolder, policy: Policy, now: datetime) -> dict[EntityK
     return report
 
 
-def _events_since(entity_states: Iterable[State]) -> dict[str, int]:
+def _events_since(entity_states: Iterable[KnowledgeState]) -> dict[str, int]:
     """The number of users by their events since their text was written."""
-    events = [state.events - state.cutoff for state in entity_states if state.kind == USER and state.written]
+    events = [state.events - state.cutoff for state in entity_states if state.kind == USER and state.has_text]
     return {name: count for name, count in _histogram(events, GROWTH_EVENTS).items() if name != UNKNOWN}
 
 
@@ -116,7 +118,8 @@ def served_status(dataset: Dataset, release: Release, store: Store, now_ms: int)
     """
     report = {}
     manifest = release.manifest
-    for kind, entities in entities_of(dataset).items():
+    for kind in EntityKind:
+        entities = dataset.entities[kind]
         adapted = kind in release.towers
         space = manifest.adapted_space if adapted else manifest.encoded_space
         headers = _headers(store, kind, entities, vector_part(space.space_id))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
@@ -24,7 +24,15 @@ from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import PreconditionError
 
-__all__ = ["KindReport", "read_prompts", "read_renderer", "read_scenario", "render_again", "render_prompts"]
+__all__ = [
+    "KindReport",
+    "RenderedPrompts",
+    "read_prompts",
+    "read_renderer",
+    "read_scenario",
+    "render_again",
+    "render_prompts",
+]
 
 FILE: Final = "prompts.jsonl"
 SCENARIO: Final = "scenario.json"
@@ -42,6 +50,40 @@ class KindReport:
     """Names of facts: "shown", "withheld" (in the data, not allowed) and "absent" (allowed, not in the data)."""
     suspicious: Mapping[str, int]
     """Values that were not shown, or not whole, by fact."""
+
+
+class RenderedPrompts:
+    """The content of a finished stage's folder; each file is read when it is first needed."""
+
+    FOLDER: ClassVar[str] = "prompts"
+
+    def __init__(self, folder: Path, prompts: Sequence[Prompt] | None = None) -> None:
+        """Name the folder, and the prompts if they are in memory already."""
+        self._folder, self._prompts = folder, prompts
+        self._scenario: Scenario | None = None
+
+    @staticmethod
+    def load(folder: Path) -> "RenderedPrompts":
+        """The content of `folder`."""
+        return RenderedPrompts(folder)
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """The prompts; errors as of `read_prompts`."""
+        if self._prompts is None:
+            self._prompts = read_prompts(self._folder)
+        return self._prompts
+
+    @property
+    def scenario(self) -> Scenario:
+        """The scenario; errors as of `read_scenario`."""
+        if self._scenario is None:
+            self._scenario = read_scenario(self._folder)
+        return self._scenario
+
+    def renderer(self, on: date | None = None) -> Renderer:
+        """A renderer with the scenario and the templates of the folder; errors as of `read_renderer`."""
+        return Renderer(self.scenario, on, self._folder / TEMPLATES)
 
 
 def render_prompts(work: WorkFolder, scenario: str | Path | None = None, on: date | None = None) -> StageResult:
@@ -62,17 +104,19 @@ def render_prompts(work: WorkFolder, scenario: str | Path | None = None, on: dat
     return _render(work, Renderer(load_scenario(scenario), on, own_templates(scenario)))
 
 
-def render_again(work: WorkFolder, on: date | None = None) -> StageResult:
-    """Run the stage again with the scenario and the templates that are kept in `work`/prompts."""
-    return _render(work, read_renderer(work.prompts, on))
+def render_again(work: WorkFolder, renderer: Renderer) -> StageResult:
+    """Run the stage again with a renderer of the scenario and the templates that are kept in `work`/prompts."""
+    return _render(work, renderer)
 
 
 def _render(work: WorkFolder, renderer: Renderer) -> StageResult:
     scenario = renderer.scenario
     dataset = work.read(Dataset)
+    prompts: list[Prompt] = []
 
     def build(folder: Path) -> dict[str, Any]:
-        prompts = list(renderer.render(dataset))
+        renderer.withheld.clear()  # the report counts the values withheld from these prompts
+        prompts.extend(renderer.render(dataset))
         (folder / FILE).write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts))
         (folder / SCENARIO).write_text(scenario.model_dump_json(indent=2) + "\n")
         for name, source in renderer.sources.items():
@@ -95,7 +139,11 @@ def _render(work: WorkFolder, renderer: Renderer) -> StageResult:
         # Prompts are the same on all days of a season.
         "seasons": [[season.name, day.isoformat()] for season, day in renderer.seasons],
     }
-    return run_stage("prompts", work.prompts, build, inputs={"dataset": work.dataset}, params=params, version=2)
+    inputs = {"dataset": work.dataset}
+    result = run_stage("prompts", work.prompts, build, inputs=inputs, params=params, version=2)
+    if result.ran:
+        work.keep(RenderedPrompts(work.prompts, prompts))
+    return result
 
 
 def _kind_report(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from jinja2 import ChoiceLoader, FileSystemLoader, PackageLoader, StrictUndefined, TemplateError, meta
+from jinja2 import ChoiceLoader, DictLoader, FileSystemLoader, PackageLoader, StrictUndefined, TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from kar_offline.prompts.scenario import Scenario
@@ -75,6 +75,9 @@ class TemplateSet:
             )
         try:
             self.sources = {name: loader.get_source(environment, f"{name}.j2")[0] for name in known}
+            # Templates are compiled from the sources in memory, so that each file is read once.
+            in_memory = DictLoader({f"{name}.j2": source for name, source in self.sources.items()})
+            environment.loader = ChoiceLoader([in_memory, loader])
             self._templates = {name: environment.get_template(f"{name}.j2") for name in known}
             self._seasonal = {
                 name

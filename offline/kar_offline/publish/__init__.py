@@ -1,4 +1,4 @@
-"""Owns the way into the online stores: whole releases, and fresh features between releases."""
+"""Owns publishing into the online store and the index: releases, fresh features, fresh knowledge."""
 
 from kar_offline.publish.feature_update import publish_features
 from kar_offline.publish.stage import publish

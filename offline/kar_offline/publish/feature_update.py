@@ -1,11 +1,11 @@
-"""Owns fresh features between releases: a file of JSON lines, checked whole, then written where newer.
+"""Owns publishing fresh features from a file: all lines are checked, then each is written unless the store is newer.
 
-One line an entity, which replaces the features and history that the store has of it:
-{"entity": USER, "id": "42", "features": {"age": 24}, "history": [["item id", 4.0]], "as_of": "2026-11-01T12:00:00Z"}
+One JSON object per entity, which replaces its features and history in the store:
+{"entity": "user", "id": "42", "features": {"age": 24}, "history": [["item id", 4.0]], "as_of": "2026-11-01T12:00:00Z"}
 """
 
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -23,6 +23,7 @@ from pydantic import (
 from rich.progress import Progress
 
 from kar_offline.jsonl import each_line
+from kar_offline.publish.released_entities import EntityRecords
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
@@ -32,15 +33,30 @@ from kar_sidecar.store import FEATURES, EntityKey, schema_meta
 from kar_sidecar.store.cluster import AerospikeSettings
 from kar_sidecar.store.open import open_store
 
-__all__ = ["FreshEntity", "publish_features", "read_features"]
+__all__ = ["FeatureUpdateReport", "FreshEntity", "publish_features", "read_features"]
 
-AHEAD: Final = timedelta(days=1)
-"""What clocks may differ by."""
+CLOCK_TOLERANCE: Final = timedelta(days=1)
+"""`as_of` may be this far in the future, since clocks differ."""
 Id = Annotated[str, Field(min_length=1)]
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureUpdateReport:
+    """What was written of a features file."""
+
+    release_id: str
+    store: str
+    file: str
+    records: int
+    """Lines of the file."""
+    written: int
+    kept: int
+    """Records that stayed as they were, since the store held newer ones."""
+    seconds: float
+
+
 class FreshEntity(BaseModel):
-    """One line of a features file; a feature that is left out is missing from then on."""
+    """One line of a features file. A feature that the line leaves out becomes a missing value."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -48,14 +64,14 @@ class FreshEntity(BaseModel):
     id: Id
     features: dict[str, Any] = Field(default_factory=dict)
     history: list[tuple[Id, FiniteFloat]] = Field(default_factory=list)
-    """Users only: item id and rating of each event, oldest first."""
+    """Users only: item id and rating of each event, the oldest first."""
     as_of: AwareDatetime
-    """When this was true; an older record never replaces a newer one."""
+    """The time at which this was true; an older record never replaces a newer one."""
 
     @field_validator("as_of")
     @classmethod
     def _not_in_the_future(cls, as_of: datetime) -> datetime:
-        if as_of > datetime.now(UTC) + AHEAD:
+        if as_of > datetime.now(UTC) + CLOCK_TOLERANCE:
             raise ValueError("lies in the future, and would keep out every update until then")
         return as_of
 
@@ -66,16 +82,16 @@ class FreshEntity(BaseModel):
         return self
 
 
-def read_features(path: Path, release: Release) -> Iterator[tuple[EntityKey, bytes]]:
-    """The store parts that a features file holds, packed for the schema of `release`.
+def read_features(path: Path, release: Release) -> EntityRecords:
+    """Read the feature records of a file, packed by the schema of a release.
 
     Raises:
-        InputError: a line that is wrong; the text has its number.
+        InputError: a line is wrong; the message has its number.
     """
-    yield from each_line(path, FreshEntity, lambda line: _record(line, release), "nothing was written")
+    yield from each_line(path, FreshEntity, lambda line: _feature_record(line, release), "nothing was written")
 
 
-def _record(fresh: FreshEntity, release: Release) -> tuple[EntityKey, bytes]:
+def _feature_record(fresh: FreshEntity, release: Release) -> tuple[EntityKey, bytes]:
     written_at_ms = round(fresh.as_of.timestamp() * 1000)
     key = EntityKey(fresh.entity, fresh.id)
     if key.kind == ITEM:
@@ -95,38 +111,38 @@ def publish_features(
     *,
     aerospike: AerospikeSettings | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write a features file into the store of a published release, leaving vectors and texts alone.
+) -> FeatureUpdateReport:
+    """Write the features of a file into the store of a published release; vectors and texts stay as they are.
 
-    The file is read twice, so that a wrong line is found before anything is written. Returns a report: `release_id`,
-    `store`, `file`, `records`, those `written`, those `kept` since the store has newer ones, and `seconds`.
+    The file is read twice, so that a wrong line is found before anything is written.
+
+    Args:
+        work: The work folder.
+        release_id: The release whose schema packs the features.
+        store_url: The store, as `--store` names it.
+        file: The file.
+        aerospike: Settings of an Aerospike store.
+        progress: Shows progress; None: no progress is shown.
 
     Raises:
-        InputError: the file cannot be read, or a line is wrong; the text has its number.
+        InputError: the file cannot be read, or a line is wrong; the message has its number.
         NotFoundError: no such release.
-        PreconditionError: the release's features are not published there.
+        PreconditionError: features of this schema are not published in the store.
         UnavailableError: the store does not answer.
     """
     began = time.perf_counter()
     if not file.is_file():
         raise InputError(f"{file} is not a file: name one with a JSON object a line")
     release = Release.load(work.releases, release_id)
-    shown = progress or Progress(disable=True)
-    records = sum(1 for _ in shown.track(read_features(file, release), description="checking"))
+    progress = progress or Progress(disable=True)
+    records = sum(1 for _ in progress.track(read_features(file, release), description="checking"))
     store = open_store(store_url, aerospike=aerospike)
     try:
         if store.read_meta(schema_meta(release.manifest.feature_schema_hash)) is None:
             raise PreconditionError(f"release {release_id} is not in {store_url}: run `kar publish` without --features")
-        stream = shown.track(read_features(file, release), records, description="features")
+        stream = progress.track(read_features(file, release), records, description="features")
         written = store.write(FEATURES, stream, newer_only=True)
     finally:
         store.close()
-    return {
-        "release_id": release_id,
-        "store": store_url,
-        "file": str(file),
-        "records": records,
-        "written": written,
-        "kept": records - written,
-        "seconds": time.perf_counter() - began,
-    }
+    seconds = time.perf_counter() - began
+    return FeatureUpdateReport(release_id, store_url, str(file), records, written, records - written, seconds)

@@ -1,8 +1,8 @@
-"""Owns what is new: files of entities and events, checked whole, and the dataset that grows by them.
+"""Owns the phase `ingest` of a refresh: files of new entities and events, checked, and the dataset with them.
 
-One line an entity that is new, and one an event; a new user of whom nothing but events is known needs no line:
-{"entity": ITEM, "id": "i9", "title": "Salt and Lanterns", "features": {"year": 2026}, "facts": {"genres": ["Drama"]}}
-{USER: "u1", ITEM: "i9", "rating": 4.0, "time": 1764230400}
+One JSON object per line: a new entity, or an event. A new user needs no line if only events of the user are known.
+{"entity": "item", "id": "i9", "title": "Salt and Lanterns", "features": {"year": 2026}, "facts": {"genres": ["Drama"]}}
+{"user": "u1", "item": "i9", "rating": 4.0, "time": 1764230400}
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from kar_sidecar.store import EntityKey
 
 __all__ = ["Arrivals", "read_arrivals"]
 
-AHEAD: Final = timedelta(days=1)
-"""What clocks may differ by."""
+CLOCK_TOLERANCE: Final = timedelta(days=1)
+"""Events may be this far in the future, since clocks differ."""
 
 
 def _storable(value: str) -> str:
@@ -46,7 +46,7 @@ class _NewEntity(_Line):
     entity: EntityKind
     id: Id
     title: str = ""
-    """Short for the fact `title`."""
+    """The fact `title`, which may also stand in `facts`."""
     features: dict[str, Any] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
 
@@ -74,110 +74,121 @@ L = TypeVar("L", bound=_Line)
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """What the files hold, and what of it is new."""
+    """The dataset with all that is new in the files."""
 
     dataset: Dataset
-    """The dataset with it; cut-offs are where they were."""
-    named: frozenset[EntityKey]
-    """The entities that the files give, and the users of their events, new or not."""
+    """Cut-offs are not moved, except for events before them that arrived late."""
+    entities: frozenset[EntityKey]
+    """Entities in the files, and users of events in the files, whether new or known."""
     users: int
-    """New users."""
+    """Number of new users."""
     items: int
-    """New items."""
+    """Number of new items."""
     events: int
-    """New events."""
+    """Number of new events."""
+
+    @property
+    def any_new(self) -> bool:
+        """Whether the dataset has changed."""
+        return bool(self.users or self.items or self.events)
 
 
 def read_arrivals(
     dataset: Dataset, title: str, *, events: Path | None = None, entities: Path | None = None, now: datetime
 ) -> Arrivals:
-    """Read and check both files, and extend a dataset by what it does not know.
+    """Read and check both files, and add to a dataset what it lacks.
 
-    An event is known by its user, item and time, an entity by its id: a line that says again what is known is passed
-    over, one that says otherwise is refused.
+    An event is identified by its user, item and time, an entity by its id. A line that repeats what is known is
+    skipped; a line that contradicts it is refused.
 
     Args:
         dataset: The dataset.
-        title: The fact that names items in prompts.
-        events: The events.
-        entities: The entities.
-        now: The time: events of later days are refused.
+        title: Name of the fact that names items in prompts.
+        events: The file of events.
+        entities: The file of entities.
+        now: The time; events of later days are refused.
 
     Raises:
-        InputError: a file cannot be read, or a line is wrong; the text has its number.
+        InputError: a file cannot be read, or a line is wrong; the message has its number.
     """
-    layouts = {kind: FeatureLayout(dataset.schema, kind) for kind in EntityKind}
-    known: dict[EntityKind, dict[str, Entity]] = {
-        USER: {user.id: user for user in dataset.users},
-        ITEM: {item.id: item for item in dataset.items},
-    }
-    fresh: dict[EntityKind, dict[str, Entity]] = {USER: {}, ITEM: {}}
-    named: set[EntityKey] = set()
+    intake = _Intake(dataset, title, latest_s=int((now + CLOCK_TOLERANCE).timestamp()), has_events=events is not None)
+    _take_lines(entities, _NewEntity, intake.take_entity)
+    _take_lines(events, _NewEvent, intake.take_event)
+    return intake.arrivals()
 
-    def enter(line: _NewEntity) -> None:
+
+class _Intake:
+    """Collects new entities and events, line by line."""
+
+    def __init__(self, dataset: Dataset, title: str, *, latest_s: int, has_events: bool) -> None:
+        self._dataset, self._title, self._latest_s = dataset, title, latest_s
+        self._layouts = {kind: FeatureLayout(dataset.schema, kind) for kind in EntityKind}
+        self._known = {kind: {entity.id: entity for entity in dataset.entities[kind]} for kind in EntityKind}
+        self._new: dict[EntityKind, dict[str, Entity]] = {kind: {} for kind in EntityKind}
+        self._ratings = _ratings_of_events(dataset) if has_events else {}
+        self._new_events: list[_NewEvent] = []
+        self._entities: set[EntityKey] = set()
+
+    def take_entity(self, line: _NewEntity) -> None:
         kind, entity = line.entity, line.as_entity
-        held = known[kind].get(line.id) or fresh[kind].get(line.id)
-        if held is not None and held != entity:
+        known = self._known[kind].get(line.id) or self._new[kind].get(line.id)
+        if known is not None and known != entity:
             raise InputError(
-                f"{line.entity} {line.id!r} is known with other features or facts: leave it out; `kar publish "
-                "--features` takes new features"
+                f"{kind} {line.id!r} is known with other features or facts: leave it out; `kar publish --features` "
+                "takes new features"
             )
-        layouts[kind].row(entity.features)
-        if kind == ITEM and not entity.facts.get(title):
-            raise InputError(f"item {line.id!r} has no fact {title!r}, which names it in prompts: add it")
-        if held is None:
-            fresh[kind][line.id] = entity
-        named.add(EntityKey(kind, line.id))
+        self._layouts[kind].row(entity.features)
+        if kind == ITEM and not entity.facts.get(self._title):
+            raise InputError(f"item {line.id!r} has no fact {self._title!r}, which names it in prompts: add it")
+        if known is None:
+            self._new[kind][line.id] = entity
+        self._entities.add(EntityKey(kind, line.id))
 
-    _each(entities, _NewEntity, enter)
-    latest = int((now + AHEAD).timestamp())
-    ratings = _ratings(dataset) if events else {}
-    new: list[_NewEvent] = []
-
-    def happen(line: _NewEvent) -> None:
-        if line.time > latest and dataset.shared_clock:
+    def take_event(self, line: _NewEvent) -> None:
+        if line.time > self._latest_s and self._dataset.shared_clock:
             raise InputError("time: lies in the future")
-        if line.item not in known[ITEM] and line.item not in fresh[ITEM]:
+        if line.item not in self._known[ITEM] and line.item not in self._new[ITEM]:
             raise InputError(f"item {line.item!r} is not known: add it to --entities")
         event = (line.user, line.item, line.time)
-        if event not in ratings:
-            ratings[event] = np.float32(line.rating)
-            new.append(line)
-        elif ratings[event] != np.float32(line.rating):
-            raise InputError(f"this event is known with the rating {ratings[event]:g}: leave it out")
-        if line.user not in known[USER]:
-            fresh[USER].setdefault(line.user, Entity(line.user, {}, {}))
-        named.add(EntityKey(USER, line.user))
+        if event not in self._ratings:
+            self._ratings[event] = np.float32(line.rating)
+            self._new_events.append(line)
+        elif self._ratings[event] != np.float32(line.rating):
+            raise InputError(f"this event is known with the rating {self._ratings[event]:g}: leave it out")
+        if line.user not in self._known[USER]:
+            self._new[USER].setdefault(line.user, Entity(line.user, {}, {}))
+        self._entities.add(EntityKey(USER, line.user))
 
-    _each(events, _NewEvent, happen)
-    # Dictionaries keep the order of the dataset's rows.
-    rows = {kind: {id_: row for row, id_ in enumerate((*known[kind], *fresh[kind]))} for kind in EntityKind}
-    extended = dataset
-    if fresh[USER] or fresh[ITEM] or new:
-        extended = dataset.extended(
-            list(fresh[USER].values()),
-            list(fresh[ITEM].values()),
-            user=np.array([rows[USER][line.user] for line in new], np.int64),
-            item=np.array([rows[ITEM][line.item] for line in new], np.int64),
-            rating=np.array([line.rating for line in new], np.float32),
-            time=np.array([line.time for line in new], np.int64),
-        )
-    return Arrivals(extended, frozenset(named), len(fresh[USER]), len(fresh[ITEM]), len(new))
+    def arrivals(self) -> Arrivals:
+        new, events = self._new, self._new_events
+        # Known entities keep their rows, and new ones follow in the order of the file.
+        rows = {kind: {id_: row for row, id_ in enumerate((*self._known[kind], *new[kind]))} for kind in EntityKind}
+        dataset = self._dataset
+        if new[USER] or new[ITEM] or events:
+            dataset = dataset.extended(
+                list(new[USER].values()),
+                list(new[ITEM].values()),
+                user=np.array([rows[USER][event.user] for event in events], np.int64),
+                item=np.array([rows[ITEM][event.item] for event in events], np.int64),
+                rating=np.array([event.rating for event in events], np.float32),
+                time=np.array([event.time for event in events], np.int64),
+            )
+        return Arrivals(dataset, frozenset(self._entities), len(new[USER]), len(new[ITEM]), len(events))
 
 
-def _ratings(dataset: Dataset) -> dict[tuple[str, str, int], np.float32]:
-    """The rating of each event, by user, item and time."""
-    users, items = ([entity.id for entity in of] for of in (dataset.users, dataset.items))
+def _ratings_of_events(dataset: Dataset) -> dict[tuple[str, str, int], np.float32]:
+    """The rating of each event, by user id, item id and time."""
+    user_ids, item_ids = ([entity.id for entity in dataset.entities[kind]] for kind in (USER, ITEM))
     columns = (dataset.event_user.tolist(), dataset.event_item.tolist(), dataset.event_time.tolist())
     events = zip(*columns, dataset.event_rating, strict=True)
-    return {(users[user], items[item], time): rating for user, item, time, rating in events}
+    return {(user_ids[user], item_ids[item], time): rating for user, item, time, rating in events}
 
 
-def _each(path: Path | None, line_type: type[L], take: Callable[[L], None]) -> None:
-    """Have every line of a file taken.
+def _take_lines(path: Path | None, line_type: type[L], take: Callable[[L], None]) -> None:
+    """Read a file and hand over its lines.
 
     Raises:
-        InputError: the file cannot be read, or a line is wrong; the text has its number.
+        InputError: the file cannot be read, or a line is wrong; the message has its number.
     """
     if path is None:
         return

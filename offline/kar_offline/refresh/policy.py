@@ -1,54 +1,54 @@
-"""Owns which knowledge is worth writing anew: why a text is due, how stale it is, and what a budget buys first.
+"""Owns the refresh policy: why knowledge is due, how stale it is, and which texts a budget buys first.
 
 value = traffic x staleness
 
-Staleness is the share of what is worth knowing about an entity that its text does not tell, 0 to 1; traffic is how
-often the entity is asked about, here the events of a window. A pure function of both, so a run can be repeated.
+Staleness is the share, from 0 to 1, of what is worth knowing about an entity that its text does not say. Traffic is the
+number of events of the entity in a window of time. Both are given, so the same inputs give the same candidates.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
+from kar_sidecar.entities import EntityKind
 from kar_sidecar.errors import InputError
 
-__all__ = ["Policy", "Reason", "RefreshCandidate", "State", "due", "most_valuable"]
+__all__ = ["KnowledgeState", "Policy", "Reason", "RefreshCandidate", "refresh_candidates", "within_budget"]
 
-OLDER_TEMPLATE: Final = 0.25
-"""Staleness of a text that an older prompt brought: true, but not the best to be had."""
+OLDER_TEMPLATE_STALENESS: Final = 0.25
+"""A text from an older prompt template is true, but a newer template gives a better one."""
 
 
 class Reason(StrEnum):
-    """Why knowledge is written anew."""
+    """Why knowledge is due."""
 
     NEW = "new"
-    """There is no text."""
+    """The entity has no text."""
     GROWN = "grown"
-    """The user did so much that the text does not know of."""
+    """The user has had many events since the text was written."""
     EXPIRED = "expired"
-    """Its time is over."""
+    """The text is past its expiry time."""
     SEASON = "season"
-    """It was written for a season or event that is over, or before one that has begun."""
+    """The seasons of the day are not those that the text was written for."""
     TEMPLATE = "template"
-    """It comes from an older version of the prompt."""
+    """The text was written from an older version of the prompt template."""
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """What is known of one entity and its text at some time."""
+class KnowledgeState:
+    """The state of one entity's knowledge at some time."""
 
-    kind: str
-    """"item" or "user"."""
+    kind: EntityKind
     id: str
     traffic: float
-    """How often it is asked about; not negative."""
-    written: bool = True
-    """Whether there is a text of its own in use."""
+    """Number of events in the window of time, not negative."""
+    has_text: bool = True
+    """Whether a text is in use, an own one or those of neighbours."""
     events: int = 0
-    """Users: events until now."""
+    """Users: number of events until now."""
     cutoff: int = 0
-    """Users: events that the text was written from."""
+    """Users: number of events that the text was written from."""
     expired: bool = False
     season_changed: bool = False
     template_changed: bool = False
@@ -56,72 +56,80 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What makes knowledge due.
-
-    `grown_by` is the number of a user's events since its text that make it due; `reasons` and `kinds` of entities are
-    those that count.
-    """
+    """Conditions for knowledge to be due."""
 
     grown_by: int = 10
+    """Number of a user's events since the text was written."""
     reasons: frozenset[Reason] = frozenset(Reason)
-    kinds: frozenset[str] = frozenset({"item", "user"})
+    """Reasons that count."""
+    kinds: frozenset[EntityKind] | None = frozenset(EntityKind)
+    """Kinds of entities that count; None: those whose vectors the release's model reads."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the conditions.
 
         Raises:
             InputError: `grown_by` is less than 1, or no reason or kind counts.
         """
-        if self.grown_by < 1 or not self.reasons or not self.kinds:
+        if self.grown_by < 1 or not self.reasons or self.kinds == frozenset():
             raise InputError("a policy needs at least 1 event of growth, one reason and one kind: give them")
 
 
 class RefreshCandidate(NamedTuple):
-    """An entity whose knowledge is due, with the strongest reason first."""
+    """An entity whose knowledge is due."""
 
-    kind: str
+    kind: EntityKind
     id: str
     reasons: tuple[Reason, ...]
+    """The reason with the largest staleness first."""
     traffic: float
     staleness: float
 
     @property
     def value(self) -> float:
-        """What a text is worth: requests that it makes better."""
+        """What a new text is worth."""
         return self.traffic * self.staleness
 
 
-def due(states: Iterable[State], policy: Policy) -> list[RefreshCandidate]:
-    """What is due, most valuable first; ties by kind and id, so that the order is always the same."""
-    found = []
+def refresh_candidates(states: Iterable[KnowledgeState], policy: Policy) -> list[RefreshCandidate]:
+    """Entities whose knowledge is due, the most valuable first; equal values are ordered by kind and id."""
+    candidates = []
     for state in states:
-        if state.kind not in policy.kinds:
+        if policy.kinds is not None and state.kind not in policy.kinds:
             continue
-        stale = {reason: share for reason, share in _staleness(state, policy).items() if reason in policy.reasons}
-        if stale:
-            reasons = sorted(stale, key=lambda reason: -stale[reason])
-            found.append(RefreshCandidate(state.kind, state.id, tuple(reasons), state.traffic, stale[reasons[0]]))
-    return sorted(found, key=lambda one: (-one.value, one.kind, one.id))
+        staleness = {reason: share for reason, share in _staleness(state, policy).items() if reason in policy.reasons}
+        if staleness:
+            reasons = sorted(staleness, key=lambda reason: -staleness[reason])
+            candidates.append(
+                RefreshCandidate(state.kind, state.id, tuple(reasons), state.traffic, staleness[reasons[0]])
+            )
+    return sorted(candidates, key=lambda candidate: (-candidate.value, candidate.kind, candidate.id))
 
 
-def _staleness(state: State, policy: Policy) -> dict[Reason, float]:
-    if not state.written:
+def _staleness(state: KnowledgeState, policy: Policy) -> Mapping[Reason, float]:
+    """The staleness for each reason for which the knowledge is due."""
+    if not state.has_text:
         return {Reason.NEW: 1.0}
-    stale = {}
+    staleness = {}
     if state.expired:
-        stale[Reason.EXPIRED] = 1.0
+        staleness[Reason.EXPIRED] = 1.0
     if state.season_changed:
-        stale[Reason.SEASON] = 1.0
-    if (unknown := state.events - state.cutoff) >= policy.grown_by:
-        stale[Reason.GROWN] = unknown / state.events
+        staleness[Reason.SEASON] = 1.0
+    if (new_events := state.events - state.cutoff) >= policy.grown_by:
+        staleness[Reason.GROWN] = new_events / state.events
     if state.template_changed:
-        stale[Reason.TEMPLATE] = OLDER_TEMPLATE
-    return stale
+        staleness[Reason.TEMPLATE] = OLDER_TEMPLATE_STALENESS
+    return staleness
 
 
-def most_valuable(
-    found: Sequence[RefreshCandidate], calls: int | None
+def within_budget(
+    candidates: Sequence[RefreshCandidate], calls: int | None
 ) -> tuple[list[RefreshCandidate], list[RefreshCandidate]]:
-    """What a budget of `calls` (None: any number) buys of what `due` found, and what has to wait."""
-    count = len(found) if calls is None else max(0, calls)
-    return list(found[:count]), list(found[count:])
+    """Split candidates, the most valuable first, into those that a budget buys and those that wait.
+
+    Args:
+        candidates: From `refresh_candidates`.
+        calls: Maximal number of calls, one per candidate; None: no limit.
+    """
+    count = len(candidates) if calls is None else max(0, calls)
+    return list(candidates[:count]), list(candidates[count:])

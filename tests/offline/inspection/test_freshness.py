@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.inspection.command import knowledge
 from kar_offline.inspection.freshness import served_status, text_status
+from kar_offline.knowledge.knowledge_folder import Knowledge
 from kar_offline.prompts import read_renderer
-from kar_offline.refresh.knowledge_state import read_records, states, traffic
-from kar_offline.refresh.policy import Policy, State
-from kar_offline.refresh.stage import Budget
+from kar_offline.refresh.knowledge_state import entity_traffic, knowledge_states
+from kar_offline.refresh.plan import Budget
+from kar_offline.refresh.policy import KnowledgeState, Policy
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import EntityKind
 from kar_sidecar.releases.manifest import Release
@@ -68,18 +69,18 @@ def test_vectors_are_counted_as_they_are_served(made: tuple[Path, str, MemorySto
 
 def test_the_state_of_each_entity_follows_from_its_record(made: tuple[Path, str, MemoryStore]) -> None:
     work, _, _ = made
-    dataset, records = work.read(Dataset), read_records(work)
+    dataset, records = work.read(Dataset), Knowledge.load(work.knowledge).records
     del records["item"]["i0"]
     records["item"]["i1"].template = "factual/1"
     records["item"]["i2"].template = "unknown"
     renderer = read_renderer(work.prompts, LATER.date())
-    found = {(state.kind, state.id): state for state in states(dataset, records, renderer, LATER)}
+    found = {(state.kind, state.id): state for state in knowledge_states(dataset, records, renderer, LATER)}
     # All ratings lie in the window: viewer n gave six, from film n on.
-    counts = traffic(dataset)["item"].tolist()
+    counts = entity_traffic(dataset)["item"].tolist()
     assert counts == [1 + sum((row - user) % 8 < 6 for user in range(4)) for row in range(8)]
-    assert found["item", "i0"] == State("item", "i0", counts[0], written=False)
-    assert found["item", "i1"] == State("item", "i1", counts[1], template_changed=True)
-    assert found["item", "i2"] == State("item", "i2", counts[2])
+    assert found["item", "i0"] == KnowledgeState("item", "i0", counts[0], has_text=False)
+    assert found["item", "i1"] == KnowledgeState("item", "i1", counts[1], template_changed=True)
+    assert found["item", "i2"] == KnowledgeState("item", "i2", counts[2])
     assert sorted(found["user", f"u{row}"].cutoff for row in range(4)) == [3, 3, 3, 6]
 
 
@@ -88,7 +89,7 @@ def test_traffic_is_what_happened_in_the_last_month_of_a_common_clock(made: tupl
     day = 86_400
     latest = int(dataset.event_time.max())
     dataset.event_time[:6] = [latest - 31 * day, latest - 30 * day, *dataset.event_time[2:6]]
-    assert traffic(dataset)["user"].tolist() == [1 + 4, 1 + 6, 1 + 6, 1 + 6]
+    assert entity_traffic(dataset)["user"].tolist() == [1 + 4, 1 + 6, 1 + 6, 1 + 6]
 
 
 def test_the_command_prints_both(made: tuple[Path, str, MemoryStore], tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.knowledge.records import record_line
-from kar_offline.publish.stage import paced, publish_meta, publish_release
+from kar_offline.publish.checkpoint import publish_meta
+from kar_offline.publish.part_writes import paced
+from kar_offline.publish.stage import publish_release
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.features import FeatureLayout, schema_hash
@@ -83,7 +85,7 @@ class Dying:
 for moment in moments:
     if (child := os.fork()) == 0:
         store = Dying(open_store(f"{url}{moment}"), moment)
-        publish_release(release, dataset, store, work.root / f"index{moment}", every=every)
+        publish_release(release, dataset, store, work.root / f"index{moment}", checkpoint_every=every)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -138,7 +140,7 @@ def resume(work: WorkFolder, store: Store, name: object, **options: bool) -> dic
     dataset = work.read(Dataset)
     return dict(
         publish_release(
-            release, dataset, store, work.root / f"index{name}", every=EVERY, clock=lambda: NOW_MS, **options
+            release, dataset, store, work.root / f"index{name}", checkpoint_every=EVERY, clock=lambda: NOW_MS, **options
         )
     )
 

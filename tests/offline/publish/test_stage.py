@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class World:
 
     def publish(self, release: str | None = None, **options: bool) -> dict:
         result = publish(self.work, release or self.release, self.url, clock=lambda: NOW_MS, **options)
-        return {**result.report, "ran": result.ran}
+        return {**asdict(result.report), "ran": result.ran}
 
     def read(self, kind: int, ids: list[str], part: str) -> list[bytes | None]:
         store = open_store(self.url, readonly=True)
@@ -447,7 +447,7 @@ def test_fresh_features_replace_older_ones_and_nothing_else(world: World, tmp_pa
         + line(entity="item", id="ran", features={"genres": ["drama", "war"]}, history=[], as_of="1970-01-01T01:00:00Z")
     )
     report = publish_features(world.work, world.release, world.url, file)
-    assert (report["records"], report["written"], report["kept"]) == (4, 3, 1)
+    assert (report.records, report.written, report.kept) == (4, 3, 1)
     assert world.history("ann") == (("ran",), [2.5], 600_000)
     assert world.history("bob") == (("ran",), [3], 900_000)
     assert world.history("new") == (("heat", "七人の侍"), [4, 5], 0)
@@ -455,7 +455,7 @@ def test_fresh_features_replace_older_ones_and_nothing_else(world: World, tmp_pa
     (row,) = items.decode_items(world.read(ITEM, ["ran"], FEATURES))
     assert row.tobytes() == items.row({"genres": ["drama", "war"]}).tobytes()
     assert world.vectors(USER, ["ann"], "aaaaaaaaaaaa", 2, "float32").vectors.tolist() == [[1, 2]]
-    assert publish_features(world.work, world.release, world.url, file)["written"] == 0
+    assert publish_features(world.work, world.release, world.url, file).written == 0
     world.publish(force=True)
     assert world.history("ann") == (("ran",), [2.5], 600_000)  # a publish does not take back what is newer
 
@@ -549,7 +549,7 @@ def test_the_command_publishes_the_active_release_into_the_work_folder(world: Wo
     assert "nothing done" in again.output
     lent = ["--work", str(world.work), "--release", make_release(world.work, schema_of(), loans=("heat",))]
     told = CliRunner().invoke(app, lent, catch_exceptions=False, env={"COLUMNS": "200"})
-    assert "2 users and 2 items (1 with borrowed knowledge)" in told.output
+    assert "2 users and 2 items (1 with imputed knowledge)" in told.output
     assert json.loads(report.read_text())["ran"] is False
     (world.work.root / "fresh.jsonl").write_text(line())
     fresh = ["--work", str(world.work), "--features", str(world.work.root / "fresh.jsonl"), "--json", str(report)]

@@ -69,7 +69,7 @@ def test_what_is_new_extends_the_dataset(tmp_path: Path) -> None:
     assert grown.event_item.tolist() == [0, 1, 2, 2, 0]
     assert grown.event_rating.tolist() == [5, 3.5, 1, 4, 2]
     users = [EntityKey(USER, name) for name in ("ann", "bob", "cid")]
-    assert arrivals.named == {EntityKey(ITEM, "salt"), *users}
+    assert arrivals.entities == {EntityKey(ITEM, "salt"), *users}
 
 
 def test_what_is_known_is_passed_over_but_named(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_what_is_known_is_passed_over_but_named(tmp_path: Path) -> None:
     arrivals = read(tmp_path, events=(ANN, ANN, ""), entities=(known, known))
     assert (arrivals.users, arrivals.items, arrivals.events) == (0, 0, 0)
     assert len(arrivals.dataset.event_item) == 2
-    assert arrivals.named == {EntityKey(ITEM, "heat"), EntityKey(USER, "ann")}
+    assert arrivals.entities == {EntityKey(ITEM, "heat"), EntityKey(USER, "ann")}
 
 
 def test_the_same_event_twice_in_a_file_is_one(tmp_path: Path) -> None:

@@ -33,17 +33,20 @@ from kar.ranking.v1.ranking_pb2 import Candidates, RankRequest, RankResponse, Us
 from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
 from kar_offline.dataset.dataset import Dataset
+from kar_offline.encode.vector_files import Encoding
 from kar_offline.encoders.hashing import HashingEncoder
 from kar_offline.export import export
 from kar_offline.generate import ScriptedModel, read_knowledge
 from kar_offline.generate.ledger import Ledger
+from kar_offline.knowledge.knowledge_folder import Knowledge
 from kar_offline.knowledge.records import record_line
 from kar_offline.prompts import render_prompts
 from kar_offline.publish.knowledge_update import publish_knowledge
+from kar_offline.publish.release_target import ReleaseTarget
 from kar_offline.publish.stage import publish_release
 from kar_offline.refresh.command import refresh as command
+from kar_offline.refresh.plan import Budget
 from kar_offline.refresh.policy import Policy, Reason
-from kar_offline.refresh.stage import Budget
 from kar_offline.train import train
 from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER
@@ -492,7 +495,17 @@ def test_a_borrower_is_stale_when_its_lenders_new_answer_is(world: World) -> Non
         (folder / "knowledge" / "user.jsonl").write_text(lines)
     now_ms = round(LATER.timestamp() * 1000)
     # u0's record has another expiry; u1's record and vector are the same.
-    assert publish_knowledge(world.work, release, world.store, clock=lambda: now_ms)["encoded"] == 2
+    knowledge, encoding = world.work.read(Knowledge), world.work.read(Encoding)
+    written = publish_knowledge(
+        ReleaseTarget.check(release, world.store, world.dataset(), encoding),
+        world.store,
+        world.work.index / release.release_id,
+        dataset=world.dataset(),
+        knowledge=knowledge,
+        encoding=encoding,
+        clock=lambda: now_ms,
+    )
+    assert written["encoded"] == 2
     part = vector_part(release.manifest.encoded_space.space_id)
     for (blob,) in world.store.read([EntityKey(USER, "u0"), EntityKey(USER, "u1")], [part]):
         assert read_header(blob).expires_at_ms == (NOON_S + 90 * DAY_S) * 1000

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.entities import Entity
 from kar_offline.dataset.splits import TEST, TRAIN, VALIDATION
-from kar_offline.refresh.policy import Policy, Reason, State, due, most_valuable
+from kar_offline.refresh.policy import KnowledgeState, Policy, Reason, refresh_candidates, within_budget
+from kar_sidecar.entities import ITEM, USER
 from kar_sidecar.errors import InputError, PreconditionError
 
 __all__ = ["DAY_S", "NEVER", "Call", "Month", "SimulatedHistory", "preference_text", "simulate"]
@@ -181,23 +182,23 @@ def simulate(
         window, now = np.searchsorted(days, (day - TRAFFIC_DAYS, day), side="right")
         events = {kind: np.bincount(rows[:now], minlength=len(ids[kind])) for kind, rows in event_entity.items()}
         traffic = {kind: np.bincount(rows[window:now], minlength=len(ids[kind])) for kind, rows in event_entity.items()}
-        states: list[State] = []
+        states: list[KnowledgeState] = []
         if "item" in kinds:  # a written text about an item never becomes stale here
             unwritten = np.flatnonzero((events["item"] > 0) & ~item_written)
-            states += [State("item", ids["item"][row], int(traffic["item"][row]), written=False) for row in unwritten]
+            states += [KnowledgeState(ITEM, ids["item"][row], int(traffic["item"][row]), has_text=False) for row in unwritten]
         if "user" in kinds:
             states += [
-                State(
-                    "user",
+                KnowledgeState(
+                    USER,
                     ids["user"][row],
                     int(traffic["user"][row]),
-                    written=bool(user_cutoff[row]),
+                    has_text=bool(user_cutoff[row]),
                     events=int(events["user"][row]),
                     cutoff=int(user_cutoff[row]),
                 )
                 for row in np.flatnonzero(events["user"])
             ]
-        bought, left = most_valuable(due(states, policy), budget)
+        bought, left = within_budget(refresh_candidates(states, policy), budget)
         waiting[day] = len(left)
         for candidate in bought:
             row = row_by_id[candidate.kind][candidate.id]
