@@ -185,7 +185,9 @@ def simulate(
         states: list[KnowledgeState] = []
         if "item" in kinds:  # a written text about an item never becomes stale here
             unwritten = np.flatnonzero((events["item"] > 0) & ~item_written)
-            states += [KnowledgeState(ITEM, ids["item"][row], int(traffic["item"][row]), has_text=False) for row in unwritten]
+            states += [
+                KnowledgeState(ITEM, ids["item"][row], int(traffic["item"][row]), has_text=False) for row in unwritten
+            ]
         if "user" in kinds:
             states += [
                 KnowledgeState(
