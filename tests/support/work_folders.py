@@ -1,10 +1,10 @@
 """Fixtures: small work folders."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.support.text_vectors import write_text_vectors
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
@@ -36,18 +36,7 @@ def work(tmp_path):
     )
     (tmp_path / "dataset").mkdir()
     dataset.save(tmp_path / "dataset")
-    (tmp_path / "encoding").mkdir()
-    for source in ("knowledge", "raw"):
-        for kind, entities in (("user", dataset.users), ("item", dataset.items)):
-            vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
-            np.save(tmp_path / "encoding" / f"{source}_{kind}.npy", vectors)
-            header = {
-                "encoder_id": "e",
-                "dim": DIM,
-                "ids": [e.id for e in entities],
-                "text_sha256": ["0"] * len(vectors),
-            }
-            (tmp_path / "encoding" / f"{source}_{kind}.json").write_text(json.dumps(header))
+    write_text_vectors(tmp_path / "encoding", dataset, dim=DIM, generator=rng)
     return WorkFolder(tmp_path)
 
 

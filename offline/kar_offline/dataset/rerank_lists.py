@@ -48,7 +48,7 @@ def rerank_lists(dataset: Dataset, split: int, *, seed: int) -> Lists:
         seed: Seed of the drawn items and of the order of rows.
 
     Raises:
-        InputError: a user has events with nearly all items, so that six others cannot be drawn; the text names the user.
+        InputError: a user has events with nearly all items, so that six others cannot be drawn; the text says who.
     """
     samples = dataset.samples(split)
     users = dataset.event_user[samples]

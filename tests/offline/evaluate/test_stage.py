@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
+from tests.support.text_vectors import write_text_vectors
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
@@ -45,14 +46,7 @@ def work(tmp_path_factory):
     )
     folder.dataset.mkdir()
     dataset.save(folder.dataset)
-    folder.encoding.mkdir()
-    for source in ("knowledge", "raw"):
-        for kind, entities in (("user", dataset.users), ("item", dataset.items)):
-            vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
-            np.save(folder.encoding / f"{source}_{kind}.npy", vectors)
-            ids = [entity.id for entity in entities]
-            header = {"encoder_id": "e", "dim": DIM, "ids": ids, "text_sha256": ids}
-            (folder.encoding / f"{source}_{kind}.json").write_text(json.dumps(header))
+    write_text_vectors(folder.encoding, dataset, dim=DIM, generator=rng)
     return folder
 
 

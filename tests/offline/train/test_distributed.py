@@ -1,6 +1,6 @@
-import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from kar_offline.train import TrainSettings, load_trained, train
 from kar_offline.train.distributed import ProcessGroup
+from kar_offline.work_folder import WorkFolder
 
 pytestmark = pytest.mark.service
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 SCRIPT = """
 import sys
 import torch
@@ -53,34 +56,53 @@ assert not torch.distributed.is_initialized()
 """
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_two_processes_average_to_the_gradients_of_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in Path(tmp_path).glob("rank*")} == {"rank0", "rank1"}
+    # The environment that torchrun gives its processes, without torchrun's own start.
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            (sys.executable, "-c", SCRIPT, tmp_path),
+            env=ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=180)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert {path.name for path in tmp_path.glob("rank*")} == {"rank0", "rank1"}
 
 
 def test_two_processes_train_what_one_trains(work):
     kar = Path(sys.executable).with_name("kar")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
     options = ("train", "--backbone", "dcn", "--arm", "knowledge", "--epochs", "3", "--workers", "0", "--work")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    losses = {}
-    for name, command in (("one", (kar,)), ("two", (*torchrun, kar))):
-        shutil.copytree(work.dataset, work.root / name / "dataset")
-        shutil.copytree(work.encoding, work.root / name / "encoding")
-        done = subprocess.run(
-            (*command, *options, work.root / name), env=environment, capture_output=True, text=True, timeout=180
-        )
-        assert done.returncode == 0, done.stderr
-        metrics = json.loads((work.root / name / "training" / "dcn_knowledge" / "metrics.json").read_text())
-        losses[name] = [epoch["validation_loss"] for epoch in metrics["epochs"]]
-    # Dropout differs, the data, the batches and the initial weights do not.
-    assert len(losses["one"]) == len(losses["two"]) == 3
-    for one, two in zip(losses["one"], losses["two"], strict=True):
+    alone, together = (WorkFolder(work.root / name) for name in ("alone", "together"))
+    for folder in (alone, together):
+        shutil.copytree(work.dataset, folder.dataset)
+        shutil.copytree(work.encoding, folder.encoding)
+    finished = subprocess.run(
+        (*torchrun, kar, *options, together.root), env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+    )
+    assert finished.returncode == 0, finished.stderr
+    train(alone, ["dcn"], ["knowledge"], TrainSettings(epochs=3), workers=0)
+    losses = {
+        folder: [epoch["validation_loss"] for epoch in load_trained(folder, "dcn", "knowledge").metrics["epochs"]]
+        for folder in (alone, together)
+    }
+    # Dropout differs; the data, the batches and the initial weights do not.
+    assert len(losses[alone]) == len(losses[together]) == 3
+    for one, two in zip(losses[alone], losses[together], strict=True):
         assert abs(one - two) < 5e-5
 
 

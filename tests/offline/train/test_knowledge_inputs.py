@@ -1,9 +1,9 @@
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tests.support.text_vectors import write_text_vectors
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
@@ -46,14 +46,7 @@ def work(tmp_path):
         positive_above=3,
     )
     dataset = replace(dataset, event_split=np.repeat([TRAIN] * 8 + [VALIDATION] * 2 + [TEST] * 2, 10).astype(np.uint8))
-    for source in ("knowledge", "raw"):
-        for kind, entities in (("user", dataset.users), ("item", dataset.items)):
-            vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
-            vectors[3] = 0
-            np.save(tmp_path / f"{source}_{kind}.npy", vectors)
-            hashes = [None if i == 3 else str(i) for i in range(len(entities))]
-            header = {"encoder_id": "e", "dim": DIM, "ids": [e.id for e in entities], "text_sha256": hashes}
-            (tmp_path / f"{source}_{kind}.json").write_text(json.dumps(header))
+    write_text_vectors(tmp_path, dataset, dim=DIM, generator=rng, without=3)
     return tmp_path, encode_dataset(dataset)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.support.text_vectors import write_text_vectors
 
 from kar.records.v1 import records_pb2
 from kar_kernels import HybridExpertAdaptor
@@ -66,17 +67,8 @@ def write_work(work, seed=0, without=1):
     dataset = make_dataset(seed)
     work.dataset.mkdir(parents=True)
     dataset.save(work.dataset)
-    work.encoding.mkdir()
-    rng = np.random.default_rng(seed)
-    for source in ("knowledge", "raw"):
-        for kind, entities in (("user", dataset.users), ("item", dataset.items)):
-            hashes = [None if i == without else f"{source}{i}" for i in range(len(entities))]
-            vectors = rng.normal(size=(len(entities), DIM)).astype(np.float32)
-            if without is not None:
-                vectors[without] = 0
-            np.save(work.encoding / f"{source}_{kind}.npy", vectors)
-            header = {"encoder_id": "e1", "dim": DIM, "ids": [e.id for e in entities], "text_sha256": hashes}
-            (work.encoding / f"{source}_{kind}.json").write_text(json.dumps(header))
+    generator = np.random.default_rng(seed)
+    write_text_vectors(work.encoding, dataset, dim=DIM, generator=generator, without=without, encoder_id="e1")
     return dataset
 
 
