@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from tests.support.hostile import Notes
+from tests.support.asking import Notes
 from tests.support.paths import DOCS
 from typer.testing import CliRunner
 

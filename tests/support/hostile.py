@@ -1,36 +1,28 @@
-"""Owns the hostile endpoint: an OpenAI-compatible server for chat, files and batches that misbehaves as it is told.
+"""Owns the hostile endpoint: an OpenAI-compatible server for chat, files and batches that misbehaves on request.
 
-It runs in a thread of the test's process, so its counts can be read while a subprocess talks to it. A way of answering
-is an act: `hang`, `reset`, `reply(429, headers={"retry-after": "1"})` and so on. A request gets the next act of the
-script of its route; a chat request without one, what `mischief` says; any other the right answer.
+It runs in a thread of the test's process, so its counts can be read while a subprocess talks to it. A way to answer is
+an act (`hostile_acts`): `hang`, `reset`, `reply(429, headers={"retry-after": "1"})` and so on. A request gets the next
+act in the script of its route. Without one, a chat request gets the act that `mischief` chooses, and others the right
+answer.
 """
 
 import asyncio
-import hashlib
 import json
-import random
-import socket
-import struct
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from email import message_from_bytes
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
-Body = dict[str, Any] | bytes
-Act = Callable[["Exchange"], Awaitable[None]]
-Mischief = Callable[[str, int], Act | None]
-"""What to do at the nth request, from 0, with a prompt; None: answer it."""
+from tests.support.asking import sha256
+from tests.support.hostile_acts import answer
+from tests.support.hostile_exchange import Act, Body, Exchange, Mischief
 
 LIFE = ("validating", "in_progress", "finalizing", "completed")
-
-
-def sha256(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode()).hexdigest()
 
 
 def echo(prompt: str) -> str:
@@ -39,201 +31,11 @@ def echo(prompt: str) -> str:
 
 
 @dataclass
-class Exchange:
-    """A request, and the connection on which it is answered."""
-
-    server: "Hostile"
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    body: bytes
-    done: bool = False
-    """No longer counted as under way."""
-
-    @property
-    def route(self) -> str:
-        """One of chat, upload, create, list, poll, content."""
-        parts = self.path.strip("/").split("/")[1:]  # without the version
-        match self.method, parts:
-            case "POST", ["chat", "completions"]:
-                return "chat"
-            case "POST", ["files"]:
-                return "upload"
-            case "POST", ["batches"]:
-                return "create"
-            case "GET", ["batches"]:
-                return "list"
-            case "GET", ["batches", _]:
-                return "poll"
-            case "GET", ["files", _, "content"]:
-                return "content"
-        return "unknown"
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.body)
-
-    @property
-    def prompt(self) -> str:
-        return self.json["messages"][0]["content"]
-
-    def end(self) -> None:
-        """The client may send its next request from here on."""
-        if not self.done and self.route == "chat":
-            self.server.running -= 1
-        self.done = True
-
-    async def leaves(self, seconds: float | None = None) -> bool:
-        """Whether the client closes the connection within the time; None: wait for that."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self.reader.read(1)  # clients here do not pipeline, so only the end comes
-            return True
-        except TimeoutError:
-            return False
-
-    def send(self, status: int, content: bytes, headers: Mapping[str, str] | None = None) -> None:
-        """Write an answer, whole."""
-        self.end()
-        self.begin(status, {"content-length": str(len(content))} | dict(headers or {}))
-        self.writer.write(content)
-
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """Write the first lines of an answer."""
-        lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-        self.writer.write("\r\n".join(lines).encode())
-
-    def right(self) -> bytes:
-        """The right answer's body; what it stands for has happened."""
-        content = self.server.answer_to(self)
-        return content if isinstance(content, bytes) else json.dumps(content).encode()
-
-    def close(self, *, hard: bool = False) -> None:
-        """Close the connection, or reset it."""
-        self.end()
-        if hard:
-            raw = self.writer.get_extra_info("socket")
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.writer.transport.abort()
-        else:
-            self.writer.close()
-
-
-async def answer(exchange: Exchange) -> None:
-    """Do what is asked for."""
-    content = exchange.right()
-    exchange.send(200, content)
-    if exchange.route == "chat":
-        exchange.server.answered[exchange.prompt] += 1
-
-
-def reply(status: int, text: str | bytes = "", headers: Mapping[str, str] | None = None) -> Act:
-    """Answer so, whatever is asked for."""
-
-    async def act(exchange: Exchange) -> None:
-        exchange.send(status, text if isinstance(text, bytes) else text.encode(), headers)
-
-    return act
-
-
-def body(value: Any) -> Act:
-    """Answer with this JSON, where floats may be infinite."""
-    return reply(200, json.dumps(value))
-
-
-async def hang(exchange: Exchange) -> None:
-    """Say nothing."""
-    await exchange.leaves()
-
-
-async def hang_in_body(exchange: Exchange) -> None:
-    """Begin well, then say nothing."""
-    content = exchange.right()
-    exchange.begin(200, {"content-length": str(len(content))})
-    exchange.writer.write(content[: len(content) // 2])
-    await exchange.leaves()
-
-
-async def drip(exchange: Exchange) -> None:
-    """Send a byte at a time: no single read waits long, all of them do."""
-    content = exchange.right()
-    exchange.begin(200, {"content-length": str(len(content))})
-    for at in range(len(content)):
-        exchange.writer.write(content[at : at + 1])
-        if await exchange.leaves(0.05):
-            return
-
-
-async def truncate(exchange: Exchange) -> None:
-    """Promise more than what comes."""
-    content = exchange.right()
-    exchange.begin(200, {"content-length": str(len(content))})
-    exchange.writer.write(content[: len(content) // 2])
-    exchange.close()
-
-
-async def reset(exchange: Exchange) -> None:
-    """Drop the connection."""
-    exchange.close(hard=True)
-
-
-async def do_then_reset(exchange: Exchange) -> None:
-    """Do what is asked for, then drop the connection before the answer."""
-    exchange.right()
-    exchange.close(hard=True)
-
-
-async def flood(exchange: Exchange) -> None:
-    """Send without end."""
-    exchange.end()
-    exchange.begin(200, {"content-type": "application/json"})
-    while True:
-        exchange.writer.write(b" " * 65536)
-        await exchange.writer.drain()
-
-
-PASSING: Mapping[str, Act] = {
-    "hang": hang,
-    "hang in body": hang_in_body,
-    "drip": drip,
-    "truncate": truncate,
-    "reset": reset,
-    "flood": flood,
-    "429": reply(429, "{}"),
-    "429 wait": reply(429, "{}", {"retry-after": "0.05"}),
-    "500": reply(500, "oops"),
-    "503": reply(503, "<html>busy</html>"),
-    "garbage": reply(200, b"\x00\xff<html>"),
-    "empty": reply(200, ""),
-    "a list": body([1]),
-    "no choices": body({"choices": []}),
-    "choices of another type": body({"choices": {"0": 1}}),
-    "content of another type": body({"choices": [{"message": {"content": ["a"]}}]}),
-    "too deep": reply(200, "[" * 100_000),
-}
-"""Misbehaviour after which the same request may succeed."""
-
-
-def seeded(seed: int, kinds: Mapping[str, Act] = PASSING, share: float = 0.6, most: int = 3) -> Mischief:
-    """A share of the prompts meet one to `most` acts before they are answered: the same ones in every run."""
-
-    def act_at(prompt: str, nth: int) -> Act | None:
-        rng = random.Random(f"{seed} {prompt}")
-        plan = rng.choices(list(kinds.values()), k=rng.randint(1, most)) if rng.random() < share else []
-        return plan[nth] if nth < len(plan) else None
-
-    return act_at
-
-
-@dataclass
 class Plan:
-    """How a batch goes."""
+    """The course of a batch."""
 
     life: tuple[str, ...] = LIFE
-    """Its states, one further at each look; the last one stays."""
+    """Its states, one further at each poll; the last one stays."""
     results: Callable[[list[str]], tuple[list[str], list[str]]] = lambda lines: (lines, [])
     """Makes the lines of the output and of the error file from the right lines."""
     errors: Any = None
@@ -246,7 +48,7 @@ class Hostile:
         answers: Makes the answer to a prompt.
         mischief: What to do at chat requests that no script covers.
         hold_s: How long the right answer to a chat request takes.
-        together: So many chat requests have to be under way before any is answered.
+        together: This number of chat requests must be under way before any is answered.
     """
 
     def __init__(
@@ -261,11 +63,11 @@ class Hostile:
         self.scripts: defaultdict[str, list[Act]] = defaultdict(list)
         """By route: what to do at the next requests; `answer` does what is asked for."""
         self.plans: list[Plan] = []
-        """How the next batches go."""
+        """The courses of the next batches."""
         self.page = 100
         """The most batches that a page of the list holds."""
         self.blind = 0
-        """So many further looks at the list do not show a batch."""
+        """This number of further requests for the list get an empty one."""
         self.requests: list[Exchange] = []
         self.prompts: Counter[str] = Counter()
         """Requests by prompt: of chat, and lines of batches that were made."""
@@ -277,7 +79,7 @@ class Hostile:
         self.running = self.most = 0
         """Chat requests under way, now and at most."""
         self.faults: list[Exception] = []
-        """What went wrong in here, such as a request that no client may send; raised at exit."""
+        """Errors of the server, such as a request that no client may send; raised at exit."""
         self._lives: dict[str, tuple[str, ...]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
@@ -364,7 +166,7 @@ class Hostile:
         await (act or answer)(exchange)
 
     def answer_to(self, exchange: Exchange) -> Body:
-        """Do what a request asks for; the body of the answer."""
+        """Do what a request asks for; returns the body of the answer."""
         identity = exchange.path.strip("/").split("/")[2:3]
         match exchange.route:
             case "chat":
@@ -453,36 +255,3 @@ class Hostile:
             "data": [self._shown(batch) for batch in shown],
             "has_more": after + size < len(newest),
         }
-
-
-@dataclass
-class Notes:
-    """A log in memory: what was told to be sent, and what earlier runs left open."""
-
-    open: list[Any] = field(default_factory=list)
-    sent: list[tuple[list[str], str]] = field(default_factory=list)
-    """Prompt hashes, and the handle."""
-    refuse: Callable[[int], None] = lambda questions: None
-    """Called with the number of questions before they are noted."""
-
-    def sending(self, questions: Any, handle: str = "") -> None:
-        self.refuse(len(questions))
-        self.sent.append(([question.prompt_sha256 for question in questions], handle))
-
-    def pending_batches(self) -> list[Any]:
-        return self.open
-
-
-class Clock:
-    """Time that passes when somebody sleeps; `slept` remembers for how long."""
-
-    def __init__(self) -> None:
-        self.now_s, self.slept = 0.0, list[float]()
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now_s += seconds
-        await asyncio.sleep(0)

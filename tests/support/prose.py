@@ -1,4 +1,4 @@
-"""Owns made-up answers for tests: English that passes the quality gates, no two alike."""
+"""Owns made-up texts for tests: English that passes the quality gates, each one different."""
 
 import random
 
@@ -17,7 +17,7 @@ VERBS = (
 
 
 def prose(title: str, seed: object) -> str:
-    """Four sentences that speak of `title`, others for each seed."""
+    """Four sentences about `title`, different ones for each seed."""
     draw = random.Random(str(seed))
 
     adjectives, nouns, verbs = ADJECTIVES.split(), NOUNS.split(), VERBS.split()

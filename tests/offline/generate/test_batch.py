@@ -4,22 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.support.hostile import (
-    LIFE,
-    Act,
-    Clock,
-    Exchange,
-    Hostile,
-    Notes,
-    Plan,
-    answer,
-    body,
-    do_then_reset,
-    reply,
-    reset,
-    sha256,
-    truncate,
-)
+from tests.support.asking import Clock, Notes, questions, sha256
+from tests.support.hostile import LIFE, Hostile, Plan
+from tests.support.hostile_acts import answer, body, do_then_reset, reply, reset, truncate
+from tests.support.hostile_exchange import Act, Exchange
 
 from kar_offline.generate.batch import OpenAIBatch
 from kar_offline.generate.batch_file import Limits
@@ -39,10 +27,6 @@ Lines = list[str]
 def endpoint() -> Iterator[Hostile]:
     with Hostile() as server:
         yield server
-
-
-def questions(*prompts: str) -> list[Question]:
-    return [Question("item", str(at), prompt, sha256(prompt)) for at, prompt in enumerate(prompts)]
 
 
 class Asked:

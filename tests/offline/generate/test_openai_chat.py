@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.support.hostile import PASSING, Act, Clock, Hostile, Notes, body, drip, hang, reply, seeded, sha256
+from tests.support import asking
+from tests.support.asking import Clock, Notes, questions, sha256
+from tests.support.hostile import Hostile
+from tests.support.hostile_acts import PASSING, body, drip, hang, reply, seeded
+from tests.support.hostile_exchange import Act
 
 from kar_offline.generate.openai_chat import OpenAIChat, Price
 from kar_offline.generate.provider import Answer, Failure, Question, Reply
@@ -25,16 +29,8 @@ def endpoint() -> Iterator[Hostile]:
         yield server
 
 
-def questions(*prompts: str) -> list[Question]:
-    return [Question("item", str(at), prompt, sha256(prompt)) for at, prompt in enumerate(prompts)]
-
-
 def ask(chat: OpenAIChat, *prompts: str, notes: Notes | None = None) -> list[Answer]:
-    async def main() -> list[Answer]:
-        async with chat:
-            return [answer async for answer in chat.ask(questions(*prompts), notes or Notes())]
-
-    return asyncio.run(main())
+    return asking.ask(chat, questions(*prompts), notes)
 
 
 def ask_one(chat: OpenAIChat, prompt: str = "Heat?") -> Reply | Failure:

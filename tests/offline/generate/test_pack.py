@@ -4,7 +4,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from tests.support.hostile import Notes
+from tests.support import asking
+from tests.support.asking import Notes
 
 from kar_offline.generate.pack import Pack
 from kar_offline.generate.provider import Answer, Failure, Origin, Question, Reply
@@ -24,11 +25,7 @@ ANN = Question("user", "7", "Analyse her.", "cd34", 2)
 
 
 def ask(pack: Pack, *questions: Question) -> list[Answer]:
-    async def main() -> list[Answer]:
-        async with pack:
-            return [answer async for answer in pack.ask(questions, Notes(refuse=never))]
-
-    return asyncio.run(main())
+    return asking.ask(pack, questions, Notes(refuse=never))
 
 
 def never(questions: int) -> None:

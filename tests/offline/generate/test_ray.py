@@ -1,15 +1,16 @@
 """Asking through Ray actors: the same answers, the same bounds, the ledger in the driver's hands."""
 
-import asyncio
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
-from tests.support.hostile import Hostile, Notes, echo, reply, seeded
+from tests.support.asking import Notes, ask
+from tests.support.hostile import Hostile, echo
+from tests.support.hostile_acts import reply, seeded
 
 from kar_offline.generate.openai_chat import OpenAIChat
-from kar_offline.generate.provider import Answer, Failure, Provider, Question, Reply, ScriptedModel
+from kar_offline.generate.provider import Failure, Question, Reply, ScriptedModel
 from kar_sidecar.errors import UnavailableError
 
 ray = pytest.importorskip("ray", reason="ray is missing: install the extra ray")
@@ -29,14 +30,6 @@ def cluster() -> Iterator[None]:
 
 def questions(count: int) -> list[Question]:
     return [Question("item", str(n), f"Which film is number {n}?", f"sha{n}") for n in range(count)]
-
-
-def ask(provider: Provider, asked: Sequence[Question], log: Notes) -> list[Answer]:
-    async def main() -> list[Answer]:
-        async with provider:
-            return [answer async for answer in provider.ask(asked, log)]
-
-    return asyncio.run(main())
 
 
 def test_actors_answer_as_the_provider_does_and_share_its_concurrency() -> None:
