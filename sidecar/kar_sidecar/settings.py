@@ -50,7 +50,7 @@ class ExperimentSettings(BaseModel):
         default=None, description="Share of each arm, summing to 1; unset: equal."
     )
     arms: tuple[str, ...] = Field(
-        default=ARMS, description="Arms, the default one first: control and knowledge, or one."
+        default=ARMS, description="Arms, the default arm first: control and knowledge, or one of them."
     )
 
     @model_validator(mode="after")

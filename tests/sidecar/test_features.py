@@ -143,7 +143,9 @@ def test_item_records_keep_their_places_and_absent_ones_are_missing(
     row = layout.row(values)
     blob = layout.encode(row, written_at_ms=1)
     rows = layout.decode_items([blob if here else None for here in present])
-    assert [one.tobytes() for one in rows] == [(row if here else layout.missing).tobytes() for here in present]
+    assert [decoded.tobytes() for decoded in rows] == [
+        (row if is_present else layout.missing).tobytes() for is_present in present
+    ]
 
 
 def test_an_absent_user_has_nothing() -> None:

@@ -36,12 +36,12 @@ class Index:
     def __init__(self, wheel: Path) -> None:
         self.wheel = wheel
         self.archive = WheelArchive("demo", "1.0", file_sha256(wheel))
-        self.asked = 0
+        self.downloads = 0
         self.before_answer: Callable[[], object] = lambda: None
 
     def __call__(self, archive: WheelArchive, folder: Path) -> Path:
         assert archive == self.archive
-        self.asked += 1
+        self.downloads += 1
         self.before_answer()
         return Path(shutil.copy(self.wheel, folder / WHEEL))
 
@@ -73,9 +73,9 @@ def test_a_second_call_downloads_nothing_and_another_choice_does(index: Index, t
 
     demo = get("demo/")
     assert get("demo/") == demo
-    assert index.asked == 1
+    assert index.downloads == 1
     other = get("other/")
-    assert index.asked == 2
+    assert index.downloads == 2
     assert (other / "other/readme.txt").is_file()
     assert not (other / "demo").exists()
 
@@ -93,7 +93,7 @@ def test_callers_at_the_same_time_get_the_same_whole_folder(index: Index, tmp_pa
         thread.start()
     for thread in threads:
         thread.join()
-    assert index.asked == 2
+    assert index.downloads == 2
     assert len(folders) == 2
     assert folders[0] == folders[1]
     assert (folders[0] / "other/readme.txt").is_file()

@@ -224,12 +224,12 @@ class World:
 
 @pytest.fixture
 def world(tmp_path) -> World:
-    made = World(tmp_path / "releases")
-    made.folder.mkdir()
-    made.release_id = made.add_release()
-    write_active(made.folder, made.release_id)
-    fill(made.store)
-    return made
+    tiny = World(tmp_path / "releases")
+    tiny.folder.mkdir()
+    tiny.release_id = tiny.add_release()
+    write_active(tiny.folder, tiny.release_id)
+    fill(tiny.store)
+    return tiny
 
 
 @pytest.fixture

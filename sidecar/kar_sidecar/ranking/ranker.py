@@ -1,6 +1,6 @@
 """Owns the steps of one ranking: read, assign, fetch, assemble, score, respond; and the rungs when a step fails.
 
-rung KNOWLEDGE   the model with knowledge; entities without a vector, or whose record was not read, get the neutral one
+rung KNOWLEDGE   the model with knowledge; the neutral vector stands for a missing or unread one
 rung BACKBONE    the model without knowledge, in the time that is left
 rung CALLER      the caller's own order, with scores only if the caller sent any
 """

@@ -2,17 +2,17 @@
 
 <releases>/<release id>/
   manifest.json                      kar.records.v1.Manifest as JSON
-  item_ids.txt                       items of the training data, one id a line; line i has the index i + 2
+  item_ids.txt                       items of the training data, one id per line; line i has the index i + 2
   backbones/{knowledge,control}.onnx
   adaptor.safetensors                expert, gate and neutral weights
   vectors/neutral.npy                [2, K] float32: neutral vector of users, of items
-  vectors/{user,item}_ids.txt        one id a line, row order of the arrays
+  vectors/{user,item}_ids.txt        one id per line, row order of the arrays
   vectors/{user,item}_lent.txt       ids of those whose vector is imputed from others
   vectors/{user,item}_adapted.npy    [n, K], only for kinds with a tower in the adaptor
   vectors/{user,item}_encoded.npy    [n, D]
   vectors/affinity_ids.txt           items with an affinity vector, only where the model reads affinities
   vectors/affinity.npy               [n, V]
-  knowledge/{user,item}.jsonl        KnowledgeRecord as JSON, one a line
+  knowledge/{user,item}.jsonl        KnowledgeRecord as JSON, one per line
   knowledge/{user,item}_clusters.jsonl  KnowledgeRecord of each cluster, only where entities use the texts of clusters
   triton/{cpu,gpu}/<model>/          Triton repository; names end in the release id
   triton/files.json                  a Manifest with the release id and the files of triton/; manifest.json cannot list

@@ -110,13 +110,13 @@ def test_the_recall_that_is_told_is_the_share_of_the_exact_ten_nearest(kind) -> 
 @kinds
 def test_recall_is_measured_with_vectors_that_are_not_there_yet(kind) -> None:
     vectors = clustered(300, 24)
-    told = []
+    measured_with = []
     for config in (IndexConfig(kind, recall=0.9, sample=20), IndexConfig(kind, recall=0.9)):
         index = FaissIndex.build(named(300), vectors, config)
-        told.append(index.description.recall.queries)
+        measured_with.append(index.description.recall.queries)
         assert [index.search(vectors[row : row + 1], 1).ids[0] for row in range(300)] == [[id_] for id_ in named(300)]
         index.close()
-    assert told == [20, 30]  # a tenth at most
+    assert measured_with == [20, 30]  # a tenth at most
 
 
 @pytest.mark.parametrize(("kind", "name"), [("ivf", "probes"), ("hnsw", "ef_search")])

@@ -41,9 +41,9 @@ def snapshots(root: Path) -> set[str]:
 
 
 def test_ids_are_found_by_row_and_rows_by_id_in_memory_and_mapped(tmp_path: Path) -> None:
-    made = Ids.of(IDS)
-    made.save(tmp_path)
-    for ids in (made, Ids.load(tmp_path), Ids.load(tmp_path, mapped=False)):
+    in_memory = Ids.of(IDS)
+    in_memory.save(tmp_path)
+    for ids in (in_memory, Ids.load(tmp_path), Ids.load(tmp_path, mapped=False)):
         assert len(ids) == 6
         assert ids.at(np.array([5, 0, 3, 2, 4, 0])) == ["ééé", "a\nb", "nul\0", "", "\ud800", "a\nb"]
         assert [ids.row(id_) for id_ in IDS] == list(range(6))

@@ -44,7 +44,7 @@ class World:
 
     def __init__(self):
         self.now = 0.0
-        self.history, self.said = [], []
+        self.history, self.messages = [], []
         self.processes, self.answering = {}, {"back": False, "front": False}
         services = [
             Service(name, lambda name=name: self.start(name), lambda name=name: self.answering[name])
@@ -53,7 +53,7 @@ class World:
         self.supervisor = Supervisor(
             services,
             policy=POLICY,
-            say=self.said.append,
+            say=self.messages.append,
             start_timeout_s=30.0,
             stop_grace_s=7.0,
             clock=lambda: self.now,
@@ -101,7 +101,7 @@ def test_a_crashed_service_is_started_again_after_its_delay(world):
     world.answering["back"] = False
     world.step(10.0)
     assert not world.supervisor.ready
-    assert world.said == ["back was killed by SIGKILL; starting it again in 1 s"]
+    assert world.messages == ["back was killed by SIGKILL; starting it again in 1 s"]
     world.step(10.9)
     assert world.history == ["start back", "start front", "stop back 1 within 7 s"]
     world.step(11.0)
@@ -166,7 +166,7 @@ def test_a_restarted_service_that_never_answers_counts_as_a_crash(world):
     world.step(10.0)
     world.step(11.0)
     world.step(41.0)
-    assert [line.split(";")[0] for line in world.said] == [
+    assert [line.split(";")[0] for line in world.messages] == [
         "front ended with exit code 3",
         "front was not ready within 30 s",
     ]

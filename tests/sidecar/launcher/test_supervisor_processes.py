@@ -132,9 +132,9 @@ def test_killed_servers_come_back_and_the_stop_ends_them(tmp_path):
         log = tmp_path / f"{name}.log"
         return Service(name, lambda: spawn([sys.executable, "-c", ANSWER, str(port)], log, os.environ), answers)
 
-    heard, said, leave = [], [], threading.Event()
+    heard, messages, leave = [], [], threading.Event()
     supervisor = Supervisor(
-        [service("back"), service("front")], policy=RestartPolicy(first_delay_s=0.05), say=said.append
+        [service("back"), service("front")], policy=RestartPolicy(first_delay_s=0.05), say=messages.append
     )
 
     def kill_each():
@@ -143,11 +143,11 @@ def test_killed_servers_come_back_and_the_stop_ends_them(tmp_path):
                 await_true(lambda count=2 * round_: len(heard) >= count, f"ready before {name} is killed")
                 os.kill(supervisor.pids[name], signal.SIGKILL)
             await_true(lambda: len(heard) >= 6, "ready again")
-            seen.update(supervisor.pids)
+            last_pids.update(supervisor.pids)
         finally:
             leave.set()
 
-    seen = {}
+    last_pids = {}
     killer = threading.Thread(target=kill_each)
     killer.start()
 
@@ -158,6 +158,6 @@ def test_killed_servers_come_back_and_the_stop_ends_them(tmp_path):
     supervisor.run(leave.is_set, look)
     killer.join()
     assert heard == [False, True, False, True, False, True]
-    assert [line.split(";")[0] for line in said] == ["back was killed by SIGKILL", "front was killed by SIGKILL"]
-    assert len(seen) == 2
-    assert not any(map(running, seen.values()))
+    assert [line.split(";")[0] for line in messages] == ["back was killed by SIGKILL", "front was killed by SIGKILL"]
+    assert len(last_pids) == 2
+    assert not any(map(running, last_pids.values()))

@@ -13,10 +13,10 @@ UNIT = np.eye(4, dtype=np.float32)
 
 def one(candidates, history, ratings, segments=(4,), padding=0):
     candidates, history = np.atleast_2d(candidates), np.reshape(history, (-1, sum(segments)))
-    seen = np.arange(len(history) + padding) < len(history)
+    is_event = np.arange(len(history) + padding) < len(history)
     padded = np.concatenate([history, np.full((padding, history.shape[1]), 9)]).astype(np.float32)
     rated = np.concatenate([ratings, np.full(padding, 99)]).astype(np.float32)
-    return affinity(candidates[None].astype(np.float32), padded[None], rated[None], seen[None], segments)[0]
+    return affinity(candidates[None].astype(np.float32), padded[None], rated[None], is_event[None], segments)[0]
 
 
 def test_by_hand():
@@ -78,7 +78,7 @@ def test_neither_padding_nor_the_other_candidates_nor_the_other_users_matter(cas
     alone = np.concatenate([one(candidate, history, ratings, (3, 1)) for candidate in candidates])
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
     assert np.isfinite(together).all()
-    seen = np.ones((2, len(history)), bool)
+    is_event = np.ones((2, len(history)), bool)
     stacked = np.stack([history, -history])
-    two = affinity(np.stack([candidates] * 2), stacked, np.stack([ratings] * 2), seen, (3, 1))
+    two = affinity(np.stack([candidates] * 2), stacked, np.stack([ratings] * 2), is_event, (3, 1))
     np.testing.assert_allclose(two[0], together, rtol=0, atol=1e-5)

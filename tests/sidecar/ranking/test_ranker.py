@@ -75,10 +75,10 @@ def test_without_overrides_the_hash_decides(world):
 
 def test_an_explanation_comes_on_demand(world):
     answer = rank(world, rank_request("i3", "i4", explain=True))
-    told = answer.explanation
-    assert (told.model, told.space_id) == (f"knowledge_{world.release_id}", "aaaaaaaaaaaa")
-    assert (told.history_events, told.missing_values, told.inline_history_used) == (3, 2, False)
-    assert told.features_written_at.ToMilliseconds() == 1_000_000
+    explanation = answer.explanation
+    assert (explanation.model, explanation.space_id) == (f"knowledge_{world.release_id}", "aaaaaaaaaaaa")
+    assert (explanation.history_events, explanation.missing_values, explanation.inline_history_used) == (3, 2, False)
+    assert explanation.features_written_at.ToMilliseconds() == 1_000_000
     control = rank(world, rank_request(user="stranger", arm="control", explain=True)).explanation
     assert (control.model, control.space_id) == (f"control_{world.release_id}", "")
     assert not control.HasField("features_written_at")
@@ -188,30 +188,30 @@ def test_a_blocking_store_is_read_from_a_thread(world):
 
 
 def fault(world, *kinds):
-    """Make models answer with rubbish, hang, or be down, as `kind=how`."""
+    """Make models answer with rubbish, hang, or be down, as `kind=failure`."""
 
     def apply():
-        for kind, how in kinds:
+        for kind, failure in kinds:
             model = f"{kind}_{world.release_id}"
-            if how == "nan":
+            if failure == "nan":
                 world.scorer.models[model] = lambda tensors: np.full(len(tensors["item_index"]), np.nan, np.float32)
-            elif how == "short":
+            elif failure == "short":
                 world.scorer.models[model] = lambda tensors: np.zeros(1, np.float32)
-            elif how == "raises":
+            elif failure == "raises":
                 world.scorer.models[model] = lambda tensors: 1 / 0
             else:
-                getattr(world.scorer, how).add(model)
+                getattr(world.scorer, failure).add(model)
 
     return apply
 
 
-@pytest.mark.parametrize("how", ["down", "hanging", "nan", "short", "raises"])
-def test_a_failed_knowledge_model_falls_back_to_the_control_model(world, how):
+@pytest.mark.parametrize("failure", ["down", "hanging", "nan", "short", "raises"])
+def test_a_failed_knowledge_model_falls_back_to_the_control_model(world, failure):
     telemetry = Telemetry()
     answer = rank(
         world,
         rank_request(explain=True),
-        before=fault(world, ("knowledge", how)),
+        before=fault(world, ("knowledge", failure)),
         telemetry=telemetry,
         score_timeout_ms=20,
     )
@@ -290,9 +290,9 @@ def test_stages_add_up_to_the_total(world):
 def test_levels_and_missing_values_are_counted(world):
     telemetry = Telemetry()
     column = FeatureColumn(name="year", numbers=[np.nan, np.inf, 1990])
-    asked = rank_request()
-    asked.candidates.features.append(column)
-    rank(world, asked, telemetry=telemetry)
+    inline = rank_request()
+    inline.candidates.features.append(column)
+    rank(world, inline, telemetry=telemetry)
     value = telemetry.registry.get_sample_value
     assert value("kar_missing_values_total") == 2
     assert value("kar_knowledge_levels_total", {"entity": "user", "level": "full"}) == 1

@@ -131,12 +131,12 @@ def test_activation_switches_and_is_remembered(world):
         return await releases.list()
 
     listed = with_releases(world, body)
-    assert [(one.release_id, one.active, one.loaded) for one in listed] == [
+    assert [(release.release_id, release.active, release.loaded) for release in listed] == [
         (other, False, True),
         (world.release_id, True, True),
     ]
-    assert [one.created_at.seconds for one in listed] == [2, 1]
-    assert {one.dataset for one in listed} == {"tiny"}
+    assert [release.created_at.seconds for release in listed] == [2, 1]
+    assert {release.dataset for release in listed} == {"tiny"}
 
 
 def refuse_to_activate(world, release_id, error, match):
@@ -156,10 +156,10 @@ def test_activation_without_vectors_changes_nothing(world):
     refuse_to_activate(world, other, PreconditionError, "no vectors.*space:bbbbbbbbbbbb.*publish")
 
 
-@pytest.mark.parametrize("how", ["down", "nan"])
-def test_activation_of_models_that_do_not_score_changes_nothing(world, how):
+@pytest.mark.parametrize("failure", ["down", "nan"])
+def test_activation_of_models_that_do_not_score_changes_nothing(world, failure):
     other = world.add_release(backbone="din", created_s=2)
-    if how == "down":
+    if failure == "down":
         world.scorer.down.add(f"control_{other}")
     else:
         world.scorer.models[f"control_{other}"] = lambda tensors: np.array([np.nan], np.float32)

@@ -80,7 +80,7 @@ def test_a_request_is_a_batch_of_one_with_raw_little_endian_tensors():
     [sent] = triton.requests
     assert sent.model_name == "here"
     assert [output.name for output in sent.outputs] == ["score"]
-    assert [(one.name, one.datatype, list(one.shape)) for one in sent.inputs] == [
+    assert [(tensor.name, tensor.datatype, list(tensor.shape)) for tensor in sent.inputs] == [
         ("item_index", "INT64", [1, 2]),
         ("item_numeric", "FP32", [1, 2, 1]),
         ("item_present", "BOOL", [1, 2]),

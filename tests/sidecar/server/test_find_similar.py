@@ -170,34 +170,34 @@ def test_snapshots_are_swapped_under_concurrent_searches_without_an_error_or_a_m
 
     async def body(sidecar):
         done = asyncio.Event()
-        seen = []
+        answers = []
 
         async def ask(stub):
             while not done.is_set():
                 request = knowledge_pb2.FindSimilarRequest(entity=ITEM.number, id="q", limit=5)
-                seen.append(await stub.FindSimilar(request))
+                answers.append(await stub.FindSimilar(request))
 
         async with grpc.aio.insecure_channel(sidecar.addresses.grpc) as channel:
             stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
             asking = [asyncio.create_task(ask(stub)) for _ in range(8)]
-            while not seen:
+            while not answers:
                 await asyncio.sleep(0.001)
                 assert not any(task.done() for task in asking)
             for number in range(1, 6):
                 snapshot_id = await asyncio.to_thread(publish, root, generation(number))
                 expected[snapshot_id] = number
-                while not (seen and seen[-1].snapshot_id == snapshot_id):
+                while not (answers and answers[-1].snapshot_id == snapshot_id):
                     await asyncio.sleep(0.001)
                     assert not any(task.done() for task in asking)
             done.set()
             await asyncio.gather(*asking)
-        return seen
+        return answers
 
-    seen = with_sidecar(world, body)
-    for answer in seen:
+    answers = with_sidecar(world, body)
+    for answer in answers:
         number = expected[answer.snapshot_id]
         assert list(answer.ids) == [f"{number}-{at}" for at in range(5)]
-    assert {expected[answer.snapshot_id] for answer in seen} == set(range(6))
+    assert {expected[answer.snapshot_id] for answer in answers} == set(range(6))
     # What nobody reads any more is deleted by the publish after.
     publish(root, generation(6))
     assert len([path for path in root.iterdir() if path.is_dir()]) == 2
@@ -265,8 +265,8 @@ def test_a_fault_that_may_pass_holds_no_other_kind_up_and_is_tried_again(world, 
             await indexes.refresh(world.release_id, SPACE)
         with pytest.raises(UnavailableError, match="user could not be loaded"):
             await indexes.get(world.release_id, SPACE, USER)
-        told = [record for record in caplog.records if record.name == live.__name__]
-        assert len(told) == 2  # items are loaded, users are not
+        logged = [record for record in caplog.records if record.name == live.__name__]
+        assert len(logged) == 2  # items are loaded, users are not
         faulty.clear()
         await indexes.refresh(world.release_id, SPACE)
         items, users = [await indexes.get(world.release_id, SPACE, kind) for kind in (ITEM, USER)]

@@ -37,9 +37,9 @@ def test_a_fault_of_ours_is_internal_logged_and_not_told(world, caplog):
         request = knowledge_pb2.BatchGetKnowledgeRequest(entity="ENTITY_KIND_USER", ids=["u1"])
         return await refused(stub.BatchGetKnowledge(request), grpc.StatusCode.INTERNAL)
 
-    told = with_sidecar(world, body)
-    assert "swordfish" not in told
+    details = with_sidecar(world, body)
+    assert "swordfish" not in details
     [logged] = [record for record in caplog.records if record.message.startswith("internal_error")]
-    request_id = told.split()[1]
+    request_id = details.split()[1]
     assert request_id in logged.message
     assert "swordfish" in str(logged.exc_info)

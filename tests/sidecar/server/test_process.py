@@ -25,8 +25,8 @@ pytestmark = pytest.mark.service
 
 async def until(stub, status, service=""):
     """Wait for health to say `status`, on its own stream."""
-    async for said in stub.Watch(health_pb2.HealthCheckRequest(service=service)):
-        if said.status == status:
+    async for change in stub.Watch(health_pb2.HealthCheckRequest(service=service)):
+        if change.status == status:
             return
 
 
@@ -128,8 +128,8 @@ def test_the_start_is_logged_with_its_facts(world, caplog):
 
     addresses = with_sidecar(world, body)
     where = f"grpc={addresses.grpc} metrics={addresses.metrics}"
-    what = f"release={world.release_id} space=aaaaaaaaaaaa mode=prestored"
-    assert f"listening {where} {what}" in [record.message for record in caplog.records]
+    facts = f"release={world.release_id} space=aaaaaaaaaaaa mode=prestored"
+    assert f"listening {where} {facts}" in [record.message for record in caplog.records]
 
 
 def test_stopping_says_not_serving_and_finishes_open_requests(world):
@@ -150,26 +150,26 @@ def test_stopping_says_not_serving_and_finishes_open_requests(world):
             open_request = asyncio.ensure_future(ranking_pb2_grpc.RankingServiceStub(channel).Rank(rank_request()))
             await entered.wait()
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-            said = []
+            statuses = []
 
             async def follow():
                 async for change in watch:
-                    said.append(change.status)
+                    statuses.append(change.status)
                     if change.status == NOT_SERVING:
                         go_on.set()
                         watch.cancel()  # an open stream is a request, too: stopping would wait for it
                         return
 
             following = asyncio.ensure_future(follow())
-            while not said:
+            while not statuses:
                 await asyncio.sleep(0)
         await following
         answer = await open_request
         await channel.close()
-        return said, answer
+        return statuses, answer
 
-    said, answer = asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
-    assert said == [SERVING, NOT_SERVING]
+    statuses, answer = asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
+    assert statuses == [SERVING, NOT_SERVING]
     assert answer.rung == ranking_pb2.RUNG_KNOWLEDGE
 
 

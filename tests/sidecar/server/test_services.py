@@ -109,8 +109,8 @@ def test_knowledge_is_refused_when_asked_for_wrongly(world):
             await refused(stub.BatchGetKnowledge(request), grpc.StatusCode.INVALID_ARGUMENT)
         world.store.fault = UnavailableError("the store is gone: start it")
         request = knowledge_pb2.BatchGetKnowledgeRequest(entity=1, ids=["a"])
-        told = await refused(stub.BatchGetKnowledge(request), grpc.StatusCode.UNAVAILABLE)
-        assert told == "the store is gone: start it"
+        details = await refused(stub.BatchGetKnowledge(request), grpc.StatusCode.UNAVAILABLE)
+        assert details == "the store is gone: start it"
 
     with_sidecar(world, body, max_candidates=3)
 
@@ -122,9 +122,9 @@ def test_knowledge_from_a_store_that_hangs_is_a_deadline_error(world):
         world.store.gate = gate.wait
         stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
         request = knowledge_pb2.BatchGetKnowledgeRequest(entity=1, ids=["a"])
-        told = await refused(stub.BatchGetKnowledge(request), grpc.StatusCode.DEADLINE_EXCEEDED)
+        details = await refused(stub.BatchGetKnowledge(request), grpc.StatusCode.DEADLINE_EXCEEDED)
         gate.set()
-        assert "within 5.0 ms" in told
+        assert "within 5.0 ms" in details
 
     with_sidecar(world, body, store_timeout_ms=5)
 
@@ -144,7 +144,7 @@ def test_releases_are_listed_and_switched(world):
         admin = admin_pb2_grpc.AdminServiceStub(channel)
         ranking = ranking_pb2_grpc.RankingServiceStub(channel)
         listed = (await admin.ListReleases(admin_pb2.ListReleasesRequest())).releases
-        assert [(one.release_id, one.active, one.loaded) for one in listed] == [
+        assert [(release.release_id, release.active, release.loaded) for release in listed] == [
             (other, False, False),
             (world.release_id, True, True),
         ]

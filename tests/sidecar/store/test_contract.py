@@ -254,14 +254,14 @@ def test_readers_beside_a_writer_see_whole_records_that_never_get_older(store: S
         over.set()
 
     def read() -> None:
-        seen = [1] * len(MANY)
+        last_read = [1] * len(MANY)
         last = False
         while not last:
             last = over.is_set()
             found = [version_of(record[0]) for record in store.read(MANY, parts, 5)]
-            assert all(now >= before for now, before in zip(found, seen, strict=True))
-            seen = found
-        assert seen == [VERSIONS] * len(MANY)
+            assert all(now >= before for now, before in zip(found, last_read, strict=True))
+            last_read = found
+        assert last_read == [VERSIONS] * len(MANY)
 
     together(write, read, read, read)
 

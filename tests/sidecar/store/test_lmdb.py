@@ -176,7 +176,7 @@ def test_processes_that_update_features_and_publish_vectors_lose_nothing(tmp_pat
         assert racer.stdin is not None
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    seen = [(0, 0, 0)] * len(keys)
+    last_read = [(0, 0, 0)] * len(keys)
     running = True
     while running:
         running = any(racer.poll() is None for racer in racers)
@@ -186,12 +186,12 @@ def test_processes_that_update_features_and_publish_vectors_lose_nothing(tmp_pat
         ]
         assert all(
             now >= before
-            for after, old in zip(found, seen, strict=True)
+            for after, old in zip(found, last_read, strict=True)
             for now, before in zip(after, old, strict=True)
         )
-        seen = found
+        last_read = found
     for racer in racers:
         racer.communicate(timeout=30)
         assert racer.returncode == 0
-    assert seen == [(20, 20, 20)] * len(keys)
+    assert last_read == [(20, 20, 20)] * len(keys)
     store.close()

@@ -44,7 +44,7 @@ matrices = arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1,
 
 @st.composite
 def damages(draw: st.DrawFn) -> tuple[str, int, int]:
-    """A way to damage bytes: how, where (of their length), and by how much."""
+    """A way to damage bytes: the change, where (as a share of their length), and by how much."""
     return (
         draw(st.sampled_from(["flip", "cut", "insert", "swap"])),
         draw(st.integers(0, 2**16)),
@@ -53,15 +53,15 @@ def damages(draw: st.DrawFn) -> tuple[str, int, int]:
 
 
 def damaged(blob: bytes, damage: tuple[str, int, int]) -> bytes:
-    how, where, much = damage
+    change, where, much = damage
     at = where % len(blob)
-    if how == "cut":
+    if change == "cut":
         return blob[:at]
-    if how == "insert":
+    if change == "insert":
         return blob[:at] + bytes([much]) + blob[at:]
     body = bytearray(blob)
-    other = (at + much) % len(blob) if how == "swap" else at
-    body[at], body[other] = (body[other], body[at]) if how == "swap" else (0, body[at] ^ much)
+    other = (at + much) % len(blob) if change == "swap" else at
+    body[at], body[other] = (body[other], body[at]) if change == "swap" else (0, body[at] ^ much)
     return bytes(body)
 
 
