@@ -1,1 +1,1 @@
-"""Owns the whole way in one command: every stage, real requests against the served release, and the report."""
+"""Owns the demo: every stage in one command, real requests to the served release, and a report."""

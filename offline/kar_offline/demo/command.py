@@ -15,12 +15,12 @@ __all__ = ["demo"]
 def demo(
     work: Work = DEFAULT_WORK,
     users: Annotated[
-        int | None, typer.Option(min=3, help="Keep only so many users, for a quick trial; default: all.")
+        int | None, typer.Option(min=3, help="Keep only this number of users, for a quick trial; default: all.")
     ] = None,
     requests: Requests = 1000,
     candidates: Candidates = 100,
     json_file: JsonFile = None,
 ) -> None:
-    """Go from raw ratings to ranked candidates: every stage, then real requests, then the report."""
+    """Run every stage from raw ratings to ranked candidates, then send requests, then write the report."""
     summary = run_demo(work, users=users, requests=requests, candidates=candidates, console=Console())
     write_json(json_file, summary)

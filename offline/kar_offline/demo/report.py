@@ -1,4 +1,4 @@
-"""Owns the demo's page: two plots and the tables behind them, in one HTML file without outside references."""
+"""Owns the demo's report page: two plots and their tables, in one HTML file without external references."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from kar_offline.replay.online import STAGES
+from kar_offline.replay.report import STAGES
 
 __all__ = ["plot_auc", "plot_latency", "write_report"]
 
@@ -20,7 +20,7 @@ PERCENTILES: Final = ("p50_ms", "p95_ms", "p99_ms")
 
 
 def plot_auc(auc: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Test AUC of each arm, grouped by backbone; the axis starts near the data, as its label says."""
+    """Test AUC of each arm, grouped by backbone; the axis does not start at 0, as its label says."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     values = [value for arms in auc.values() for value in arms.values()]
@@ -30,10 +30,10 @@ def plot_auc(auc: Mapping[str, Mapping[str, float]]) -> Figure:
     for position, arms in enumerate(auc.values()):
         for number, (arm, colour) in enumerate(ARMS.items()):
             if arm in arms:
-                at = position + (number - 1) * width
-                axes.bar(at, arms[arm], width * 0.92, color=colour, label=arm if position == 0 else None)
+                x = position + (number - 1) * width
+                axes.bar(x, arms[arm], width * 0.92, color=colour, label=arm if position == 0 else None)
                 axes.annotate(
-                    f"{arms[arm]:.4f}", (at, arms[arm]), (0, 2), textcoords="offset points", ha="center", size=8
+                    f"{arms[arm]:.4f}", (x, arms[arm]), (0, 2), textcoords="offset points", ha="center", size=8
                 )
     axes.set_ylim(low - margin, high + 2 * margin)
     axes.set_xticks(range(len(auc)), list(auc))
@@ -52,9 +52,9 @@ def plot_latency(stages: Mapping[str, Mapping[str, float]]) -> Figure:
     for number, (percentile, shade) in enumerate(zip(PERCENTILES, ("#1f4e79", "#4c9be8", "#b8d8f8"), strict=True)):
         for row, stage in enumerate(STAGES):
             value = stages[stage][percentile]
-            at = row + (number - 1) * height
-            axes.barh(at, value, height * 0.92, color=shade, label=percentile[:3] if row == 0 else None)
-            axes.annotate(f"{value:.2f}", (value, at), (3, 0), textcoords="offset points", va="center", size=7)
+            y = row + (number - 1) * height
+            axes.barh(y, value, height * 0.92, color=shade, label=percentile[:3] if row == 0 else None)
+            axes.annotate(f"{value:.2f}", (value, y), (3, 0), textcoords="offset points", va="center", size=7)
     axes.set_yticks(range(len(STAGES)), STAGES)
     axes.invert_yaxis()
     axes.set_xlim(0, largest * 1.15 or 1)
@@ -71,7 +71,7 @@ def _image(figure: Figure) -> str:
 
 
 def write_report(summary: Mapping[str, Any], path: Path) -> None:
-    """Write the page of one demo run; `summary` is what `summary.json` holds."""
+    """Write the report page of a demo run from the content of its `summary.json`."""
     template = resources.files(__package__).joinpath("report.html.j2").read_text()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

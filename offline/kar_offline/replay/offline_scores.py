@@ -1,7 +1,6 @@
-"""Owns the offline side of the parity proof: the trained torch model and the adaptor itself, straight from the dataset.
+"""Owns the offline scores that online scores are compared with, from the trained torch models and the dataset.
 
-Nothing of the release, the store or the sidecar takes part but the feature encoder and the affinity formula, which both
-sides share.
+Release, store and sidecar take no part. Only the feature encoder and the affinity formula are the same code online.
 """
 
 import numpy as np
@@ -24,27 +23,27 @@ __all__ = ["OfflineScorer"]
 
 
 class OfflineScorer:
-    """Scores slates as training would: the history is what the user did up to the prompt cut-off."""
+    """Scores slates as in training; a user's history ends at the prompt cut-off."""
 
     def __init__(self, dataset: Dataset, backbone: str, work: WorkFolder, recipe: str = KNOWLEDGE) -> None:
-        """Load the trained models of `backbone`: training arm `recipe` for the arm "knowledge", and the control."""
+        """Load the two trained models of a backbone: training arm `recipe` for the arm "knowledge", and the control."""
         self._dataset = dataset
         trained = {KNOWLEDGE: load_trained(work, backbone, recipe), CONTROL: load_trained(work, backbone, CONTROL)}
         self._models = {arm: trained[arm].model for arm in ARMS}
         features = FeatureEncodings(trained[CONTROL].encodings, trained[CONTROL].item_ids)
         self._encoded = encode_dataset(dataset, features)
         encodings = work.encoding
-        self._given = {
-            arm: KnowledgeInputs.for_serving(RECIPES[one.arm], dataset, one.affinity, encodings, seed=one.seed)
-            for arm, one in trained.items()
+        self._knowledge_inputs = {
+            arm: KnowledgeInputs.for_serving(RECIPES[run.arm], dataset, run.affinity, encodings, seed=run.seed)
+            for arm, run in trained.items()
         }
 
     def score(self, slate: Slate, arm: str) -> NDArray[np.float32]:
-        """Probabilities [C] of one slate's candidates."""
+        """Probabilities [C] of the candidates of a slate."""
         dataset, count = self._dataset, len(slate.items)
         event = dataset.offsets[slate.user] + dataset.cutoff[slate.user]
         rows = samples_before(
             self._encoded, np.full(count, event), slate.items, np.zeros(count, np.float32), list_length=count
         )
-        logits = predict_logits(self._models[arm], Batches(self._encoded, rows, self._given[arm]))
+        logits = predict_logits(self._models[arm], Batches(self._encoded, rows, self._knowledge_inputs[arm]))
         return torch.sigmoid(logits).numpy()

@@ -1,4 +1,4 @@
-"""Owns a `kar serve` of one's own: started on free loopback ports for the length of a block, stopped after it."""
+"""Owns a `kar serve` that runs while a block of code runs, on free loopback ports."""
 
 import json
 import signal
@@ -24,17 +24,17 @@ POLL_S: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ServingAddresses:
-    """Where one `kar serve` answers."""
+    """Addresses of a running `kar serve`."""
 
     grpc: str
     triton_metrics: str
 
 
 def read_ready_file(path: Path) -> ServingAddresses:
-    """Where a running `kar serve --ready-file` answers.
+    """Read the addresses that `kar serve --ready-file` wrote.
 
     Raises:
-        InputError: it is not such a file, or nothing is ready.
+        InputError: the file does not exist or is no ready file.
     """
     try:
         ready = json.loads(path.read_text())
@@ -45,31 +45,35 @@ def read_ready_file(path: Path) -> ServingAddresses:
 
 @contextmanager
 def serving(work: WorkFolder, mode: Mode | None = None) -> Iterator[ServingAddresses]:
-    """Serve the active release of a work folder until the block ends, in `mode` or as the settings say.
+    """Serve the active release of a work folder until the block ends.
+
+    Args:
+        work: The work folder.
+        mode: The serving mode; None: as the settings say.
 
     Raises:
-        UnavailableError: it did not get ready; the text names its log.
+        UnavailableError: serving did not become ready; the message names its log.
     """
     folder = work.serving
     folder.mkdir(parents=True, exist_ok=True)
-    ready, log = folder / "ready.json", folder / "serve.log"
-    ready.unlink(missing_ok=True)
-    serve = ["serve", "--work", str(work), "--port", "0", "--ready-file", str(ready)]
-    serve += ["--mode", mode] if mode else []
+    ready_file, log = folder / "ready.json", folder / "serve.log"
+    ready_file.unlink(missing_ok=True)
+    arguments = ["serve", "--work", str(work), "--port", "0", "--ready-file", str(ready_file)]
+    arguments += ["--mode", mode] if mode else []
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kar_sidecar", *serve],
+            [sys.executable, "-m", "kar_sidecar", *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
         )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not ready.is_file():
+        while not ready_file.is_file():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise UnavailableError(f"kar serve did not get ready: {log.read_text().strip()} (log: {log})")
+                raise UnavailableError(f"kar serve did not become ready: {log.read_text().strip()} (log: {log})")
             time.sleep(POLL_S)
-        yield read_ready_file(ready)
+        yield read_ready_file(ready_file)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -29,7 +29,7 @@ from kar_bench.harness import (
 from kar_bench.performance.modes.site import Bytes, LiveSite, Request, Rollout, Site
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.models import BACKBONES, RERANKERS
-from kar_offline.replay.online import TIMEOUT_S
+from kar_offline.replay.measurement import TIMEOUT_S
 from kar_offline.replay.serving import serving
 from kar_offline.replay.slates import slates
 from kar_offline.train.checkpoint import run_folder
