@@ -101,7 +101,7 @@ def _signatures(
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     """MinHash signatures [N, BANDS * ROWS] of the texts that have shingles, and the numbers [N] of those texts."""
     random = np.random.default_rng(SEED)
-    # h(x) = (a x + b) mod 2^64, of which the upper half is kept: universal enough for minima (Dietzfelbinger, 1996).
+    # h(x) = upper half of (a x + b) mod 2^64: universal enough for minima (Dietzfelbinger, 1996).
     a = random.integers(0, 2**63, BANDS * ROWS, np.uint64) * np.uint64(2) + np.uint64(1)
     b = random.integers(0, 2**63, BANDS * ROWS, np.uint64)
     signatures = np.empty((texts, len(a)), np.uint32)

@@ -37,7 +37,7 @@ SENTENCE_ENDS: Final = re.compile(r"(?<!\.[A-Z])(?<! [A-Z])(?<!\b[DM]r)(?<!\bSt)
 
 
 def subject(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention]) -> Finding:
-    """Fails a text that is not about its subject: it names no item or person of its subject's, or of the prompt."""
+    """Fails a text that is not about its subject: the item and its people, or the items in the user's prompt."""
     if not about.titles:
         return unknown("nothing is known to tell its subject by")
     return _user(words, about, mentions) if about.entity == "user" else _item(words, about, rules, mentions)

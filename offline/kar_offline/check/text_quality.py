@@ -119,7 +119,7 @@ def _identifier(language: str) -> "LanguageIdentifier | None":
 
 
 def language(words: Words, rules: Rules) -> Finding:
-    """Fails a text of which an end is in another language than the scenario's.
+    """Fails a text whose beginning or end is in another language than the scenario's.
 
     Source of the model: Lui and Baldwin, "langid.py" (ACL 2012). A change of language in the middle is not seen,
     because only both ends are read, whatever the length of the text.

@@ -1,4 +1,4 @@
-"""Owns the choice of a text encoder: from its options to the encoder."""
+"""Owns the choice of the text encoder that the options name."""
 
 import os
 from typing import Any

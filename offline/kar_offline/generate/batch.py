@@ -81,7 +81,7 @@ class OpenAIBatch(ChatModel):
         """See `Provider`. Questions with the same prompt are sent once; the first answer has the tokens.
 
         Questions that a batch left unanswered are sent again, in at most `ROUNDS` batches. A batch that the endpoint
-        did not accept, or that somebody cancelled, ends the run; the next run sends the questions without an answer.
+        did not accept, or that was cancelled, ends the run; the next run sends the questions without an answer.
         """
         by_prompt: dict[str, list[Question]] = {}
         for question in questions:

@@ -82,7 +82,7 @@ class Listed(BaseModel):
 
     @property
     def handle(self) -> str:
-        """Our handle; empty: somebody else made the batch."""
+        """Our handle; empty: the batch is not ours."""
         label = self.metadata.get(LABEL) if isinstance(self.metadata, dict) else None
         return label if isinstance(label, str) else ""
 

@@ -1,4 +1,4 @@
-"""Owns the choice of a provider: from its options to whoever answers prompts."""
+"""Owns the choice of the provider that the options name."""
 
 import os
 from collections.abc import Callable
@@ -21,14 +21,14 @@ def make_provider(options: ProviderOptions, scenario: Callable[[], Scenario]) ->
 
     Args:
         options: The choice.
-        scenario: Reads the scenario, which bounds the answers of an endpoint; called only where that is needed.
+        scenario: Reads the scenario, which limits the length of an endpoint's answers; called only for endpoints.
 
     Raises:
-        InputError: an option is missing or does not go with the others.
+        InputError: an option is missing, or options exclude each other.
         NotFoundError: there is no such pack.
         PreconditionError: there are no prompts.
     """
-    provider = _inside_this_process(options, scenario)
+    provider = _without_ray(options, scenario)
     if options.budget_usd is not None and provider.cost_usd(1, 1) is None:
         raise InputError("--budget-usd needs to know what tokens cost: give --price, for a million read and written")
     if options.runner == "ray":
@@ -40,7 +40,7 @@ def make_provider(options: ProviderOptions, scenario: Callable[[], Scenario]) ->
     return provider
 
 
-def _inside_this_process(options: ProviderOptions, scenario: Callable[[], Scenario]) -> Provider:
+def _without_ray(options: ProviderOptions, scenario: Callable[[], Scenario]) -> Provider:
     if options.provider == "pack":
         return Pack.load(options.pack)
     if options.provider == "local":

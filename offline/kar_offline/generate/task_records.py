@@ -56,7 +56,7 @@ def task_record(task: GenerationTask, provenance: str) -> records_pb2.KnowledgeR
 
 
 def keep_record(task: GenerationTask, record: records_pb2.KnowledgeRecord) -> GenerationTask:
-    """Answer a task with an existing record: nobody is asked, and new texts are compared with its text."""
+    """Answer a task with an existing record, so that new texts are compared with its text."""
     reply = Reply(record.text, 0, 0, requests=0)
     task.last.answer = CachedAnswer(reply, record.created_at.ToDatetime(UTC))
     return task

@@ -3,7 +3,7 @@
 An imputed vector is the weighted mean of the vectors of its nearest neighbours, scaled to unit length. Neighbours are
 nearest by the cosine of content vectors (encoded facts). The weight of a neighbour is softmax(cosine / temperature).
 
-    neighbour_weights          who the neighbours are, and what each one counts
+    neighbour_weights          the neighbours and their weights
     mean_of_neighbours         the weighted mean of their vectors
     impute_from_neighbours     both, for all entities without knowledge
 """
@@ -70,7 +70,7 @@ def impute_from_neighbours(
 
     Args:
         content: Content vectors [n, D] of any length. An entity with a row of zeros has no content: its vector is not
-            imputed, and it is nobody's neighbour.
+            imputed, and it is not a neighbour of others.
         has_knowledge: [n] whether an entity has a knowledge vector of its own.
         vectors: Knowledge vectors [n, D2]; rows of entities without knowledge are ignored.
         neighbours: The most neighbours of one entity.
@@ -104,7 +104,7 @@ def neighbour_weights(
     threads: int = 1,
     temperature: float = TEMPERATURE,
 ) -> NeighbourWeights:
-    """Find the nearest neighbours of n entities, and what each neighbour counts.
+    """Find the nearest neighbours of n entities, and their weights.
 
     Args:
         content: The entities' content vectors [n, D] of any length.

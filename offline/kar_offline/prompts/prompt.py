@@ -21,7 +21,7 @@ class Prompt:
     prompt: str
     prompt_sha256: str
     history_cutoff: int
-    """The number of the user's first events up to now, the last of which it shows; 0 for items and clusters."""
+    """The number of the user's events up to now, of which the prompt shows the latest; 0 for items and clusters."""
     raw_text: str
     """The facts that the prompt shows, without the instruction."""
     title: str

@@ -69,20 +69,20 @@ class RenderedPrompts:
 
     @property
     def prompts(self) -> Sequence[Prompt]:
-        """The prompts; errors as of `read_prompts`."""
+        """The prompts; errors as for `read_prompts`."""
         if self._prompts is None:
             self._prompts = read_prompts(self._folder)
         return self._prompts
 
     @property
     def scenario(self) -> Scenario:
-        """The scenario; errors as of `read_scenario`."""
+        """The scenario; errors as for `read_scenario`."""
         if self._scenario is None:
             self._scenario = read_scenario(self._folder)
         return self._scenario
 
     def renderer(self, on: date | None = None) -> Renderer:
-        """A renderer with the scenario and the templates of the folder; errors as of `read_renderer`."""
+        """A renderer with the scenario and the templates of the folder; errors as for `read_renderer`."""
         return Renderer(self.scenario, on, self._folder / TEMPLATES)
 
 
