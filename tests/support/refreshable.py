@@ -171,7 +171,7 @@ def make_work(work: WorkFolder) -> str:
     generate(work, model(), now=at(NOON))
     encode(work, HashingEncoder())
     _train(work)
-    return str(export(work, BACKBONE, now_s=NOON.timestamp).report["release_id"])
+    return str(export(work, BACKBONE, now_s=NOON.timestamp).report.release_id)
 
 
 def published(work: WorkFolder, release_id: str, store: Store | None = None) -> Store:

@@ -151,11 +151,11 @@ def _release_stages(work: WorkFolder, backbone: str) -> list[_Stage]:
         _Stage(
             name,
             lambda _: export(work, backbone, activate=backbone == SERVED),
-            lambda r: f"release {r['release_id']}{', active' if r['active'] else ''}, {r['bytes'] / 1e6:.1f} MB",
+            lambda r: f"release {r.release_id}{', active' if r.active else ''}, {r.bytes / 1e6:.1f} MB",
         ),
         _Stage(
             "publish",
-            lambda reports: publish(work, reports[name]["release_id"], f"lmdb:{work.store}"),
+            lambda reports: publish(work, reports[name].release_id, f"lmdb:{work.store}"),
             lambda r: f"{r.users:,} users and {r.items:,} items in {r.store}",
         ),
     ]

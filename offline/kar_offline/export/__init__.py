@@ -1,4 +1,4 @@
-"""Owns the export: a trained pair of models becomes a release that servers can verify and load."""
+"""Owns exporting: a trained pair of models becomes a release, which servers can verify and load."""
 
 from kar_offline.export.stage import export
 

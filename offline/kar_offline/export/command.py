@@ -15,18 +15,25 @@ __all__ = ["export"]
 
 def export(
     work: Work = DEFAULT_WORK,
-    backbone: Annotated[
-        list[str], typer.Option(help="Model to export; repeat for several.", show_default="dcnv2, din")
-    ] = ["dcnv2", "din"],  # noqa: B006 - typer reads it and does not change it
-    arm: Annotated[str, typer.Option(help="Training arm whose model serves; the control comes along.")] = "knowledge",
+    backbone: Annotated[list[str], typer.Option(help="Backbone to export, repeatable.", show_default="dcnv2, din")] = [
+        "dcnv2",
+        "din",
+    ],
+    arm: Annotated[
+        str, typer.Option(help="Training arm of the knowledge model; the control model is exported with it.")
+    ] = "knowledge",
     activate: Annotated[
-        bool, typer.Option("--activate", help="Serve the first of them from now on; the first ever is served anyway.")
+        bool,
+        typer.Option(
+            "--activate",
+            help="Serve the first of these releases from now on; the very first release is served in any case.",
+        ),
     ] = False,
     precision: Annotated[
-        Precision, typer.Option(help="What the adaptor multiplies in, where the device can; its vectors stay float32.")
+        Precision, typer.Option(help="What the adaptor multiplies in, if the device can; its vectors stay float32.")
     ] = "float32",
     cores: Annotated[
-        int | None, typer.Option(min=1, help="Cores that Triton and the sidecar share; default: this machine's.")
+        int | None, typer.Option(min=1, help="Cores that Triton and the sidecar share; default: all of this machine.")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -43,15 +50,15 @@ def export(
         reports.append(report)
         table.add_row(
             name,
-            report["release_id"],
-            "yes" if report["active"] else "no",
-            str(report["files"]),
-            f"{report['bytes'] / 1e6:.1f}",
+            report.release_id,
+            "yes" if report.active else "no",
+            str(report.files),
+            f"{report.bytes / 1e6:.1f}",
             result.outcome,
         )
     console.print(table)
     for report in reports if precision != "float32" else ():
-        moved = f"moves an adapted vector's component by {report['vector_error']:.1g} at most"
-        told = moved if report["vector_error"] else "moves nothing: this processor multiplies float32 instead"
-        console.print(f"{report['backbone']}: {precision} {told}", highlight=False)
+        change = f"moves an adapted vector's component by {report.vector_error:.1g} at most"
+        effect = change if report.vector_error else "moves nothing: this processor multiplies float32 instead"
+        console.print(f"{report.backbone}: {precision} {effect}", highlight=False)
     write_json(json_file, reports)

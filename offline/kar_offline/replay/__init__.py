@@ -1,1 +1,1 @@
-"""Owns the replay of test users through a running sidecar: quality of both arms, parity with offline scores, latency."""
+"""Owns the replay of test users through a running sidecar: quality of both arms, parity with offline scores, speed."""

@@ -140,7 +140,7 @@ def work(finished, tmp_path):
 def exported(finished):
     """One export of dcnv2, only read."""
     result = export(finished, "dcnv2", cores=2, now_s=lambda: 1_700_000_000.5)
-    return result, Release.load(finished.releases, result.report["release_id"])
+    return result, Release.load(finished.releases, result.report.release_id)
 
 
 def test_the_manifest_ties_everything(exported):
@@ -182,7 +182,7 @@ def test_the_manifest_ties_everything(exported):
 
 def test_a_release_of_one_tower_has_vectors_of_that_kind_alone(work):
     write_training(work, make_dataset(), "dcnv2", towers=("item",))
-    release = Release.load(work.releases, export(work, "dcnv2", cores=2).report["release_id"])
+    release = Release.load(work.releases, export(work, "dcnv2", cores=2).report.release_id)
     assert release.towers == (ITEM,)
     assert not (release.folder / "vectors" / "user_adapted.npy").exists()
     assert (release.folder / "vectors" / "user_encoded.npy").exists()
@@ -201,7 +201,7 @@ def test_what_is_lent_and_clusters_texts_come_along(work):
     (work.knowledge / "item.jsonl").write_text("\n".join([lines[0], borrowing]) + "\n")
     cluster = json.dumps({"id": "cluster/0", "text": "These films are short.", "template": "cluster/4"}) + "\n"
     (work.knowledge / "item_clusters.jsonl").write_text(cluster)
-    release = Release.load(work.releases, export(work, "dcnv2", cores=2).report["release_id"])
+    release = Release.load(work.releases, export(work, "dcnv2", cores=2).report.release_id)
     assert (release.folder / "vectors" / "item_lent.txt").read_text().split() == ["i3", "i6"]
     assert (release.folder / "vectors" / "user_lent.txt").read_text() == ""
     assert (release.folder / "vectors" / "item_ids.txt").read_text().split() == ["i1", "i3", "i4", "i5", "i6", "i7"]
@@ -234,7 +234,7 @@ def test_vectors_are_those_of_entities_with_text(exported, finished):
 
 @pytest.mark.parametrize("name", ["dcnv2", "prm"])
 def test_onnx_models_score_as_the_trained_ones(name, work):
-    release = Release.load(work.releases, export(work, name).report["release_id"])
+    release = Release.load(work.releases, export(work, name).report.release_id)
     rng = np.random.default_rng(0)
     inputs = {
         "history_item": rng.integers(0, 7, (2, 3)),
@@ -279,21 +279,21 @@ def test_a_second_export_does_nothing_and_another_clock_or_machine_changes_no_id
     first = export(work, "dcnv2", cores=2, now_s=lambda: 1.0)
     again = export(work, "dcnv2", cores=64, now_s=lambda: 2.0)
     assert (first.ran, again.ran) == (True, False)
-    assert again.report["release_id"] == first.report["release_id"]
-    assert Release.load(work.releases, first.report["release_id"]).manifest.created_at.seconds == 1
+    assert again.report.release_id == first.report.release_id
+    assert Release.load(work.releases, first.report.release_id).manifest.created_at.seconds == 1
     shutil.rmtree(first.folder)
-    assert export(work, "dcnv2", cores=64, now_s=lambda: 2.0).report["release_id"] == first.report["release_id"]
-    assert list_releases(work.releases) == [first.report["release_id"]]
+    assert export(work, "dcnv2", cores=64, now_s=lambda: 2.0).report.release_id == first.report.release_id
+    assert list_releases(work.releases) == [first.report.release_id]
 
 
 def test_the_first_release_is_active_and_others_on_demand(work):
     releases = work.releases
     first, second = (export(work, backbone) for backbone in ("dcnv2", "din"))
-    assert (first.report["active"], second.report["active"]) == (True, False)
-    assert read_active(releases) == first.report["release_id"]
-    assert export(work, "din", activate=True).report["active"]
-    assert read_active(releases) == second.report["release_id"]
-    assert not export(work, "dcnv2").report["active"]
+    assert (first.report.active, second.report.active) == (True, False)
+    assert read_active(releases) == first.report.release_id
+    assert export(work, "din", activate=True).report.active
+    assert read_active(releases) == second.report.release_id
+    assert not export(work, "dcnv2").report.active
 
 
 def test_other_weights_make_another_release_in_another_adapted_space(work):
@@ -301,7 +301,7 @@ def test_other_weights_make_another_release_in_another_adapted_space(work):
     write_training(work, make_dataset(), "dcnv2", seed=2)
     after = export(work, "dcnv2")
     assert after.ran
-    old, new = (Release.load(work.releases, one.report["release_id"]).manifest for one in (before, after))
+    old, new = (Release.load(work.releases, one.report.release_id).manifest for one in (before, after))
     assert old.release_id != new.release_id
     assert old.adapted_space.space_id != new.adapted_space.space_id
     assert old.encoded_space == new.encoded_space
@@ -309,7 +309,7 @@ def test_other_weights_make_another_release_in_another_adapted_space(work):
 
 @pytest.mark.parametrize("place", ["backbones/knowledge.onnx", "triton/cpu/adaptor_{id}/config.pbtxt"])
 def test_a_spoiled_file_is_named_and_mended_by_exporting_again(place, work):
-    id_ = export(work, "dcnv2").report["release_id"]
+    id_ = export(work, "dcnv2").report.release_id
     file = work.releases / id_ / place.format(id=id_)
     content = file.read_bytes()
     file.write_bytes(content[:-1])
@@ -321,7 +321,7 @@ def test_a_spoiled_file_is_named_and_mended_by_exporting_again(place, work):
 
 
 def test_a_release_with_the_model_code_of_another_version_is_exported_again(work):
-    id_ = export(work, "dcnv2").report["release_id"]
+    id_ = export(work, "dcnv2").report.release_id
     release = work.releases / id_
     code = release / "triton" / "cpu" / f"adaptor_{id_}" / "1" / "model.py"
     own = code.read_bytes()
@@ -347,14 +347,14 @@ def test_an_implementation_that_cannot_run_here_is_one_line(work):
 
 
 def test_a_release_without_its_list_of_rendered_files_is_refused(work):
-    id_ = export(work, "dcnv2").report["release_id"]
+    id_ = export(work, "dcnv2").report.release_id
     (work.releases / id_ / "triton" / "files.json").unlink()
     with pytest.raises(IntegrityError, match=r"files\.json"):
         Release.load(work.releases, id_)
 
 
 def test_a_draft_of_a_killed_export_is_no_release(work):
-    id_ = export(work, "dcnv2").report["release_id"]
+    id_ = export(work, "dcnv2").report.release_id
     shutil.copytree(work.releases / id_, work.releases / ".dcnv2_knowledge.draft")
     assert list_releases(work.releases) == [id_]
     assert not export(work, "dcnv2").ran
@@ -380,11 +380,11 @@ def test_models_of_different_features_are_refused(work):
 
 def test_the_precision_is_of_both_modes_and_its_error_is_told(work):
     exact, rough = (export(work, "dcnv2", precision=one) for one in ("float32", "bfloat16"))
-    assert (exact.report["precision"], exact.report["vector_error"]) == ("float32", 0.0)
-    assert rough.report["precision"] == "bfloat16"
-    assert rough.report["release_id"] != exact.report["release_id"]
-    assert export(work, "dcnv2").report["release_id"] == exact.report["release_id"]
-    old, new = (Release.load(work.releases, one.report["release_id"]) for one in (exact, rough))
+    assert (exact.report.precision, exact.report.vector_error) == ("float32", 0.0)
+    assert rough.report.precision == "bfloat16"
+    assert rough.report.release_id != exact.report.release_id
+    assert export(work, "dcnv2").report.release_id == exact.report.release_id
+    old, new = (Release.load(work.releases, one.report.release_id) for one in (exact, rough))
     assert old.manifest.adapted_space.space_id != new.manifest.adapted_space.space_id
     assert HybridExpertAdaptor.load(new.folder / "adaptor.safetensors").precision == "bfloat16"
     moved = [
@@ -392,8 +392,8 @@ def test_the_precision_is_of_both_modes_and_its_error_is_told(work):
         - np.load(old.folder / "vectors" / f"{kind}_adapted.npy")
         for kind in ("user", "item")
     ]
-    assert rough.report["vector_error"] == max(np.abs(one).max() for one in moved)
-    assert (0 < rough.report["vector_error"] < 0.01) is has_bfloat16()
+    assert rough.report.vector_error == max(np.abs(one).max() for one in moved)
+    assert (0 < rough.report.vector_error < 0.01) is has_bfloat16()
     for target in ("cpu", "gpu"):
         config = new.folder / "triton" / target / f"adaptor_{new.release_id}" / "config.pbtxt"
         assert 'key: "precision" value { string_value: "bfloat16" }' in config.read_text()

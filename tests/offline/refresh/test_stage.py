@@ -476,7 +476,7 @@ def test_the_index_keeps_the_recall_that_it_was_published_with(world: World) -> 
 
 def test_a_release_of_other_vectors_than_its_training_is_refused(world: World) -> None:
     world.refresh(policy=Policy(2, kinds=frozenset({"item"})), **world.files)
-    other = str(export(world.work, "dcnv2", now_s=LATER.timestamp).report["release_id"])
+    other = str(export(world.work, "dcnv2", now_s=LATER.timestamp).report.release_id)
     assert other != world.release_id
     provider = model()
     with pytest.raises(PreconditionError, match="exported from other vectors than its model was trained on"):

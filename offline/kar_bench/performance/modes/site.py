@@ -106,7 +106,7 @@ class Site:
         """Export a trained model with the arm and precision of `release`; return the new release's id."""
         precision = HybridExpertAdaptor.load(release.folder / "adaptor.safetensors").precision
         result = export(self.work, model, release.model(KNOWLEDGE).recipe or KNOWLEDGE, precision=precision)
-        return str(result.report["release_id"])
+        return str(result.report.release_id)
 
     def publish(self, release_id: str) -> _Published:
         """Publish as `kar publish` does, and measure what is written."""

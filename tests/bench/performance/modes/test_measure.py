@@ -43,7 +43,7 @@ def trained(work):
 
 @pytest.mark.service
 def test_both_modes_answer_and_a_trained_model_follows_in_both(trained, tmp_path):
-    served = export(trained, "dcnv2").report["release_id"]
+    served = export(trained, "dcnv2").report.release_id
     before = {path for path in trained.root.rglob("*") if path.is_file()}
     file = tmp_path / "report.json"
     options = ["--candidates", "3", "--candidates", "8", "--requests", "12", "--json", str(file)]
