@@ -23,7 +23,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
 elif [ -n "$tiny" ]; then
   export TRITON_INTERPRET=1
 fi
-timeout 540 "$python" -m kar_kernels.benchmark "$folder" $tiny
+timeout 540 "$python" -m kar_kernels_bench "$folder" $tiny
 if [ -z "$tiny" ]; then
   env -u TRITON_INTERPRET "$python" -m kar_kernels.aot "$folder/aot.json"
 fi

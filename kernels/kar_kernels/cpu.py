@@ -18,15 +18,15 @@ __all__ = ["CHUNK_ROWS", "cpu_backward", "cpu_forward", "has_bfloat16"]
 
 CHUNK_ROWS: Final = 2048
 ONEDNN: Final = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-"""A linear layer with ReLU fused. It is no public name, so a torch may come without."""
+"""A linear layer with ReLU fused. Its name is not public, so a version of torch may lack it."""
 ONEDNN_DTYPES: Final = (
     (torch.float32, torch.bfloat16)
     if ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else (torch.float32,)
 )
-"""oneDNN has no inner product in bfloat16 for a processor without AVX-512, and raises; torch's own `linear` has one."""
+"""Dtypes that oneDNN multiplies here: without AVX-512 it raises for bfloat16, which torch's own `linear` takes."""
 NARROW: Final = 16
-"""Outputs of a layer below which MKL is as fast."""
+"""Outputs of a layer, below which MKL is as fast as oneDNN."""
 
 
 def has_bfloat16() -> bool:
@@ -35,9 +35,9 @@ def has_bfloat16() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """`eager.Linear` by oneDNN where this torch has it and the dtype is one of its own.
+    """`eager.Linear` by oneDNN, where torch has it for this dtype.
 
-    But not for the few outputs of a gate in float32, for which MKL starts faster and is as fast.
+    A gate's few outputs in float32 are left to MKL, which starts faster and is as fast.
     """
     narrow = x.dtype == torch.float32 and len(weight) < NARROW
     if ONEDNN is None or x.dtype not in ONEDNN_DTYPES or narrow or not x.shape[0]:
@@ -52,19 +52,19 @@ def cpu_forward(
     """Vectors [users + items, K] in `user`'s dtype and, with `save`, what `cpu_backward` reads."""
     result = user.new_empty(user.shape[0] + item.shape[0], shape.out)
     saved: list[Tensor] = []
-    for number, (x, out) in enumerate(zip((user, item), result.split([user.shape[0], item.shape[0]]), strict=True)):
+    for tower, (x, out) in enumerate(zip((user, item), result.split([user.shape[0], item.shape[0]]), strict=True)):
         if save:
-            kept = eager.forward_kept(x, weights, shape, number, linear)
+            kept = eager.forward_kept(x, weights, shape, tower, linear)
             out.copy_(eager.mixed(kept))
             saved += kept
         else:
             for rows, part in zip(x.split(CHUNK_ROWS), out.split(CHUNK_ROWS), strict=True):
-                part.copy_(eager.mixed(eager.forward_kept(rows, weights, shape, number, linear)))
+                part.copy_(eager.mixed(eager.forward_kept(rows, weights, shape, tower, linear)))
     return result, saved
 
 
 def cpu_saved(user: Tensor, item: Tensor, first: Tensor, shape: Shape) -> list[Tensor]:
-    """Room for what is kept of both towers."""
+    """Empty tensors like those that `cpu_forward` saves of both towers."""
     wide = torch.promote_types(first.dtype, torch.float32)
     return [
         room
@@ -80,6 +80,6 @@ def cpu_saved(user: Tensor, item: Tensor, first: Tensor, shape: Shape) -> list[T
 def cpu_backward(
     grad: Tensor, user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape, saved: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `first`, `bias1`, `weight2`, `bias2` for those of the vectors, `grad` [users + items, K]."""
-    kept = [Kept(*saved[at : at + 3]) if x.shape[0] else None for at, x in ((0, user), (3, item))]
+    """Gradients of `first`, `bias1`, `weight2`, `bias2` for the gradient `grad` [users + items, K] of the vectors."""
+    kept = [Kept(*saved[start : start + 3]) if x.shape[0] else None for start, x in ((0, user), (3, item))]
     return eager.backward(grad, (user, item), (kept[0], kept[1]), weights, shape, linear)

@@ -1,4 +1,4 @@
-"""Owns the choice of an implementation: by device, dtype, sizes and rows, or by the environment's word."""
+"""Owns the choice of an implementation: by device, dtype, sizes and rows, or by the variable KAR_ADAPTOR."""
 
 import importlib.util
 import logging
@@ -11,20 +11,39 @@ import torch
 
 from kar_kernels.layout import Shape
 
-__all__ = ["ENVIRONMENT", "PATHS", "Choice", "ImplementationError", "Path", "choose", "takes_pairs"]
+__all__ = [
+    "ENVIRONMENT",
+    "FUSED",
+    "KERNELS",
+    "PATHS",
+    "Choice",
+    "ImplementationError",
+    "Path",
+    "Request",
+    "choose",
+    "takes_pairs",
+]
 
-Path = Literal["fused", "tail", "cpu", "eager"]
+Path = Literal["fused_per_expert", "fused_expert_pairs", "gemm_then_fused", "cpu", "eager"]
+"""An implementation, named as its module."""
+Request = Path | Literal["fused", "tail"]
+"""What a caller may ask for: a path, `FUSED`, or "tail", the former name of gemm_then_fused."""
 PATHS: Final[tuple[Path, ...]] = get_args(Path)
+KERNELS: Final[tuple[Path, ...]] = PATHS[:3]
+"""The paths with Triton kernels."""
+FUSED: Final = "fused"
+"""Asks for the fused kernel that suits the rows: fused_expert_pairs or fused_per_expert."""
+FORMER_NAMES: Final[dict[str, Path]] = {"tail": "gemm_then_fused"}
 ENVIRONMENT: Final = "KAR_ADAPTOR"
-"""Environment variable that names the implementation to use, for whoever measures or doubts."""
+"""Environment variable that names the implementation to use."""
 
 BULK_ROWS: Final = 4096
-"""Rows from which the chip is full without the expert axis: `pair` instead of `split`."""
+"""Rows up to which the experts are needed to fill the chip: more get `fused_expert_pairs`, not `fused_per_expert`."""
 BULK_DIM: Final = 1024
-"""Largest D at which `pair` is expected to beat a library GEMM with `tail` on bulk rows. Not measured yet."""
+"""Largest D at which `fused_expert_pairs` is expected to beat `gemm_then_fused` on bulk rows. Not measured yet."""
 PAIR_GATE_ROWS: Final = 16
 TRAINING_ROWS: Final = 16384
-"""Rows up to which a saved first layer fits into the L2 cache, where `split`'s backward reads it again and again."""
+"""Rows up to which a saved first layer fits into the L2 cache, where `fused_per_expert`'s backward reads it often."""
 LARGEST: Final = {"hidden": 128, "out": 32, "gate_rows": 32}
 """Sizes up to which the kernels are compiled and checked not to spill registers (`kar_kernels.aot`)."""
 
@@ -32,10 +51,10 @@ log = logging.getLogger("kar_kernels")
 
 
 class ImplementationError(ValueError):
-    """The implementation that is asked for does not exist or cannot run here; the text says why."""
+    """The requested implementation does not exist or cannot run here; the text says why."""
 
     exit_code = 2
-    """Of a command that ends for it: wrong usage."""
+    """Exit code of a command that this error ends: wrong usage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,46 +66,73 @@ class Choice:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, shape: Shape, rows: int, *, training: bool, named: str = ""
+    device: torch.device, dtype: torch.dtype, shape: Shape, rows: int, *, training: bool, requested: str = ""
 ) -> Choice:
-    """The implementation for `rows` of both towers, weights of `dtype` and whether a backward follows.
+    """The implementation for `rows` of both towers together, logged when it is chosen for the first time.
 
-    Logs each choice once. `named`, or else `KAR_ADAPTOR`, overrides it.
+    Args:
+        device: Where the tensors are.
+        dtype: The weights'.
+        shape: The packed adaptor's sizes.
+        rows: Users and items.
+        training: Whether a backward follows.
+        requested: A `Request`; empty: KAR_ADAPTOR, if it is set.
 
     Raises:
-        ImplementationError: what is named does not exist, or cannot run here; the text says why.
+        ImplementationError: the requested implementation does not exist or cannot run here; the text says why.
     """
-    by = "path" if named else ENVIRONMENT
-    named = named or os.environ.get(ENVIRONMENT, "")
-    if device.type == "cpu" and not named:
-        return _said(Choice("cpu", "tensors are on the processor"))
-    obstacle = _obstacle(device, dtype, shape)
-    if named:
-        if named not in PATHS:
-            raise ImplementationError(f"{by}={named} is no implementation: choose from {', '.join(PATHS)}")
-        if named == "cpu" and device.type != "cpu":
-            raise ImplementationError(f"{by}=cpu, but the tensors are on {device}: leave it out")
-        if obstacle and (named == "tail" or named == "fused"):
-            raise ImplementationError(f"{by}={named} cannot run: {obstacle}")
-        if named == "fused" and (spills := _fused_obstacle(device, dtype)):
-            raise ImplementationError(f"{by}=fused cannot run: {spills}")
-        choice = Choice(named, f"{by} says so")
-    elif obstacle:
+    source = "path" if requested else ENVIRONMENT
+    requested = requested or os.environ.get(ENVIRONMENT, "")
+    if requested:
+        return _log_choice(_choose_requested(requested, source, device, dtype, shape, rows, training=training))
+    if device.type == "cpu":
+        choice = Choice("cpu", "tensors are on the processor")
+    elif obstacle := _obstacle(device, dtype, shape):
         choice = Choice("eager", obstacle)
-    elif spills := _fused_obstacle(device, dtype):
-        choice = Choice("tail", spills)
+    elif obstacle := _fused_obstacle(device, dtype):
+        choice = Choice("gemm_then_fused", obstacle)
     elif training and rows > TRAINING_ROWS:
-        choice = Choice("tail", f"more than {TRAINING_ROWS} rows to train on")
-    elif not training and rows > BULK_ROWS and (slow := _bulk_obstacle(dtype, shape)):
-        choice = Choice("tail", f"more than {BULK_ROWS} rows, and {slow}")
+        choice = Choice("gemm_then_fused", f"more than {TRAINING_ROWS} rows to train on")
+    elif not training and rows > BULK_ROWS and (obstacle := _bulk_obstacle(dtype, shape)):
+        choice = Choice("gemm_then_fused", f"more than {BULK_ROWS} rows, and {obstacle}")
     else:
-        choice = Choice("fused", "a GPU with tensor cores")
-    return _said(choice)
+        choice = Choice(_fused_path(dtype, shape, rows, training=training), "a GPU with tensor cores")
+    return _log_choice(choice)
+
+
+def _choose_requested(
+    requested: str,
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    rows: int,
+    *,
+    training: bool,
+) -> Choice:
+    name = FORMER_NAMES.get(requested, requested)
+    if name != FUSED and name not in PATHS:
+        raise ImplementationError(
+            f"{source}={requested} is no implementation: choose from {', '.join((FUSED, *PATHS))}"
+        )
+    if name == "cpu" and device.type != "cpu":
+        raise ImplementationError(f"{source}=cpu, but the tensors are on {device}: leave it out")
+    obstacle = ""
+    if name == FUSED or name in KERNELS:
+        obstacle = _obstacle(device, dtype, shape)
+        if name != "gemm_then_fused":
+            obstacle = obstacle or _fused_obstacle(device, dtype)
+        if name == "fused_expert_pairs":
+            obstacle = obstacle or _pairs_obstacle(dtype, shape, training=training)
+    if obstacle:
+        raise ImplementationError(f"{source}={requested} cannot run: {obstacle}")
+    path = _fused_path(dtype, shape, rows, training=training) if name == FUSED else PATHS[PATHS.index(name)]
+    return Choice(path, f"{source} says so")
 
 
 @cache
-def _said(choice: Choice) -> Choice:
-    """The same, once logged."""
+def _log_choice(choice: Choice) -> Choice:
+    """The same choice, logged at the first call with it."""
     log.info("adaptor runs %s: %s", choice.path, choice.reason)
     return choice
 
@@ -116,8 +162,15 @@ def _obstacle(device: torch.device, dtype: torch.dtype, shape: Shape) -> str:
         return "there are no tensor-core kernels for float64"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "kernels are compiled for compute capability 8.0 and above"
-    over = [f"{name} {getattr(shape, name)}" for name, most in LARGEST.items() if getattr(shape, name) > most]
-    return f"there are no kernels for {', '.join(over)}" if over else ""
+    too_large = [
+        f"{name} {getattr(shape, name)}" for name, largest in LARGEST.items() if getattr(shape, name) > largest
+    ]
+    return f"there are no kernels for {', '.join(too_large)}" if too_large else ""
+
+
+def _fused_path(dtype: torch.dtype, shape: Shape, rows: int, *, training: bool) -> Path:
+    pairs = not training and rows > BULK_ROWS and takes_pairs(dtype, shape)
+    return "fused_expert_pairs" if pairs else "fused_per_expert"
 
 
 def takes_pairs(dtype: torch.dtype, shape: Shape) -> bool:
@@ -125,10 +178,20 @@ def takes_pairs(dtype: torch.dtype, shape: Shape) -> bool:
     return not (dtype == torch.float32 and _exact()) and shape.gate_rows <= PAIR_GATE_ROWS
 
 
+def _pairs_obstacle(dtype: torch.dtype, shape: Shape, *, training: bool) -> str:
+    """Why `fused_expert_pairs` cannot run; empty if it can."""
+    if training:
+        return "it has no backward"
+    return "" if takes_pairs(dtype, shape) else "two experts' sums do not fit into the registers"
+
+
 def _bulk_obstacle(dtype: torch.dtype, shape: Shape) -> str:
-    """Why `pair` should not run; empty if it should. In its place, `split` would need memory for partial sums."""
-    if not takes_pairs(dtype, shape):
-        return "two experts' sums do not fit into the registers"
+    """Why `fused_expert_pairs` should not run on bulk rows; empty if it should.
+
+    `fused_per_expert` is no substitute: it would need memory for partial sums.
+    """
+    if obstacle := _pairs_obstacle(dtype, shape, training=False):
+        return obstacle
     return f"more than {BULK_DIM} components, which the L2 cache does not hold" if shape.dim > BULK_DIM else ""
 
 
@@ -137,6 +200,7 @@ def _exact() -> bool:
 
 
 def _fused_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why no fused kernel can run although kernels can; empty if one can."""
     exact = dtype == torch.float32 and _exact()
     if device.type == "cuda" and exact and torch.cuda.get_device_capability(device) < (9, 0):
         return "exact float32 in one kernel needs the registers of compute capability 9.0"

@@ -24,7 +24,7 @@ Linear = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 class Kept(NamedTuple):
-    """What a tower's backward reads: gates [n, G] float32 or wider, hidden [n, G H], values [G, n, K]."""
+    """A tower's results that its backward needs: gates [n, G], float32 or wider, hidden [n, G H], values [G, n, K]."""
 
     gates: Tensor
     hidden: Tensor
@@ -40,25 +40,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor
 def eager_forward(user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape) -> Tensor:
     """Vectors [users + items, K] in `user`'s dtype."""
     outs = []
-    for number, x in enumerate((user, item)):
-        rows, seen = weights.first[shape.tower(number)], shape.expert(number)
-        bias = weights.bias1[shape.tower(number)]
+    for tower, x in enumerate((user, item)):
+        rows, seen = weights.first[shape.tower(tower)], shape.expert(tower)
+        bias = weights.bias1[shape.tower(tower)]
         experts = zip(
-            rows[shape.hiddens(number)].unflatten(0, (shape.seen, shape.hidden)),
-            bias[shape.hiddens(number)].unflatten(0, (shape.seen, shape.hidden)),
+            rows[shape.hiddens(tower)].unflatten(0, (shape.seen, shape.hidden)),
+            bias[shape.hiddens(tower)].unflatten(0, (shape.seen, shape.hidden)),
             weights.weight2[seen],
             weights.bias2[seen],
             strict=True,
         )
-        gates = (rows[shape.gates(number)], bias[shape.gates(number)])
-        out = hybrid_expert_reference(x.to(rows.dtype), [Expert(*one) for one in experts], *gates)
+        gates = (rows[shape.gates(tower)], bias[shape.gates(tower)])
+        out = hybrid_expert_reference(x.to(rows.dtype), [Expert(*expert) for expert in experts], *gates)
         outs.append(out.to(user.dtype))
     return torch.cat(outs)
 
 
-def forward_kept(x: Tensor, weights: PackedWeights, shape: Shape, number: int, linear: Linear = linear) -> Kept:
+def forward_kept(x: Tensor, weights: PackedWeights, shape: Shape, tower: int, linear: Linear = linear) -> Kept:
     """One tower's gates, hidden layers and values for `x` [n, D]."""
-    own = weights.towers[number]
+    own = weights.towers[tower]
     x = x.to(own.gate.dtype)
     logit = linear(x, own.gate, own.gate_bias, False)
     hidden = linear(x, own.hidden, own.hidden_bias, True)
@@ -71,19 +71,17 @@ def mixed(kept: Kept) -> Tensor:
     return torch.sum(kept.values * kept.gates.t().unsqueeze(2), 0)
 
 
-def first_gradient(
-    grad: Tensor, kept: Kept, weights: PackedWeights, shape: Shape, number: int
-) -> tuple[Tensor, Tensor]:
+def first_gradient(grad: Tensor, kept: Kept, weights: PackedWeights, shape: Shape, tower: int) -> tuple[Tensor, Tensor]:
     """Gradients of a tower's first layer's outputs, dz [n, W] in the weights' dtype, and du [G, n, K]."""
     gates, values = kept.gates.t().unsqueeze(2), kept.values  # [G, n, 1], [G, n, K]
     dy = grad.to(gates.dtype)
     du = masked(dy * gates, values).to(values.dtype)
     reward = (dy * values).sum(2).t()  # [n, G]
     dl = kept.gates * (reward - (kept.gates * reward).sum(1, keepdim=True))
-    dz = masked(torch.bmm(du, weights.weight2[shape.expert(number)]), shape.each(kept.hidden))  # [G, n, H]
+    dz = masked(torch.bmm(du, weights.weight2[shape.expert(tower)]), shape.each(kept.hidden))  # [G, n, H]
     out = dz.new_zeros(dz.shape[1], shape.width)
-    out[:, shape.gates(number)] = dl.to(dz.dtype)
-    shape.each(out[:, shape.hiddens(number)]).copy_(dz)
+    out[:, shape.gates(tower)] = dl.to(dz.dtype)
+    shape.each(out[:, shape.hiddens(tower)]).copy_(dz)
     return out, du
 
 
@@ -101,19 +99,19 @@ def backward(
     shape: Shape,
     linear: Linear = linear,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `first`, `bias1`, `weight2`, `bias2` from what each tower kept; None: it has no rows."""
+    """Gradients of `first`, `bias1`, `weight2`, `bias2` from what each tower kept, None for a tower without rows."""
     first_grad, bias1_grad, weight2_grad, bias2_grad = (
-        torch.zeros_like(one) for one in (weights.first, weights.bias1, weights.weight2, weights.bias2)
+        torch.zeros_like(packed) for packed in (weights.first, weights.bias1, weights.weight2, weights.bias2)
     )
     parts = grad.split([x.shape[0] for x in towers])
-    for number, (x, dy, one) in enumerate(zip(towers, parts, kept, strict=True)):
-        if one is None:
+    for tower, (x, dy, own) in enumerate(zip(towers, parts, kept, strict=True)):
+        if own is None:
             continue
-        dz, du = first_gradient(dy, one, weights, shape, number)
-        block, seen = shape.tower(number), shape.expert(number)
+        dz, du = first_gradient(dy, own, weights, shape, tower)
+        block, seen = shape.tower(tower), shape.expert(tower)
         first_grad[block] += linear(dz.t(), x.to(dz.dtype).t(), None, False)
         bias1_grad[block] += dz.sum(0)
-        weight2_grad[seen] += torch.bmm(du.transpose(1, 2), shape.each(one.hidden))
+        weight2_grad[seen] += torch.bmm(du.transpose(1, 2), shape.each(own.hidden))
         bias2_grad[seen] += du.sum(1)
     return first_grad, bias1_grad, weight2_grad, bias2_grad
 
@@ -121,12 +119,12 @@ def backward(
 def eager_backward(
     grad: Tensor, user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `first`, `bias1`, `weight2`, `bias2` for those of the vectors, `grad` [users + items, K]."""
-    kept = [forward_kept(x, weights, shape, number) if x.shape[0] else None for number, x in enumerate((user, item))]
+    """Gradients of `first`, `bias1`, `weight2`, `bias2` for the gradient `grad` [users + items, K] of the vectors."""
+    kept = [forward_kept(x, weights, shape, tower) if x.shape[0] else None for tower, x in enumerate((user, item))]
     return backward(grad, (user, item), (kept[0], kept[1]), weights, shape)
 
 
-def input_gradient(grad: Tensor, x: Tensor, weights: PackedWeights, shape: Shape, number: int) -> Tensor:
+def input_gradient(grad: Tensor, x: Tensor, weights: PackedWeights, shape: Shape, tower: int) -> Tensor:
     """Gradient [n, D] of one tower's input; text encodings are frozen, so nothing fast is needed."""
-    dz, _ = first_gradient(grad, forward_kept(x, weights, shape, number), weights, shape, number)
-    return (dz @ weights.first[shape.tower(number)]).to(x.dtype)
+    dz, _ = first_gradient(grad, forward_kept(x, weights, shape, tower), weights, shape, tower)
+    return (dz @ weights.first[shape.tower(tower)]).to(x.dtype)

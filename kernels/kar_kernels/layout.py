@@ -27,7 +27,7 @@ SMALLEST: Final = 16
 
 
 STEP: Final = 64
-"""D is a multiple of it."""
+"""The packed D is a multiple of this."""
 
 
 def _padded(size: int) -> int:
@@ -69,27 +69,27 @@ class Shape:
         """Rows of the packed matrix."""
         return 2 * self.gate_rows + self.experts * self.hidden
 
-    def tower(self, number: int) -> slice:
+    def tower(self, tower: int) -> slice:
         """The rows of tower 0 (user) or 1 (item)."""
-        return slice(0, self.width) if number == 0 else slice(self.rows - self.width, self.rows)
+        return slice(0, self.width) if tower == 0 else slice(self.rows - self.width, self.rows)
 
-    def gates(self, number: int) -> slice:
+    def gates(self, tower: int) -> slice:
         """Which of a tower's W columns are its gate's logits, padding left out."""
-        start = 0 if number == 0 else self.width - self.gate_rows
+        start = 0 if tower == 0 else self.width - self.gate_rows
         return slice(start, start + self.seen)
 
-    def hiddens(self, number: int) -> slice:
+    def hiddens(self, tower: int) -> slice:
         """Which of a tower's W columns are its experts' hidden components."""
-        start = self.gate_rows if number == 0 else 0
+        start = self.gate_rows if tower == 0 else 0
         return slice(start, start + self.seen * self.hidden)
 
     def each(self, hidden: Tensor) -> Tensor:
         """Experts' hidden components [n, G H] as a view [G, n, H]."""
         return hidden.unflatten(1, (self.seen, self.hidden)).transpose(0, 1)
 
-    def expert(self, number: int) -> slice:
+    def expert(self, tower: int) -> slice:
         """Which of all experts a tower sees, in gate order."""
-        return slice(0, self.seen) if number == 0 else slice(self.experts - self.seen, self.experts)
+        return slice(0, self.seen) if tower == 0 else slice(self.experts - self.seen, self.experts)
 
 
 class TowerWeights(NamedTuple):
@@ -136,16 +136,16 @@ class PackedWeights:
         shape = self.shape
         return self._tower(shape, 0), self._tower(shape, 1)
 
-    def _tower(self, shape: Shape, number: int) -> TowerWeights:
-        first, bias1 = self.first[shape.tower(number)], self.bias1[shape.tower(number)]
-        gate, hidden, experts = shape.gates(number), shape.hiddens(number), shape.expert(number)
+    def _tower(self, shape: Shape, tower: int) -> TowerWeights:
+        first, bias1 = self.first[shape.tower(tower)], self.bias1[shape.tower(tower)]
+        gate, hidden, experts = shape.gates(tower), shape.hiddens(tower), shape.expert(tower)
         second, second_bias = self.weight2[experts].transpose(1, 2), self.bias2[experts].unsqueeze(1)
         return TowerWeights(first[gate], bias1[gate], first[hidden], bias1[hidden], second, second_bias)
 
     def to(self, dtype: torch.dtype) -> "PackedWeights":
         """The same weights in another dtype, outside of autograd."""
         first, bias1, weight2, bias2 = (
-            one.detach().to(dtype, copy=True) for one in (self.first, self.bias1, self.weight2, self.bias2)
+            packed.detach().to(dtype, copy=True) for packed in (self.first, self.bias1, self.weight2, self.bias2)
         )
         return PackedWeights(first, bias1, weight2, bias2, self.seen, self.dim, self.out)
 

@@ -1,7 +1,7 @@
 """Owns the operator `kar::hybrid_expert_adaptor`: one adaptor, several implementations, for eager and compiled torch.
 
-The two operators below are opaque to `torch.compile`: which implementation runs is decided when they run, by
-`kar_kernels.dispatch`. What the forward saves for the backward is a list of tensors that is each implementation's own.
+The two operators below are opaque to `torch.compile`: `kar_kernels.dispatch` chooses the implementation when they run.
+The forward saves a list of tensors for the backward; each implementation has its own.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kar_kernels import cpu, eager
-from kar_kernels.dispatch import BULK_ROWS, Path, choose, takes_pairs
+from kar_kernels.dispatch import Path, Request, choose
 from kar_kernels.layout import STEP, PackedWeights, Shape
 
 __all__ = ["hybrid_expert_adaptor"]
@@ -21,7 +21,7 @@ ALIGNMENT_BYTES: Final = 16
 
 
 def hybrid_expert_adaptor(
-    user: Tensor, item: Tensor, weights: PackedWeights, *, path: Path | None = None
+    user: Tensor, item: Tensor, weights: PackedWeights, *, path: Request | None = None
 ) -> tuple[Tensor, Tensor]:
     """Knowledge vectors of both towers in one call; formula and source in `kar_kernels.reference`.
 
@@ -41,8 +41,8 @@ def hybrid_expert_adaptor(
     shape = weights.shape
     user, item = _rows(user, shape, weights.dim), _rows(item, shape, weights.dim)
     tensors = (weights.first, weights.bias1, weights.weight2, weights.bias2)
-    save = torch.is_grad_enabled() and any(one.requires_grad for one in (user, item, *tensors))
-    # Torch's way to an operator of ours takes 0.1 ms, as much as all else that a request of one user does here.
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (user, item, *tensors))
+    # Calling a custom operator through torch takes 0.1 ms, as long as all the rest of a request of one user.
     if save or torch.compiler.is_compiling():
         out, _ = _forward(user, item, *tensors, weights.seen, path or "", save)
     else:
@@ -60,18 +60,18 @@ def _rows(x: Tensor, shape: Shape, dim: int) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """The same rows where 16 bytes at a time can be copied, and where Triton has no other alignment to compile for."""
+    """The rows so aligned that 16 bytes at a time can be copied, and that Triton compiles for no second alignment."""
     fits = x.stride(1) == 1 and x.stride(0) % STEP == 0 and x.data_ptr() % ALIGNMENT_BYTES == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _weights(first: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, seen: int) -> PackedWeights:
-    """What the operators take apart, with padded sizes: callers have padded, and cut off after."""
+    """Packed weights from their tensors; `dim` and `out` are the padded sizes, which callers pad to and cut off."""
     return PackedWeights(first, bias1, weight2, bias2, seen, first.shape[1], weight2.shape[1])
 
 
 def _path(path: str, first: Tensor, shape: Shape, rows: int, save: bool) -> Path:
-    return choose(first.device, first.dtype, shape, rows, training=save, named=path).path
+    return choose(first.device, first.dtype, shape, rows, training=save, requested=path).path
 
 
 def _run(
@@ -83,15 +83,15 @@ def _run(
         return cpu.cpu_forward(user, item, weights, shape, save=save)
     if chosen == "eager" or not rows:
         return eager.eager_forward(user, item, weights, shape), _saved(user, item, weights.first, shape, chosen, save)
-    from kar_kernels import pair, split, tail
+    from kar_kernels import fused_expert_pairs, fused_per_expert, gemm_then_fused  # an optional extra: triton
 
     with torch.cuda.device_of(weights.first):  # Triton launches on the current device.
-        if chosen == "tail":
-            return tail.tail_forward(user, item, weights, shape, save=save)
+        if chosen == "gemm_then_fused":
+            return gemm_then_fused.gemm_then_fused_forward(user, item, weights, shape, save=save)
         user, item = _aligned(user), _aligned(item)
-        if not save and rows > BULK_ROWS and takes_pairs(weights.first.dtype, shape):
-            return pair.pair_forward(user, item, weights, shape), []
-        return split.split_forward(user, item, weights, shape, save=save)
+        if chosen == "fused_expert_pairs":
+            return fused_expert_pairs.fused_expert_pairs_forward(user, item, weights, shape), []
+        return fused_per_expert.fused_per_expert_forward(user, item, weights, shape, save=save)
 
 
 @torch.library.custom_op("kar::hybrid_expert_adaptor", mutates_args=())
@@ -115,11 +115,11 @@ def _saved(user: Tensor, item: Tensor, first: Tensor, shape: Shape, path: Path, 
         return []
     if path == "cpu":
         return cpu.cpu_saved(user, item, first, shape)
-    from kar_kernels import split, tail
+    from kar_kernels import fused_per_expert, gemm_then_fused
 
-    if path == "fused":
-        return split.split_saved(user, item, first, shape)
-    return tail.tail_saved(user, first, shape) + tail.tail_saved(item, first, shape)
+    if path == "fused_per_expert":
+        return fused_per_expert.fused_per_expert_saved(user, item, first, shape)
+    return [saved for x in (user, item) for saved in gemm_then_fused.gemm_then_fused_saved(x, first, shape)]
 
 
 @_forward.register_fake
@@ -162,12 +162,12 @@ def _backward(
         return cpu.cpu_backward(grad, user, item, weights, shape, kept)
     if chosen == "eager" or not rows:
         return eager.eager_backward(grad, user, item, weights, shape)
-    from kar_kernels import split, tail
+    from kar_kernels import fused_per_expert, gemm_then_fused
 
     with torch.cuda.device_of(first):
-        if chosen == "tail":
-            return tail.tail_backward(grad, user, item, weights, shape, kept)
-        return split.split_backward(grad, _aligned(user), _aligned(item), weights, shape, kept)
+        if chosen == "gemm_then_fused":
+            return gemm_then_fused.gemm_then_fused_backward(grad, user, item, weights, shape, kept)
+        return fused_per_expert.fused_per_expert_backward(grad, _aligned(user), _aligned(item), weights, shape, kept)
 
 
 @_backward.register_fake

@@ -1,4 +1,9 @@
-"""Owns what the Triton kernels share: a tile's sizes, masked loads, the gate's softmax, the precision of dots."""
+"""Owns what the Triton kernels share: sizes of their blocks, masked loads, the gates' softmax, the precision of dots.
+
+Names of constants in every kernel: SEEN experts G of a tower, EXPERTS of both; BLOCK_HIDDEN, BLOCK_OUT and BLOCK_GATES,
+the padded H, K and G, which a block always holds whole; BLOCK_ROWS and BLOCK_DIM, the rows and the columns of D that it
+holds at a time; SUM_DTYPE, in which sums are kept; PRECISION of the dots of float32.
+"""
 
 import os
 from typing import Final, NamedTuple
@@ -9,17 +14,19 @@ import triton.language as tl
 
 from kar_kernels.layout import Shape
 
-__all__ = ["INTERPRETED", "Tiles", "arithmetic", "column_of", "constants", "load_tile", "softmax_rows"]
+__all__ = ["INTERPRETED", "USER", "Tiles", "arithmetic", "column_of", "constants", "load_tile", "softmax_rows"]
 
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors; decided when they are defined, at import."""
+USER: Final = tl.constexpr(0)
+"""The number of the users' tower; the items' is 1."""
 
 
 class Tiles(NamedTuple):
-    """Rows and columns of a program's tile, its warps, and the stages of its software pipeline."""
+    """BLOCK_ROWS and BLOCK_DIM of a program, its warps, and the stages of its software pipeline."""
 
     rows: int
-    columns: int
+    dim: int
     warps: int
     stages: int
 
@@ -38,32 +45,32 @@ def arithmetic(dtype: torch.dtype) -> str:
 
 
 def constants(dtype: torch.dtype, shape: Shape) -> dict[str, object]:
-    """What every kernel is specialised for, of weights of a dtype."""
+    """Constants that every kernel is compiled for, for weights of a dtype."""
     kind = arithmetic(dtype)
     return {
         "EXPERTS": shape.experts,
         "SEEN": shape.seen,
-        "HIDDEN": shape.hidden,
-        "OUT": shape.out,
-        "GATE_ROWS": shape.gate_rows,
-        "SUM": tl.float64 if kind == "double" else tl.float32,
+        "BLOCK_HIDDEN": shape.hidden,
+        "BLOCK_OUT": shape.out,
+        "BLOCK_GATES": shape.gate_rows,
+        "SUM_DTYPE": tl.float64 if kind == "double" else tl.float32,
         "PRECISION": "tf32x3" if kind == "tf32x3" and not INTERPRETED else "tf32",
     }
 
 
 @triton.jit
-def load_tile(pointer, stride, row, rows, column):
-    """[M, N] of a row-major matrix at int64 `row` [M] and `column` [N], which exist; 0 where `row` does not."""
-    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=row[:, None] < rows, other=0.0)
+def load_tile(matrix_ptr, stride, row, rows, column):
+    """Elements of a row-major matrix at int64 `row` [M] and `column` [N]; 0 where `row` is not below `rows`."""
+    return tl.load(matrix_ptr + row[:, None] * stride + column[None, :], mask=row[:, None] < rows, other=0.0)  # (M, N)
 
 
 @triton.jit
-def softmax_rows(logit, SEEN: tl.constexpr, GATE_ROWS: tl.constexpr):
-    """Gates [M, GATE_ROWS] of logits; 0 in the padding."""
-    column = tl.arange(0, GATE_ROWS)[None, :]
-    logit = tl.where(column < SEEN, logit, float("-inf"))
-    power = tl.exp(logit - tl.max(logit, 1)[:, None])
-    return power / tl.sum(power, 1)[:, None]
+def softmax_rows(logits, SEEN: tl.constexpr, BLOCK_GATES: tl.constexpr):
+    """Gates [M, BLOCK_GATES] of logits; 0 in the padding."""
+    column = tl.arange(0, BLOCK_GATES)[None, :]
+    logits = tl.where(column < SEEN, logits, float("-inf"))
+    powers = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return powers / tl.sum(powers, 1)[:, None]
 
 
 @triton.jit

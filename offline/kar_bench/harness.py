@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from kar_kernels.benchmark.machine import machine, others_busy
+from kar_kernels_bench.machine import machine, others_busy
 from kar_offline.cli_options import write_json
 
 __all__ = [

@@ -8,7 +8,7 @@ import pytest
 from tests.support.paths import DOCS
 
 from kar_bench.performance.kernels import write_docs
-from kar_kernels.benchmark.report import roofline_table
+from kar_kernels_bench.report import roofline_table
 from kar_sidecar.errors import InputError
 
 pytestmark = pytest.mark.unit

@@ -4,8 +4,8 @@ from safetensors.torch import load_file, save_file
 from tests.support.adaptor_problems import PARAMETERS, adaptor_excesses
 
 from kar_kernels.adaptor import TOWERS, HybridExpertAdaptor
-from kar_kernels.benchmark.rounding import INPUTS, Units, excesses, rounding_limits
 from kar_kernels.reference import Expert, hybrid_expert_reference
+from kar_kernels_bench.rounding import INPUTS, Units, excesses, rounding_limits
 
 pytestmark = pytest.mark.unit
 

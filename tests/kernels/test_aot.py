@@ -1,13 +1,18 @@
 """The compile gate: what the assembler makes of every kernel, without a GPU."""
 
+import fcntl
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from kar_kernels import aot
 from kar_kernels.aot import SHARED_LIMIT_BYTES, Compiled
 
 pytestmark = [
@@ -28,12 +33,27 @@ def run(*arguments, **environment):
     )
 
 
+def source_hash():
+    """Hash of everything that decides what the compiler makes: the package's modules and Triton's version."""
+    hashed = hashlib.sha256(importlib.metadata.version("triton").encode())
+    for path in sorted(Path(aot.__file__).parent.glob("*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """All variants, compiled once."""
-    file = tmp_path_factory.mktemp("aot") / "compiled.json"
-    done = run(file, TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stderr
+def compiled(request):
+    """All variants, compiled once for all workers, and not again in a later run of the same sources."""
+    folder = request.config.cache.mkdir("compiled_kernels")
+    file = folder / f"{source_hash()}.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            for older in folder.glob("*.json"):
+                older.unlink()
+            done = run(file.with_suffix(".part"), TRITON_INTERPRET="0")
+            assert done.returncode == 0, done.stderr
+            file.with_suffix(".part").rename(file)
     return [Compiled(**one) for one in json.loads(file.read_text())]
 
 
@@ -56,11 +76,15 @@ def test_a_block_has_the_shared_memory(compiled):
 
 def test_products_run_on_tensor_cores(compiled):
     assert names(one for one in compiled if one.uses_dot and not one.tensor_core_instructions) == []
-    assert {one.kernel for one in compiled if not one.uses_dot} == {"split reduce"}
+    assert {one.kernel for one in compiled if not one.uses_dot} == {"fused_per_expert reduce"}
 
 
 def test_encodings_come_in_copies_of_16_bytes(compiled):
-    gemms = [one for one in compiled if one.kernel in ("split", "pair") and one.direction == "forward"]
+    gemms = [
+        one
+        for one in compiled
+        if one.kernel in ("fused_per_expert", "fused_expert_pairs") and one.direction == "forward"
+    ]
     assert gemms
     assert names(one for one in gemms if not one.wide_copies) == []
 
@@ -76,28 +100,30 @@ def test_nothing_that_ships_is_left_out(compiled):
     for arch in (80, 90):
         for dtype in ("bf16", "fp16", "tf32"):
             for kernel, direction in (
-                ("split", "forward"),
-                ("split", "backward"),
-                ("pair", "forward"),
-                ("split reduce", "forward"),
-                ("tail", "forward"),
-                ("tail", "backward"),
+                ("fused_per_expert", "forward"),
+                ("fused_per_expert", "backward"),
+                ("fused_expert_pairs", "forward"),
+                ("fused_per_expert reduce", "forward"),
+                ("gemm_then_fused", "forward"),
+                ("gemm_then_fused", "backward"),
             ):
                 assert (kernel, direction, arch, dtype) in seen
-            for kernel in ("split", "tail"):
+            for kernel in ("fused_per_expert", "gemm_then_fused"):
                 assert (kernel, "forward", arch, f"{dtype}, saving") in seen
                 assert (kernel, "forward", arch, f"{dtype}, largest, saving") in seen
                 assert (kernel, "backward", arch, f"{dtype}, largest") in seen
-        assert {("tail", "forward", arch, "tf32x3"), ("tail", "backward", arch, "tf32x3")} <= seen
-    assert {("split", "forward", 90, "tf32x3"), ("split", "backward", 90, "tf32x3")} <= seen
-    # Where `kar_kernels.dispatch` gives exact float32 to `tail`, nothing else is compiled.
-    assert {one.kernel for one in compiled if one.arch == 80 and one.variant.startswith("tf32x3")} == {"tail"}
+        assert {("gemm_then_fused", "forward", arch, "tf32x3"), ("gemm_then_fused", "backward", arch, "tf32x3")} <= seen
+    assert {("fused_per_expert", "forward", 90, "tf32x3"), ("fused_per_expert", "backward", 90, "tf32x3")} <= seen
+    # Where `kar_kernels.dispatch` gives exact float32 to `gemm_then_fused`, nothing else is compiled.
+    assert {one.kernel for one in compiled if one.arch == 80 and one.variant.startswith("tf32x3")} == {
+        "gemm_then_fused"
+    }
 
 
 def test_hopper_multiplies_by_warp_group(compiled):
     # One HGMMA does the work of many HMMA: with the older instruction there were as many as on the older chip.
     count = {(one.kernel, one.arch): one.tensor_core_instructions for one in compiled if one.variant == "bf16"}
-    for kernel in ("split", "pair"):
+    for kernel in ("fused_per_expert", "fused_expert_pairs"):
         assert count[kernel, 90] < count[kernel, 80]
 
 

@@ -12,10 +12,10 @@ from tests.support.adaptor_problems import adaptor_excesses
 from tests.support.paths import ROOT
 
 from kar_kernels.adaptor import TOWERS, HybridExpertAdaptor
-from kar_kernels.benchmark import gpu, processor
-from kar_kernels.benchmark.forms import baseline
-from kar_kernels.benchmark.report import default_shape, kernel_table, write_block
-from kar_kernels.benchmark.roofline import H100, forward_work
+from kar_kernels_bench import gpu, processor
+from kar_kernels_bench.forms import baseline
+from kar_kernels_bench.report import default_shape, kernel_table, write_block
+from kar_kernels_bench.roofline import H100, forward_work
 
 SCRIPT = ROOT / "kernels" / "benchmarks" / "run_on_gpu.sh"
 
@@ -31,7 +31,12 @@ def test_the_gpu_script_runs_with_interpreted_kernels(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "cuda.json").read_text())
     seen = {(row["implementation"], row["direction"]) for row in report["cuda"]}
-    assert {(form, way) for form in ("eager", "fused", "tail") for way in ("forward", "backward", "both")} <= seen
+    assert {
+        (form, way)
+        for form in ("eager", "fused_per_expert", "gemm_then_fused")
+        for way in ("forward", "backward", "both")
+    } <= seen
+    assert ("fused_expert_pairs", "forward") in seen
     assert report["failed"] == [] == report["left_out"]
     assert all(row["median_ms"] > 0 for row in report["cuda"])
     lines = list(csv.DictReader((tmp_path / "cuda.csv").read_text().splitlines()))
@@ -46,7 +51,7 @@ def test_the_gpu_script_runs_with_interpreted_kernels(tmp_path):
 def test_the_gpu_benchmark_refuses_where_there_is_none(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    command = [sys.executable, "-m", "kar_kernels.benchmark", tmp_path]
+    command = [sys.executable, "-m", "kar_kernels_bench", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "use --tiny" in done.stderr
@@ -55,19 +60,19 @@ def test_the_gpu_benchmark_refuses_where_there_is_none(tmp_path):
 
 @pytest.mark.unit
 def test_a_wrong_kernel_is_found_before_anything_is_measured(monkeypatch):
-    from kar_kernels import split
+    from kar_kernels import fused_per_expert
 
-    right = split.split_forward
+    right = fused_per_expert.fused_per_expert_forward
 
     def wrong(*args, **kwargs):
         result, saved = right(*args, **kwargs)
         return result * 1.01, saved
 
     assert gpu.check(torch.device("cpu"), tiny=True) == []
-    monkeypatch.setattr(split, "split_forward", wrong)
+    monkeypatch.setattr(fused_per_expert, "fused_per_expert_forward", wrong)
     found = gpu.check(torch.device("cpu"), tiny=True)
     assert found
-    assert all(text.startswith("fused") for text in found)
+    assert all(text.startswith("fused_per_expert") for text in found)
 
 
 @pytest.mark.unit
@@ -75,10 +80,10 @@ def test_a_form_that_breaks_down_is_named_and_the_others_are_measured(monkeypatc
     def broken(*args, **kwargs):
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr("kar_kernels.tail.tail_forward", broken)
-    monkeypatch.setattr(gpu, "TINY", [gpu.Case(0, 2, 64, torch.float32, forms=("eager", "tail"))])
+    monkeypatch.setattr("kar_kernels.gemm_then_fused.gemm_then_fused_forward", broken)
+    monkeypatch.setattr(gpu, "TINY", [gpu.Case(0, 2, 64, torch.float32, forms=("eager", "gemm_then_fused"))])
     report = gpu.measure_gpu(torch.device("cpu"), tiny=True)
-    assert report["failed"] == ["0 + 2 rows, D = 64, float32, forward, tail: RuntimeError: out of registers"]
+    assert report["failed"] == ["0 + 2 rows, D = 64, float32, forward, gemm_then_fused: RuntimeError: out of registers"]
     assert {row["implementation"] for row in report["cuda"]} == {"eager", "bare products"}
 
 
@@ -127,15 +132,19 @@ def test_the_verdict_takes_the_best_baseline_and_tells_what_the_dispatcher_gives
         row("eager", 9.0),
         row("compiled", 4.0),
         row("compiled concatenated", 3.0),
-        row("fused", 2.0, selected=True),
-        row("tail", 1.5),
+        row("fused_per_expert", 2.0, selected=True),
+        row("gemm_then_fused", 1.5),
         row("bare products", 0.1),
         row("eager", 6.0, graph=True),
-        row("fused", 1.0, graph=True, selected=True),
+        row("fused_per_expert", 1.0, graph=True, selected=True),
     ]
     bare, graph = gpu.verdict(rows)
-    assert (bare["best_baseline"], bare["best_path"], bare["speedup"]) == ("compiled concatenated", "tail", 2.0)
-    assert (bare["selected"], bare["selected_speedup"]) == ("fused", 1.5)
+    assert (bare["best_baseline"], bare["best_path"], bare["speedup"]) == (
+        "compiled concatenated",
+        "gemm_then_fused",
+        2.0,
+    )
+    assert (bare["selected"], bare["selected_speedup"]) == ("fused_per_expert", 1.5)
     assert (graph["best_baseline"], graph["speedup"]) == ("eager", 6.0)
 
 

@@ -49,16 +49,17 @@ def test_processor():
 @pytest.mark.parametrize(
     ("of", "path"),
     [
-        ({}, "fused"),
-        ({"rows": 4096, "dim": 4096}, "fused"),
-        ({"rows": 4097, "dim": 4096}, "tail"),
-        ({"rows": 10**7, "dim": 1024}, "fused"),
-        ({"rows": 4097, "dim": 1088}, "tail"),
-        ({"rows": 16384, "training": True, "dim": 4096}, "fused"),
-        ({"rows": 16385, "training": True}, "tail"),
-        ({"dtype": torch.float16}, "fused"),
+        ({}, "fused_per_expert"),
+        ({"rows": 4096, "dim": 4096}, "fused_per_expert"),
+        ({"rows": 4097, "dim": 4096}, "gemm_then_fused"),
+        ({"rows": 4097, "dim": 1024}, "fused_expert_pairs"),
+        ({"rows": 10**7, "dim": 1024}, "fused_expert_pairs"),
+        ({"rows": 4097, "dim": 1088}, "gemm_then_fused"),
+        ({"rows": 16384, "training": True, "dim": 4096}, "fused_per_expert"),
+        ({"rows": 16385, "training": True}, "gemm_then_fused"),
+        ({"dtype": torch.float16}, "fused_per_expert"),
         ({"dtype": FP64}, "eager"),
-        ({"hidden": 128, "out": 32, "gate_rows": 32}, "fused"),
+        ({"hidden": 128, "out": 32, "gate_rows": 32}, "fused_per_expert"),
         ({"hidden": 256}, "eager"),
         ({"out": 64}, "eager"),
         ({"gate_rows": 64}, "eager"),
@@ -88,23 +89,23 @@ def test_an_old_chip(monkeypatch):
     chip(monkeypatch, (7, 5))
     assert chosen() == Choice("eager", "kernels are compiled for compute capability 8.0 and above")
     chip(monkeypatch, (8, 0))
-    assert chosen().path == "fused"
+    assert chosen().path == "fused_per_expert"
 
 
 @pytest.mark.parametrize(
     ("capability", "allowed", "path"),
     [
-        ((8, 9), "highest", "tail"),
-        ((8, 9), "high", "fused"),
-        ((9, 0), "highest", "fused"),
-        ((10, 0), "highest", "fused"),
+        ((8, 9), "highest", "gemm_then_fused"),
+        ((8, 9), "high", "fused_per_expert"),
+        ((9, 0), "highest", "fused_per_expert"),
+        ((10, 0), "highest", "fused_per_expert"),
     ],
 )
 def test_exact_float32_needs_registers(monkeypatch, precision, capability, allowed, path):
     chip(monkeypatch, capability)
     precision(allowed)
     assert chosen(FP32).path == path
-    assert chosen(HALF).path == "fused"
+    assert chosen(HALF).path == "fused_per_expert"
 
 
 def test_without_triton(monkeypatch):
@@ -113,11 +114,33 @@ def test_without_triton(monkeypatch):
     assert chosen(device=CPU).path == "cpu"
 
 
-@pytest.mark.parametrize("named", ["fused", "tail", "eager"])
+@pytest.mark.parametrize("named", ["fused_per_expert", "gemm_then_fused", "eager"])
 def test_the_environment_overrides_on_a_gpu(monkeypatch, named):
     monkeypatch.setenv("KAR_ADAPTOR", named)
     for of in ({}, {"rows": 10**6, "training": True}, {"rows": 10**6, "dim": 4096}):
         assert chosen(**of) == Choice(named, "KAR_ADAPTOR says so")
+
+
+def test_fused_expert_pairs_by_the_environment(monkeypatch):
+    monkeypatch.setenv("KAR_ADAPTOR", "fused_expert_pairs")
+    assert chosen(rows=1) == Choice("fused_expert_pairs", "KAR_ADAPTOR says so")
+    with pytest.raises(ValueError, match="KAR_ADAPTOR=fused_expert_pairs cannot run: it has no backward"):
+        chosen(training=True)
+    with pytest.raises(ValueError, match="cannot run: two experts' sums do not fit into the registers"):
+        chosen(gate_rows=32)
+
+
+def test_fused_is_the_fused_kernel_that_suits_the_rows(monkeypatch):
+    monkeypatch.setenv("KAR_ADAPTOR", "fused")
+    assert chosen(rows=4096) == Choice("fused_per_expert", "KAR_ADAPTOR says so")
+    assert chosen(rows=10**6, dim=4096) == Choice("fused_expert_pairs", "KAR_ADAPTOR says so")
+    assert chosen(rows=10**6, training=True) == Choice("fused_per_expert", "KAR_ADAPTOR says so")
+    assert chosen(rows=10**6, gate_rows=32) == Choice("fused_per_expert", "KAR_ADAPTOR says so")
+
+
+def test_the_former_name_of_gemm_then_fused(monkeypatch):
+    monkeypatch.setenv("KAR_ADAPTOR", "tail")
+    assert chosen() == Choice("gemm_then_fused", "KAR_ADAPTOR says so")
 
 
 @pytest.mark.parametrize("named", ["cpu", "eager"])
@@ -126,27 +149,38 @@ def test_the_environment_overrides_on_the_processor(monkeypatch, named):
     assert chosen(device=CPU) == Choice(named, "KAR_ADAPTOR says so")
 
 
-@pytest.mark.parametrize("named", ["fused", "tail"])
-def test_the_environment_overrides_in_the_interpreter(monkeypatch, named):
+@pytest.mark.parametrize(
+    ("named", "path"),
+    [
+        ("fused", "fused_per_expert"),
+        ("fused_per_expert", "fused_per_expert"),
+        ("tail", "gemm_then_fused"),
+        ("gemm_then_fused", "gemm_then_fused"),
+    ],
+)
+def test_the_environment_overrides_in_the_interpreter(monkeypatch, named, path):
     monkeypatch.setenv("KAR_ADAPTOR", named)
     with pytest.raises(ValueError, match=f"KAR_ADAPTOR={named} cannot run: .*on the processor with TRITON_INTERPRET=1"):
         chosen(FP32, device=CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for dtype in (FP64, FP32, torch.float16):
-        assert chosen(dtype, device=CPU).path == named
+        assert chosen(dtype, device=CPU).path == path
     with pytest.raises(ValueError, match=f"KAR_ADAPTOR={named} cannot run: .*interpreter computes bfloat16 wrongly"):
         chosen(HALF, device=CPU)
 
 
 def test_an_empty_override_is_none(monkeypatch):
     monkeypatch.setenv("KAR_ADAPTOR", "")
-    assert chosen().path == "fused"
+    assert chosen().path == "fused_per_expert"
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_an_unknown_override_is_refused(monkeypatch, device):
     monkeypatch.setenv("KAR_ADAPTOR", "pair")
-    with pytest.raises(ValueError, match="KAR_ADAPTOR=pair is no implementation: choose from fused, tail, cpu, eager"):
+    with pytest.raises(
+        ValueError,
+        match="KAR_ADAPTOR=pair is no implementation: choose from fused, fused_per_expert, fused_expert_pairs, gemm",
+    ):
         chosen(device=device)
 
 
@@ -155,7 +189,11 @@ def test_an_unknown_override_is_refused(monkeypatch, device):
     [
         ("cpu", {}, "KAR_ADAPTOR=cpu, but the tensors are on cuda: leave it out"),
         ("fused", {"dtype": FP64}, "KAR_ADAPTOR=fused cannot run: there are no tensor-core kernels for float64"),
-        ("tail", {"dtype": FP64}, "KAR_ADAPTOR=tail cannot run: there are no tensor-core kernels for float64"),
+        (
+            "gemm_then_fused",
+            {"dtype": FP64},
+            "KAR_ADAPTOR=gemm_then_fused cannot run: there are no tensor-core kernels for float64",
+        ),
         ("tail", {"hidden": 512}, "KAR_ADAPTOR=tail cannot run: there are no kernels for hidden 512"),
     ],
 )
@@ -171,8 +209,8 @@ def test_an_override_that_would_spill_is_refused(monkeypatch, precision):
     monkeypatch.setenv("KAR_ADAPTOR", "fused")
     with pytest.raises(ValueError, match=r"KAR_ADAPTOR=fused cannot run: exact float32 .* compute capability 9\.0"):
         chosen(FP32)
-    monkeypatch.setenv("KAR_ADAPTOR", "tail")
-    assert chosen(FP32).path == "tail"
+    monkeypatch.setenv("KAR_ADAPTOR", "gemm_then_fused")
+    assert chosen(FP32).path == "gemm_then_fused"
 
 
 def test_a_choice_is_logged_once(monkeypatch, caplog):

@@ -13,10 +13,16 @@ from kar_kernels import hybrid_expert_adaptor, operator, pack
 
 pytestmark = pytest.mark.unit
 
-KERNELS = [pytest.param("fused", marks=interpreted), pytest.param("tail", marks=interpreted)]
+KERNELS = [pytest.param(path, marks=interpreted) for path in ("fused_per_expert", "gemm_then_fused")]
 PATHS = [*KERNELS, "cpu", "eager"]
 FP64, FP32, FP16 = torch.float64, torch.float32, torch.float16
 SMALL = {"users": 3, "items": 6, "hidden": 16, "dedicated": 1}
+
+
+PER_EXPERT = [f"fused_per_expert_{step}_kernel" for step in ("forward", "reduce", "backward")]
+GEMM = [f"gemm_then_fused_{step}_kernel" for step in ("forward", "forward", "backward", "backward")]
+LAUNCHED = {"fused_per_expert": PER_EXPERT, "gemm_then_fused": GEMM, "fused": PER_EXPERT, "tail": GEMM}
+"""By what KAR_ADAPTOR may name; "fused" is the kernel that suits the rows, "tail" the former name of a kernel."""
 
 
 def arguments(problem, path, *, save):
@@ -57,14 +63,16 @@ def test_opcheck_of_the_backward(make_problem, path, dtype, x_dtype):
 
 @interpreted
 @pytest.mark.parametrize("rows", [(5, 6), (6, 7), (7, 5)])
-def test_opcheck_of_what_tail_saves(make_problem, monkeypatch, rows):
-    from kar_kernels import tail
+def test_opcheck_of_what_gemm_then_fused_saves(make_problem, monkeypatch, rows):
+    from kar_kernels import gemm_then_fused
 
-    monkeypatch.setattr(tail, "SAVED_ROWS", 6)
+    monkeypatch.setattr(gemm_then_fused, "SAVED_ROWS", 6)
     problem = make_problem(**SMALL | dict(zip(("users", "items"), rows, strict=True)))
-    *tensors, seen, _, _ = arguments(problem, "tail", save=False)
+    *tensors, seen, _, _ = arguments(problem, "gemm_then_fused", save=False)
     torch.library.opcheck(
-        torch.ops.kar.hybrid_expert_adaptor.default, (*tensors, seen, "tail", True), test_utils="test_faketensor"
+        torch.ops.kar.hybrid_expert_adaptor.default,
+        (*tensors, seen, "gemm_then_fused", True),
+        test_utils="test_faketensor",
     )
 
 
@@ -89,7 +97,8 @@ def test_compiled_equals_eager(make_problem, compiler, path):
 # Torch's own compiler uses what torch deprecates.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("path", [None, pytest.param("fused", marks=interpreted)])
+@torch._inductor.config.patch(cpp_cache_precompile_headers=False)  # Four compilations do not repay it.
+@pytest.mark.parametrize("path", [None, pytest.param("fused_per_expert", marks=interpreted)])
 def test_compiled_by_inductor_equals_eager(make_problem, compiler, path):
     problem = make_problem(**SMALL)
     problem.assert_exact(problem.solve(compiler(adaptor(path), fullgraph=True), FP64, FP64))
@@ -145,13 +154,18 @@ def test_unpacked_weights_are_refused(make_problem):
 def test_an_unknown_path_is_refused(make_problem, gradients):
     problem = make_problem(**SMALL)
     user, item, *raw = problem.leaves(FP64, FP64)
-    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=r"split.*fused, tail, cpu, eager"):
+    with (
+        torch.set_grad_enabled(gradients),
+        pytest.raises(
+            ValueError, match=r"split.*fused, fused_per_expert, fused_expert_pairs, gemm_then_fused, cpu, eager"
+        ),
+    ):
         hybrid_expert_adaptor(user, item, pack(*raw), path="split")
 
 
 @interpreted
 @pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("path", ["fused", "tail"])
+@pytest.mark.parametrize("path", ["fused", "fused_per_expert", "gemm_then_fused"])
 def test_a_path_that_cannot_run_is_refused(make_problem, monkeypatch, path, gradients):
     problem = make_problem(**SMALL)
     user, item, *raw = problem.leaves(torch.bfloat16, torch.bfloat16)
@@ -164,16 +178,12 @@ def test_a_path_that_cannot_run_is_refused(make_problem, monkeypatch, path, grad
             hybrid_expert_adaptor(user, item, pack(*raw), path=path)
 
 
-@pytest.mark.parametrize("named", [*KERNELS, "cpu", "eager"])
+@pytest.mark.parametrize("named", [*(pytest.param(name, marks=interpreted) for name in LAUNCHED), "cpu", "eager"])
 def test_the_environment_names_the_path(make_problem, monkeypatch, launches, named):
     monkeypatch.setenv("KAR_ADAPTOR", named)
     problem = make_problem(**SMALL)
     problem.assert_exact(problem.solve_by(None))
-    kernels = {
-        "fused": ["split_forward_kernel", "split_reduce_kernel", "split_backward_kernel"],
-        "tail": 2 * ["tail_forward_kernel"] + 2 * ["tail_backward_kernel"],
-    }
-    assert launches == kernels.get(named, [])
+    assert launches == LAUNCHED.get(named, [])
 
 
 def test_the_processor_runs_cpu(make_problem, launches, monkeypatch):

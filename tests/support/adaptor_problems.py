@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kar_kernels import HybridExpertAdaptor, hybrid_expert_adaptor
-from kar_kernels.benchmark.rounding import INPUTS, Units, excesses, rounding_limits, rows_with_sure_signs
 from kar_kernels.layout import PackedWeights, Shape, pack
 from kar_kernels.reference import Expert, hybrid_expert_reference
+from kar_kernels_bench.rounding import INPUTS, Units, excesses, rounding_limits, rows_with_sure_signs
 
 Result = dict[str, Tensor]
 """Vectors as "user" and "item" and gradients as "gradient of " each of `INPUTS`, all float64."""

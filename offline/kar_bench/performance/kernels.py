@@ -1,4 +1,4 @@
-"""Owns `kar bench kernels`: what it measures where, and what it says; the measuring is in `kar_kernels.benchmark`."""
+"""Owns `kar bench kernels`: what it measures where, and what it says; the measuring is in `kar_kernels_bench`."""
 
 import multiprocessing
 import os
@@ -16,10 +16,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kar_bench.harness import write_report
-from kar_kernels.benchmark import gpu, processor
-from kar_kernels.benchmark.machine import machine
-from kar_kernels.benchmark.plots import write_plots
-from kar_kernels.benchmark.report import compile_report, device_name, kernel_table, roofline_table, write_block
+from kar_kernels_bench import gpu, processor
+from kar_kernels_bench.machine import machine
+from kar_kernels_bench.plots import write_plots
+from kar_kernels_bench.report import compile_report, device_name, kernel_table, roofline_table, write_block
 from kar_offline.cli_options import JsonFile
 from kar_sidecar.errors import InputError, PreconditionError
 

@@ -1,4 +1,4 @@
-"""Owns what is compared: the loop over experts, the same weights concatenated, both compiled, and the operator's paths.
+"""Owns the forms that benchmarks compare: the loop over experts, concatenated weights, both compiled, our paths.
 
 Every form takes user and item encodings and gives both towers' vectors, from weights of the encodings' dtype.
 """
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kar_kernels.adaptor import HybridExpertAdaptor, Tower
-from kar_kernels.dispatch import Path
+from kar_kernels.dispatch import KERNELS, Path
 from kar_kernels.operator import hybrid_expert_adaptor
 
-__all__ = ["BASELINES", "COMPILED", "Form", "baseline", "form", "operator_form"]
+__all__ = ["BASELINES", "COMPILED", "KERNELS", "Form", "baseline", "form", "operator_form"]
 
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 BASELINES: Final = ("eager", "compiled", "concatenated", "compiled concatenated")

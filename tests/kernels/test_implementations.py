@@ -1,30 +1,27 @@
-"""Every path against the loop of `kar_kernels.reference`, on raw weights: vectors and all eight gradients."""
+"""Every implementation against the loop of `kar_kernels.reference`, on raw weights: vectors and all gradients."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.support.adaptor_problems import PARAMETERS
-from tests.support.triton_interpreter import INTERPRETS, interpreted
+from tests.support.triton_interpreter import interpreted
 from torch.nn import functional as F
 
-from kar_kernels import cpu, hybrid_expert_adaptor, operator, pack
-from kar_kernels.benchmark.rounding import INPUTS
+from kar_kernels import hybrid_expert_adaptor, pack
 from kar_kernels.dispatch import takes_pairs
+from kar_kernels_bench.rounding import INPUTS
 
 pytestmark = pytest.mark.unit
 
-if INTERPRETS:
-    from kar_kernels import pair, tail, tiles
-
-KERNELS = [pytest.param("fused", marks=interpreted), pytest.param("tail", marks=interpreted)]
+KERNELS = [pytest.param(path, marks=interpreted) for path in ("fused_per_expert", "gemm_then_fused")]
 PATHS = [*KERNELS, "cpu", "eager"]
 FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
 CASES = {
     "58 rows": {"users": 58, "items": 58},
-    "a slate": {"users": 1, "items": 500, "dedicated": 1},
+    "a slate": {"users": 1, "items": 100, "dedicated": 1},
     "nothing is padded": {"dim": 64, "hidden": 16, "out": 16, "shared": 8, "dedicated": 8},
     "several steps of D": {"dim": 130, "shared": 1, "dedicated": 1},
     "one mixture": {"shared": 4, "dedicated": 0, "one_gate": True},
@@ -41,10 +38,6 @@ CASES = {
     # The largest logit has to be taken off before the exponential, which overflows at 710.
     "gates of 0 and 1": {"gate_scale": 20000.0},
 }
-
-
-def pair_vectors(problem):
-    return problem.unpack_vectors(pair.pair_forward(*problem.packed()))
 
 
 def test_memory_is_poisoned():
@@ -69,38 +62,10 @@ def test_equals_the_reference_where_nothing_needs_a_gradient(make_problem, path,
 
 @interpreted
 @pytest.mark.parametrize("case", sorted(CASES.keys() - {"17 gates", "nobody"}))
-def test_pair_equals_the_reference(make_problem, case):
+def test_fused_expert_pairs_equal_the_reference(make_problem, case):
     problem = make_problem(**CASES[case])
     assert takes_pairs(problem.dtype, problem.packed()[3])
-    problem.assert_exact(pair_vectors(problem))
-
-
-@interpreted
-@pytest.mark.parametrize(
-    ("of", "gradients", "kernels"),
-    [
-        ({}, False, ["pair_forward_kernel"]),
-        ({}, True, ["split_forward_kernel", "split_reduce_kernel"]),
-        ({"users": 1, "items": 7}, False, ["split_forward_kernel", "split_reduce_kernel"]),
-        ({"shared": 1, "dedicated": 16}, False, ["split_forward_kernel", "split_reduce_kernel"]),
-    ],
-    ids=["many rows", "gradients", "as many rows as few", "17 gates"],
-)
-def test_pair_runs_for_many_rows_without_gradients(make_problem, launches, monkeypatch, of, gradients, kernels):
-    monkeypatch.setattr(operator, "BULK_ROWS", 8)
-    problem = make_problem(**{"users": 2, "items": 7, "hidden": 16} | of)
-    user, item, *raw = problem.leaves(FP64, FP64)
-    with torch.set_grad_enabled(gradients):
-        vectors = hybrid_expert_adaptor(user, item, pack(*raw), path="fused")
-    assert launches == kernels
-    problem.assert_exact(dict(zip(("user", "item"), (one.detach() for one in vectors), strict=True)))
-
-
-@interpreted
-def test_pair_refuses_what_registers_cannot_hold(make_problem):
-    shape = make_problem().packed()[3]
-    assert [kind for kind in (BF16, FP16, FP32, FP64) if takes_pairs(kind, shape)] == [BF16, FP16, FP64]
-    assert not takes_pairs(BF16, make_problem(shared=1, dedicated=16).packed()[3])
+    problem.assert_exact(problem.vectors_by("fused_expert_pairs"))
 
 
 LAYOUTS = {
@@ -115,20 +80,18 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("path", [*PATHS, pytest.param("pair", marks=interpreted)])
-def test_encodings_of_any_layout(make_problem, path, layout, monkeypatch):
+@pytest.mark.parametrize("path", [*PATHS, pytest.param("fused_expert_pairs", marks=interpreted)])
+def test_encodings_of_any_layout(make_problem, path, layout):
     problem = make_problem(users=3, items=18, dim=64, hidden=16, dedicated=1)
     user, item, *raw = problem.leaves(FP64, FP64)
-    if path == "pair":
-        path = "fused"
-        monkeypatch.setattr(operator, "BULK_ROWS", 0)
 
     def adaptor(user, item, *raw):
         given = LAYOUTS[layout](user, 0), LAYOUTS[layout](item, 1)
         assert not any(one.is_contiguous() for one in given)
         return hybrid_expert_adaptor(*given, pack(*raw), path=path)
 
-    problem.assert_exact(problem.solve(adaptor, FP64, FP64))
+    if path != "fused_expert_pairs":  # It has no backward.
+        problem.assert_exact(problem.solve(adaptor, FP64, FP64))
     with torch.no_grad():
         vectors = adaptor(user, item, *raw)
     problem.assert_exact(dict(zip(("user", "item"), vectors, strict=True)))
@@ -209,16 +172,14 @@ def test_the_same_bits_each_time(make_problem, path, dtype):
 
 # Numpy, by which Triton's interpreter computes, tells of each NaN.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("path", [*PATHS, pytest.param("pair", marks=interpreted)])
+@pytest.mark.parametrize("path", [*PATHS, pytest.param("fused_expert_pairs", marks=interpreted)])
 def test_a_row_does_not_depend_on_others(make_problem, path):
     problem = make_problem(users=3, items=35, hidden=16, dedicated=1)
-    user, item, weights, shape = problem.packed()
+    user, item, weights, _ = problem.packed()
     others = torch.full_like(user, torch.nan), torch.full_like(item, torch.nan)
     others[0][1], others[1][17] = user[1], item[17]
 
     def run(user, item):
-        if path == "pair":
-            return pair.pair_forward(user, item, weights, shape).split([3, 35])
         return hybrid_expert_adaptor(user[:, : weights.dim], item[:, : weights.dim], weights, path=path)
 
     users, items = run(user, item)
@@ -226,24 +187,6 @@ def test_a_row_does_not_depend_on_others(make_problem, path):
     assert torch.equal(lone_users[1], users[1])
     assert torch.equal(lone_items[17], items[17])
     assert lone_users[[0, 2]].isnan().all()
-
-
-@interpreted
-def test_tail_computes_again_what_is_too_large_to_save(make_problem, launches, monkeypatch):
-    monkeypatch.setattr(tail, "SAVED_ROWS", 24)
-    problem = make_problem(users=58, items=7, hidden=16)
-    found = problem.solve_by("tail")
-    # 58 users are three pieces, whose forward runs twice; seven items are saved.
-    assert launches.count("tail_forward_kernel") == 3 + 1 + 3
-    assert launches.count("tail_backward_kernel") == 3 + 1
-    problem.assert_exact(found)
-    problem.assert_exact(problem.vectors_by("tail"))
-
-
-def test_processor_takes_rows_in_chunks(make_problem, monkeypatch):
-    monkeypatch.setattr(cpu, "CHUNK_ROWS", 16)
-    problem = make_problem(users=16, items=58)
-    problem.assert_exact(problem.vectors_by("cpu"))
 
 
 # More rows than a tile of any dtype has, and D of three steps. Where a sum of rounded products may have another sign
@@ -255,7 +198,11 @@ ROUNDED = {"users": 131, "items": 9, "dim": 130, "hidden": 20, "dedicated": 1, "
     ("path", "dtype"),
     [
         *((path, dtype) for path in ("cpu", "eager") for dtype in (FP32, FP16, BF16)),
-        *(pytest.param(path, dtype, marks=interpreted) for path in ("fused", "tail") for dtype in (FP32, FP16)),
+        *(
+            pytest.param(path, dtype, marks=interpreted)
+            for path in ("fused_per_expert", "gemm_then_fused")
+            for dtype in (FP32, FP16)
+        ),
     ],
 )
 def test_errors_are_those_of_rounding(make_problem, path, dtype):
@@ -265,46 +212,36 @@ def test_errors_are_those_of_rounding(make_problem, path, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("allowed", "kinds"),
-    [("highest", ["half", "half", "tf32x3", "double"]), ("high", ["half", "half", "tf32", "double"])],
-)
-def test_how_weights_are_multiplied(allowed, kinds):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(allowed)
-    try:
-        assert [tiles.arithmetic(dtype) for dtype in (BF16, FP16, FP32, FP64)] == kinds
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@interpreted
-@pytest.mark.parametrize("path", ["fused", "tail", "pair"])
+@pytest.mark.parametrize("path", ["fused_per_expert", "gemm_then_fused", "fused_expert_pairs"])
 def test_errors_are_those_of_rounding_where_tf32_is_allowed(make_problem, path, monkeypatch):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         problem = make_problem(**ROUNDED, dtype=FP32)
-        if path == "pair":
-            problem.assert_within_rounding(pair_vectors(problem))
+        if path == "fused_expert_pairs":
+            problem.assert_within_rounding(problem.vectors_by("fused_expert_pairs"))
         else:
             # The interpreter multiplies exactly; the library may not.
-            problem.assert_within_rounding(problem.solve_by(path), tf32=path == "tail")
-            problem.assert_within_rounding(problem.vectors_by(path), tf32=path == "tail")
+            problem.assert_within_rounding(problem.solve_by(path), tf32=path == "gemm_then_fused")
+            problem.assert_within_rounding(problem.vectors_by(path), tf32=path == "gemm_then_fused")
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 @interpreted
 @pytest.mark.parametrize("x_dtype", [FP16, FP32])
-def test_errors_of_pair_are_those_of_rounding(make_problem, x_dtype):
+def test_errors_of_fused_expert_pairs_are_those_of_rounding(make_problem, x_dtype):
     problem = make_problem(**ROUNDED, dtype=FP16, x_dtype=x_dtype)
-    problem.assert_within_rounding(pair_vectors(problem))
+    problem.assert_within_rounding(problem.vectors_by("fused_expert_pairs"))
 
 
 @pytest.mark.parametrize(
     ("path", "dtype"),
-    [("cpu", BF16), ("eager", BF16), *(pytest.param(path, FP16, marks=interpreted) for path in ("fused", "tail"))],
+    [
+        ("cpu", BF16),
+        ("eager", BF16),
+        *(pytest.param(path, FP16, marks=interpreted) for path in ("fused_per_expert", "gemm_then_fused")),
+    ],
 )
 def test_encodings_of_another_dtype(make_problem, path, dtype):
     problem = make_problem(**ROUNDED, dtype=dtype, x_dtype=FP32)

@@ -9,15 +9,24 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from kar_kernels.aot import Compiled
-from kar_kernels.benchmark.roofline import H100, forward_work
 from kar_kernels.layout import Shape
+from kar_kernels_bench.roofline import H100, forward_work
 
 __all__ = ["compile_report", "kernel_table", "roofline_table", "write_block"]
+
+
+FORMER_NAMES: Final = {
+    "split": "fused_per_expert",
+    "split reduce": "fused_per_expert reduce",
+    "pair": "fused_expert_pairs",
+    "tail": "gemm_then_fused",
+}
+"""Kernels in reports written before they had today's names."""
 
 
 def compile_report(on_line: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
@@ -54,8 +63,9 @@ def kernel_table(compiled: Sequence[Mapping[str, Any]]) -> str:
         if not names <= one.keys():
             raise ValueError(f"not a report of kar_kernels.aot: {sorted(names - one.keys())} missing")
         dots = one["tensor_core_instructions"] if one["uses_dot"] else "no dot"
+        name = FORMER_NAMES.get(one["kernel"], one["kernel"])
         lines.append(
-            f"| {one['kernel']} | {one['variant']} | {one['direction']} | {one['arch']} | {one['warps']} "
+            f"| {name} | {one['variant']} | {one['direction']} | {one['arch']} | {one['warps']} "
             f"| {one['registers']} | {one['spill_bytes']} | {one['shared_bytes'] / 1024:.0f} | {dots} "
             f"| {one['wide_copies']} |"
         )

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from kar_kernels.adaptor import HybridExpertAdaptor
-from kar_kernels.benchmark.forms import BASELINES, Form, baseline, form, operator_form
-from kar_kernels.benchmark.processor import Times, dtype_name
-from kar_kernels.benchmark.roofline import Chip, Work, forward_work
-from kar_kernels.benchmark.rounding import INPUTS, Units, excesses, rounding_limits, with_sure_signs
-from kar_kernels.dispatch import choose
+from kar_kernels.dispatch import choose, takes_pairs
 from kar_kernels.layout import Shape
+from kar_kernels_bench.forms import BASELINES, KERNELS, Form, baseline, form, operator_form
+from kar_kernels_bench.processor import Times, dtype_name
+from kar_kernels_bench.roofline import Chip, Work, forward_work
+from kar_kernels_bench.rounding import INPUTS, Units, excesses, rounding_limits, with_sure_signs
 
 __all__ = ["CASES", "TINY", "Case", "check", "measure_gpu", "verdict", "write_csv"]
 
@@ -49,7 +49,7 @@ class Case:
     dim: int
     dtype: torch.dtype
     directions: tuple[Direction, ...] = ("forward",)
-    forms: tuple[str, ...] = (*BASELINES, "fused", "tail")
+    forms: tuple[str, ...] = (*BASELINES, *KERNELS)
 
     @property
     def label(self) -> str:
@@ -70,7 +70,7 @@ def _cases() -> list[Case]:
         for users, items in SIZES
     ]
     single = [
-        Case(users, items, dim, torch.float32, forms=BASELINES[:1] if dim != 768 else (*BASELINES, "fused", "tail"))
+        Case(users, items, dim, torch.float32, forms=BASELINES[:1] if dim != 768 else (*BASELINES, *KERNELS))
         for dim in DIMS
         for users, items in SIZES
         if items * dim <= 1_000_000 * 1024
@@ -80,15 +80,15 @@ def _cases() -> list[Case]:
 
 CASES: Final = _cases()
 TINY: Final = [
-    Case(3, 5, 64, torch.float32, TRAINED, ("eager", "concatenated", "fused", "tail")),
-    Case(0, 9, 64, torch.float16, ("forward",), ("eager", "concatenated", "fused", "tail")),
+    Case(3, 5, 64, torch.float32, TRAINED, ("eager", "concatenated", *KERNELS)),
+    Case(0, 9, 64, torch.float16, ("forward",), ("eager", "concatenated", *KERNELS)),
 ]
 
 
 def check(device: torch.device, *, tiny: bool = False, on_row: OnRow = lambda text: None) -> list[str]:
-    """Compare every path with float64: what is wrong, in words; empty if all is right.
+    """Compare every kernel with float64: a sentence for each result that is wrong.
 
-    No number may be further away than rounding explains (`kar_kernels.benchmark.rounding`).
+    No number may be further away than rounding explains (`kar_kernels_bench.rounding`).
     """
     dtypes = [torch.float32, torch.float16] + ([] if tiny else [torch.bfloat16])
     sizes = [(3, 5, 64)] if tiny else [(1, 100, 768), (58, 33, 50), (512, 512, 384), (0, 5000, 768), (700, 4500, 1024)]
@@ -99,30 +99,41 @@ def check(device: torch.device, *, tiny: bool = False, on_row: OnRow = lambda te
             adaptor = HybridExpertAdaptor(dim).to(device=device, dtype=dtype)
             exact = HybridExpertAdaptor(dim).to(device=device, dtype=torch.float64)
             exact.load_state_dict(adaptor.state_dict())
-            # What both compute with are numbers that the dtype has.
-            x, dy = (
-                tuple(torch.randn(rows, size, device=device).to(dtype).double() for rows in (users, items))
-                for size in (dim, exact.out)
-            )
+            x, dy = (_random_rows(users, items, size, dtype, device) for size in (dim, exact.out))
             form = baseline("eager", exact)
             inputs = dict(zip(INPUTS, (*x, *form.parameters), strict=True))
             units = Units.of(dtype, tf32=device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
             dy = with_sure_signs(inputs, dy, units)
             limits, truth = rounding_limits(inputs, dy, units), _results(form, x, dy)
-            given, grad = tuple(one.to(dtype) for one in x), tuple(one.to(dtype) for one in dy)
-            for path in ("fused", "tail"):
+            given, grad = ((users_part.to(dtype), items_part.to(dtype)) for users_part, items_part in (x, dy))
+            for path in KERNELS:
                 label = f"{path}, {users} + {items} rows, D = {dim}, {dtype_name(dtype)}"
                 on_row(f"checking {label}")
-                texts = list(excesses(_results(operator_form(path, adaptor, train=True), given, grad), truth, limits))
-                with torch.no_grad():
-                    vectors = dict(zip(INPUTS[:2], operator_form(path, adaptor).run(*given), strict=True))
-                texts += [f"without gradients, {text}" for text in excesses(vectors, truth, limits)]
+                texts: list[str] = []
+                if _runs(path, "backward", dtype, adaptor.packed().shape):
+                    results = _results(operator_form(path, adaptor, train=True), given, grad)
+                    texts += excesses(results, truth, limits)
+                if _runs(path, "forward", dtype, adaptor.packed().shape):
+                    with torch.no_grad():
+                        vectors = dict(zip(INPUTS[:2], operator_form(path, adaptor).run(*given), strict=True))
+                    texts += [f"without gradients, {text}" for text in excesses(vectors, truth, limits)]
                 wrong += [f"{label}: {text}" for text in texts]
     return wrong
 
 
+def _random_rows(users: int, items: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Normal numbers [users, size] and [items, size] in float64, with values that `dtype` has."""
+    user, item = (torch.randn(rows, size, device=device).to(dtype).double() for rows in (users, items))
+    return user, item
+
+
+def _runs(name: str, direction: Direction, dtype: torch.dtype, shape: Shape) -> bool:
+    """Whether a form exists for this direction and these sizes."""
+    return name != "fused_expert_pairs" or (direction == "forward" and takes_pairs(dtype, shape))
+
+
 def _results(form: Form, x: tuple[Tensor, Tensor], dy: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Both towers' vectors and the weights' gradients, by the names of `kar_kernels.benchmark.rounding`."""
+    """Both towers' vectors and the weights' gradients, by the names of `kar_kernels_bench.rounding`."""
     vectors = form.run(*x)
     gradients = torch.autograd.grad(vectors, form.parameters, dy)
     return dict(zip(INPUTS[:2], (one.detach() for one in vectors), strict=True)) | {
@@ -254,6 +265,8 @@ def _measure_case(
         training = direction != "forward"
         selected = choose(clock.device, case.dtype, shape, case.users + case.items, training=training).path
         for name in case.forms:
+            if not _runs(name, direction, case.dtype, shape):
+                continue
             on_row(f"{case.label}, {direction}, {name}")
             made = form(name, adaptor, train=training)
             try:
@@ -408,7 +421,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for key, each in found.items():
         bases = [row for row in each if row["implementation"] in BASELINES]
-        ours = [row for row in each if row["implementation"] in ("fused", "tail")]
+        ours = [row for row in each if row["implementation"] in KERNELS]
         if not bases or not ours:
             continue
         base, best = (min(some, key=lambda row: row["median_ms"]) for some in (bases, ours))

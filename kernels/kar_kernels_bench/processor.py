@@ -12,8 +12,8 @@ import torch
 
 from kar_kernels import cpu
 from kar_kernels.adaptor import HybridExpertAdaptor
-from kar_kernels.benchmark.forms import BASELINES, COMPILED, Form, baseline, operator_form
-from kar_kernels.benchmark.machine import others_busy
+from kar_kernels_bench.forms import BASELINES, COMPILED, Form, baseline, operator_form
+from kar_kernels_bench.machine import others_busy
 
 __all__ = ["BATCHES", "DIM", "dtype_name", "has_compiler", "measure_prestoring", "measure_processor", "wait_until_idle"]
 

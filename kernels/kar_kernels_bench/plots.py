@@ -17,8 +17,9 @@ COLORS: Final = {
     "concatenated": "#f6ae2d",
     "compiled concatenated": "#f26419",
     "bare products": "#5f6368",
-    "fused": "#1a73e8",
-    "tail": "#12a150",
+    "fused_per_expert": "#1a73e8",
+    "fused_expert_pairs": "#0b3d91",
+    "gemm_then_fused": "#12a150",
 }
 
 

@@ -1,1 +1,0 @@
-"""Owns the benchmark of the adaptor's implementations, on processors and on GPUs."""
