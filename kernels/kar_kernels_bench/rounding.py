@@ -153,9 +153,18 @@ def _towers(inputs: Mapping[str, Tensor]) -> list[Tower]:
     for number, name in enumerate(INPUTS[:2]):
         own = slice(0, seen) if number == 0 else slice(experts - seen, experts)
         gate = min(number, gates - 1)
-        layers = [operands[layer][own] for layer in INPUTS[2:6]]
         towers.append(
-            Tower(operands[name], own, gate, *layers, operands["gate_weight"][gate], operands["gate_bias"][gate])
+            Tower(
+                operands[name],
+                own,
+                gate,
+                operands["weight1"][own],
+                operands["bias1"][own],
+                operands["weight2"][own],
+                operands["bias2"][own],
+                operands["gate_weight"][gate],
+                operands["gate_bias"][gate],
+            )
         )
     return towers
 

@@ -16,6 +16,7 @@ PACKAGES = (
     "offline/kar_offline",
     "offline/kar_bench",
     "kernels/kar_kernels",
+    "kernels/kar_kernels_bench",
     "model_repository/kar_model_repository",
     "protos/kar",
 )
