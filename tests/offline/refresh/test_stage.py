@@ -387,7 +387,7 @@ def test_the_dataset_keeps_its_split_and_training_sees_the_moved_cutoffs(world: 
 def test_training_refuses_texts_that_know_samples(world: World) -> None:
     world.refresh()
     build_dataset(world.work)
-    with pytest.raises(PreconditionError, match=r"'u0' was written from 6 events, .* after the first 3 as samples"):
+    with pytest.raises(PreconditionError, match=r"'u0' was written from 6 events, .* samples from event 4 on"):
         train(world.work, ["dcnv2"], ["knowledge"], workers=0)
     assert world.refresh()["calls"] == 0
     assert world.dataset().cutoff.tolist() == [6, 6, 6, 6]
