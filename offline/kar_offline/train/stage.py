@@ -84,6 +84,6 @@ def _refuse_leaks(work: WorkFolder) -> None:
         if record.text and record.history_cutoff > cutoffs.get(record.id, record.history_cutoff):
             raise PreconditionError(
                 f"the text about user {record.id!r} was written from {record.history_cutoff} events, but the dataset "
-                f"has samples from event {cutoffs[record.id] + 1} on (leakage): run `kar refresh` with its files again, or "
-                "generate and encode again"
+                f"has samples from event {cutoffs[record.id] + 1} on (leakage): run `kar refresh` with its files "
+                "again, or generate and encode again"
             )
