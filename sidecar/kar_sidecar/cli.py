@@ -5,8 +5,9 @@ Exit codes: 0 done, 2 wrong usage or input, 1 anything else, 130 interrupted.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import Any, Final
 
 import typer
@@ -17,7 +18,7 @@ from typer.main import get_command
 
 from kar_sidecar.errors import KarError, UnsupportedError
 
-__all__ = ["COMMANDS", "app", "main"]
+__all__ = ["COMMANDS", "EXTRA_OF_MODULE", "app", "main"]
 
 INTERRUPTED: Final = 130
 COMMANDS: Final = "kar.commands"
@@ -27,6 +28,20 @@ ORDER: Final = (
     *("serve", "sidecar", "replay"),
 )
 """Order of the subcommands in the help; others follow."""
+EXTRA_OF_MODULE: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("aerospike", "aerospike_helpers", "grpc_health", "grpc_reflection", "lmdb"), "sidecar"),
+        **dict.fromkeys(("prometheus_client", "tritonclient", "uvloop"), "sidecar"),
+        **dict.fromkeys(("httpx", "jinja2", "matplotlib", "onnx", "onnxruntime", "onnxscript"), "offline"),
+        **dict.fromkeys(("py3langid", "pyarrow", "safetensors", "scipy", "tensorboard", "tokenizers"), "offline"),
+        **dict.fromkeys(("torch", "transformers"), "offline"),
+        "faiss": "cpu",
+        "ray": "ray",
+        "triton": "gpu",
+        "xllamacpp": "local-llm",
+    }
+)
+"""The extra that installs a module."""
 
 
 class _Commands(TyperGroup):
@@ -65,10 +80,10 @@ def _load(entry: EntryPoint) -> Callable[..., Any]:
 
 
 def _missing_package(error: ModuleNotFoundError) -> str:
-    return (
-        f"this command needs the package {error.name!r}: install kar-sidecar with the extra that brings it "
-        "(README, Install)"
-    )
+    extra = EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
+    if extra is None:
+        return f"this command needs the package {error.name!r}, which no extra of kar-sidecar installs: install it"
+    return f"this command needs the package {error.name!r}: install kar-sidecar[{extra}] (README, Install)"
 
 
 app = typer.Typer(

@@ -2,14 +2,17 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
 from tests.support.paths import ROOT
+
+from kar_sidecar.cli import EXTRA_OF_MODULE
 
 pytestmark = pytest.mark.service
 
@@ -92,3 +95,13 @@ def test_every_entry_point_loads():
     for target in PROJECT["project"]["entry-points"]["kar.commands"].values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_extra_of_every_optional_module_is_known():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(EXTRA_OF_MODULE.values()) <= set(extras)
+    distributions = packages_distributions()
+    for module, extra in EXTRA_OF_MODULE.items():
+        names = {name.lower().replace("_", "-") for name in distributions.get(module, ())}
+        required = {re.split(r"[\[<>=;]", requirement)[0].lower() for requirement in extras[extra]}
+        assert names & required or not names, module
