@@ -15,10 +15,9 @@ __all__ = ["export"]
 
 def export(
     work: Work = DEFAULT_WORK,
-    backbone: Annotated[list[str], typer.Option(help="Backbone to export, repeatable.", show_default="dcnv2, din")] = [
-        "dcnv2",
-        "din",
-    ],
+    backbone: Annotated[
+        list[str], typer.Option(help="Backbone to export; repeat for several.", show_default="dcnv2, din")
+    ] = ["dcnv2", "din"],  # noqa: B006 - typer reads it and does not change it
     arm: Annotated[
         str, typer.Option(help="Training arm of the knowledge model; the control model is exported with it.")
     ] = "knowledge",
