@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterable
 from itertools import pairwise
@@ -12,7 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from google.protobuf import json_format
-from tests.offline.publish.test_stage import ENCODED, NOW_MS, schema_of
+from tests.support.killed_publish import KilledPublish, publish_killer
+from tests.support.publishable import ENCODED, NOW_MS, schema_of
 
 from kar.records.v1 import records_pb2
 from kar_offline.dataset.dataset import Dataset
@@ -41,54 +40,6 @@ EVERY = 40
 STEPS = 1 + 4 * (350 + 2 * 9) + 4
 """Schema's claim; four kinds of records, with 9 batches and 9 notes each; seals and the notes' removal."""
 MOMENTS = sorted(random.Random(5).sample(range(2, STEPS), 7))
-
-DYING = """
-import os, shutil, signal, sys
-from pathlib import Path
-from kar_offline.dataset.dataset import Dataset
-from kar_offline.publish.stage import publish_release
-from kar_offline.work_folder import WorkFolder
-from kar_sidecar.releases.manifest import Release
-from kar_sidecar.store.open import open_store
-
-work, url, every = WorkFolder(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
-moments = [int(word) for word in sys.argv[4:]]
-release = Release.load(work.releases, (work.root / "release").read_text())
-dataset = work.read(Dataset)
-
-class Dying:
-    '''Each record and each meta value is a step; one of them is the last.'''
-    def __init__(self, store, left):
-        self.store, self.left = store, left
-
-    def __getattr__(self, name):
-        return getattr(self.store, name)
-
-    def step(self):
-        self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def write(self, part, records, *, newer_only=False):
-        def stream():
-            for record in records:
-                self.step()
-                yield record
-        written = self.store.write(part, stream(), newer_only=newer_only)
-        self.step()
-        return written
-
-    def write_meta(self, name, value):
-        self.step()
-        self.store.write_meta(name, value)
-
-for moment in moments:
-    if (child := os.fork()) == 0:
-        store = Dying(open_store(f"{url}{moment}"), moment)
-        publish_release(release, dataset, store, work.root / f"index{moment}", checkpoint_every=every)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +122,13 @@ def test_a_killed_publish_leaves_a_readable_store_and_the_next_goes_on(work: Wor
     memory = MemoryStore()
     assert resume(work, memory, "memory") == dict.fromkeys(("features", "texts", "adapted", "encoded"), 350)
     undisturbed = read_all(memory)
-    arguments = [str(work), url, str(EVERY), *map(str, MOMENTS)]
-    done = subprocess.run([sys.executable, "-c", DYING, *arguments], capture_output=True, text=True, check=True)
-    assert [int(line) for line in done.stdout.split()] == [-signal.SIGKILL] * len(MOMENTS)
     release_id = (work.root / "release").read_text()
+    with publish_killer() as killer:
+        for moment in MOMENTS:
+            publish = KilledPublish(
+                str(work), release_id, f"{url}{moment}", f"index{moment}", moment, checkpoint_every=EVERY
+            )
+            assert killer.run(publish) == -signal.SIGKILL
     for moment in MOMENTS:
         reader = open_store(f"{url}{moment}", readonly=True)
         found = read_all(reader)
