@@ -15,21 +15,58 @@ from kar_kernels.adaptor import HybridExpertAdaptor
 from kar_kernels_bench.forms import BASELINES, COMPILED, Form, baseline, operator_form
 from kar_kernels_bench.machine import others_busy
 
-__all__ = ["BATCHES", "DIM", "dtype_name", "has_compiler", "measure_prestoring", "measure_processor", "wait_until_idle"]
+__all__ = [
+    "BATCHES",
+    "DIM",
+    "ProcessorPlan",
+    "dtype_name",
+    "has_compiler",
+    "measure_prestoring",
+    "measure_processor",
+    "wait_until_idle",
+]
 
 BATCHES: Final = (1, 128, 512, 65_536)
 """Rows of each tower."""
 DIM: Final = 768
 SECONDS: Final = 1.5
-"""That each form is measured for, at every batch and dtype."""
+"""Measuring time of each form, at every batch and dtype."""
 LEAST_ROUNDS: Final = 5
 TURN_S: Final = 0.02
 TURN_CALLS: Final = 20
-"""A turn of a form takes so many seconds, or so many calls, if that is less."""
+"""A turn of a form ends after either."""
 BUSY_CORES: Final = 0.15
 PATIENCE_S: Final = 60.0
 
 OnRow = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorPlan:
+    """What `measure_processor` and `measure_prestoring` measure in one run."""
+
+    batches: tuple[int, ...] = BATCHES
+    """Rows of each tower, in turn."""
+    seconds: float = SECONDS
+    """Measuring time of each form, for every batch and dtype."""
+    prestored: tuple[tuple[int, int], ...] = ((1_000_000, 384), (131_072, 768))
+    """Numbers of vectors to prestore, and their D."""
+    compiled: bool | None = None
+    """Whether to include compiled forms; None: where there is a C++ compiler."""
+    patience_s: float = PATIENCE_S
+    """Longest wait for an idle machine before each batch."""
+
+    def measure(self, on_row: OnRow = lambda text: None) -> dict[str, Any]:
+        """The report's `cpu`, `busy_cores` and `prestoring`."""
+        report = measure_processor(
+            self.batches, seconds=self.seconds, compiled=self.compiled, patience_s=self.patience_s, on_row=on_row
+        )
+        rows = [
+            row
+            for vectors, dim in self.prestored
+            for row in measure_prestoring(vectors, dim, patience_s=self.patience_s, on_row=on_row)
+        ]
+        return report | {"prestoring": rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +90,9 @@ def has_compiler() -> bool:
 
 
 def wait_until_idle(patience_s: float = PATIENCE_S) -> float:
-    """Wait for other processes to pause, so long at most; cores that they keep busy when it ends.
+    """Wait until other processes are idle or patience ends; the number of cores that they then keep busy.
 
-    Two threads on a core that a third wants are not 1.5 but up to 20 times slower.
+    Two threads on a core that a third process uses are up to 20 times slower.
     """
     deadline = time.monotonic() + patience_s
     while (busy := others_busy()) > BUSY_CORES and time.monotonic() < deadline:
@@ -64,10 +101,9 @@ def wait_until_idle(patience_s: float = PATIENCE_S) -> float:
 
 
 def in_turns(forms: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
-    """Times of every form; they take turns, so that what disturbs one disturbs all.
+    """Times of every form; they take turns, so that a disturbance meets all of them.
 
-    A turn of a short form is several calls, of which the first is left out: it finds its weights out of the cache,
-    where no other form had run they would not be.
+    A turn of a short form is several calls. The first, which finds the other forms' weights in the cache, is left out.
     """
     for form in forms.values():
         form()
@@ -107,14 +143,14 @@ def measure_processor(
     Args:
         batches: Rows of each tower.
         dim: D.
-        seconds: That each form is measured for.
+        seconds: Measuring time of each form.
         compiled: Whether to include compiled forms; None: where there is a compiler.
-        patience_s: To wait for an idle machine before each batch.
-        on_row: Told what comes next.
+        patience_s: Longest wait for an idle machine before each batch.
+        on_row: Called with a text about the next step.
 
     Returns:
-        `cpu`, a list of rows as the README of `kar bench kernels` says, and `busy_cores`, the most that other processes
-        took at the start of a batch.
+        `cpu`, a list of rows, one for each batch, dtype and form, and `busy_cores`, the largest number of cores that
+        other processes kept busy at the start of a batch.
     """
     compiled = has_compiler() if compiled is None else compiled
     torch.manual_seed(0)
@@ -174,7 +210,7 @@ def measure_prestoring(
     patience_s: float = PATIENCE_S,
     on_row: OnRow = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Vectors a second of the frozen adaptor on `rows` items, and the share of what its bare products allow.
+    """Vectors a second of the frozen adaptor on `rows` items, and their share of the bare products' speed.
 
     The bare products are the same oneDNN calls on the same chunks, without bias, ReLU, gates and mixing.
     """

@@ -1,5 +1,6 @@
-"""Owns what the benchmark says: a report, tables in words, and the blocks of docs/kernels.md that come from one."""
+"""Owns the benchmark's report: what the compiler makes of the kernels, tables, and their blocks in docs/kernels.md."""
 
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from kar_kernels.aot import Compiled
 from kar_kernels.layout import Shape
 from kar_kernels_bench.roofline import H100, forward_work
 
-__all__ = ["compile_report", "kernel_table", "roofline_table", "write_block"]
+__all__ = ["NO_TRITON", "compile_report", "has_triton", "kernel_table", "roofline_table", "write_block"]
 
 
 FORMER_NAMES: Final = {
@@ -29,12 +30,24 @@ FORMER_NAMES: Final = {
 """Kernels in reports written before they had today's names."""
 
 
+NO_TRITON: Final = "triton is not installed: GPU kernels were left out; to compile them: pip install 'kar-sidecar[gpu]'"
+
+
+def has_triton() -> bool:
+    """Whether the kernels can be compiled here; processors need none."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def compile_report(on_line: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """What `python -m kar_kernels.aot` writes, made by it: kernels that this process interprets cannot be compiled.
+    """The list that `python -m kar_kernels.aot` writes; empty where triton is not installed.
+
+    It runs in a process of its own, since kernels that this process interprets cannot be compiled.
 
     Raises:
         RuntimeError: it broke down; the text has its last words.
     """
+    if not has_triton():
+        return []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "aot.json")

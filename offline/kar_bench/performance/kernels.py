@@ -1,4 +1,4 @@
-"""Owns `kar bench kernels`: what it measures where, and what it says; the measuring is in `kar_kernels_bench`."""
+"""Owns `kar bench kernels`: its options, tables and report. `kar_kernels_bench` measures."""
 
 import multiprocessing
 import os
@@ -19,7 +19,16 @@ from kar_bench.harness import write_report
 from kar_kernels_bench import gpu, processor
 from kar_kernels_bench.machine import machine
 from kar_kernels_bench.plots import write_plots
-from kar_kernels_bench.report import compile_report, device_name, kernel_table, roofline_table, write_block
+from kar_kernels_bench.processor import ProcessorPlan
+from kar_kernels_bench.report import (
+    NO_TRITON,
+    compile_report,
+    device_name,
+    has_triton,
+    kernel_table,
+    roofline_table,
+    write_block,
+)
 from kar_offline.cli_options import JsonFile
 from kar_sidecar.errors import InputError, PreconditionError
 
@@ -30,54 +39,50 @@ WAIT: Final = "OMP_WAIT_POLICY"
 
 
 class Device(StrEnum):
-    """Where forms are compared."""
+    """Where implementations are compared."""
 
     CPU = "cpu"
     CUDA = "cuda"
 
 
 def measure_kernels(
-    device: Device, console: Console, *, rows: int, seconds: float, budget_s: float, plots: Path | None = None
+    device: Device, console: Console, *, plan: ProcessorPlan, budget_s: float = 420.0, plots: Path | None = None
 ) -> dict[str, Any]:
     """Compare all forms on the device and compile every kernel ahead of time.
 
     Args:
         device: Where.
         console: Shows progress and the tables.
-        rows: Vectors to prestore.
-        seconds: On the processor, that each form is measured for.
-        budget_s: On a GPU, after which no further case begins.
+        plan: What a processor measures.
+        budget_s: On a GPU, seconds after which no further case begins.
         plots: A folder for the GPU's pictures and CSV files.
+
+    Returns:
+        The report, by key: `cpu`, `busy_cores`, `prestoring` and `threads`, or `cuda`, `chip`, `left_out`, `failed`,
+        `device` and `verdict`; `machine`, `torch`, and `aot`, which is empty where triton is not installed.
 
     Raises:
         InputError: there is no such device.
-        PreconditionError: a kernel is wrong, or cannot be compiled.
+        PreconditionError: a kernel is wrong, or cannot be compiled; or a GPU is here without triton.
     """
     if device is Device.CUDA and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here: use --device cpu, or kernels/benchmarks/run_on_gpu.sh on one")
+    if device is Device.CUDA and not has_triton():
+        raise PreconditionError("GPU kernels need triton: pip install 'kar-sidecar[gpu]'")
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("kernels", total=None)
 
         def say(text: str) -> None:
             progress.update(task, description=text)
 
-        if device is Device.CPU:
-            report = _measured_elsewhere(rows, seconds, say)
-        else:
-            chip = torch.device("cuda", torch.cuda.current_device())
-            if wrong := gpu.check(chip, on_row=say):
-                raise PreconditionError(
-                    f"kernels differ from float64 by more than rounding explains: {'; '.join(wrong)}"
-                )
-            report = gpu.measure_gpu(chip, budget_s=budget_s, on_row=say)
-            report |= {"device": device_name(chip), "verdict": gpu.verdict(report["cuda"])}
+        report = _measured_in_process(plan, say) if device is Device.CPU else _measured_on_gpu(budget_s, say)
         try:
             report["aot"] = compile_report(lambda text: say(f"compiling kernels, {text}"))
         except RuntimeError as error:
             raise PreconditionError(str(error)) from error
     report |= {"machine": machine(), "torch": torch.__version__}
     console.print(_processor_tables(report) if device is Device.CPU else _verdict_table(report))
-    console.print(_compiled_line(report["aot"]))
+    console.print(_compiled_line(report["aot"]) if report["aot"] else NO_TRITON, markup=False)
     if device is Device.CUDA and plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
         gpu.write_csv(report["cuda"], report["device"], plots / "cuda.csv")
@@ -87,49 +92,56 @@ def measure_kernels(
     return report
 
 
-def _measured_elsewhere(rows: int, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """What a process of its own measures, whose threads spin for a moment before they sleep, as torch's do by default.
+def _measured_on_gpu(budget_s: float, say: Callable[[str], None]) -> dict[str, Any]:
+    chip = torch.device("cuda", torch.cuda.current_device())
+    if wrong := gpu.check(chip, on_row=say):
+        raise PreconditionError(f"kernels differ from float64 by more than rounding explains: {'; '.join(wrong)}")
+    report = gpu.measure_gpu(chip, budget_s=budget_s, on_row=say)
+    return report | {"device": device_name(chip), "verdict": gpu.verdict(report["cuda"])}
+
+
+def _measured_in_process(plan: ProcessorPlan, say: Callable[[str], None]) -> dict[str, Any]:
+    """The report of a new process, whose threads spin for a moment before they sleep, as torch's do by default.
 
     Threads of the `kar` command sleep at once between products, since on shared cores spinning costs up to 20x; waking
     them takes as long as a small product.
 
     Raises:
-        PreconditionError: it broke down.
+        PreconditionError: the process broke down.
     """
     context = multiprocessing.get_context("spawn")
-    hear, tell = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     before = os.environ.pop(WAIT, None)
-    process = context.Process(target=_measure, args=(tell, rows, seconds), daemon=True)
+    process = context.Process(target=_measure, args=(sender, plan), daemon=True)
     try:
         process.start()
     finally:
         os.environ |= {} if before is None else {WAIT: before}
-    tell.close()
+    sender.close()
     try:
-        while isinstance(heard := hear.recv(), str):
-            say(heard)
+        while isinstance(message := receiver.recv(), str):
+            say(message)
     except EOFError as error:
         process.join()
         raise PreconditionError(f"measuring ended early, with code {process.exitcode}: its error is above") from error
     process.join()
-    return dict(heard)
+    return dict(message)
 
 
-def _measure(tell: Connection, rows: int, seconds: float) -> None:
+def _measure(sender: Connection, plan: ProcessorPlan) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    report = processor.measure_processor(seconds=seconds, on_row=tell.send)
-    sizes = ((rows, 384), (min(rows, 131_072), 768))
-    report["prestoring"] = [row for size in sizes for row in processor.measure_prestoring(*size, on_row=tell.send)]
-    tell.send(report | {"threads": torch.get_num_threads()})
+    sender.send(plan.measure(on_row=sender.send) | {"threads": torch.get_num_threads()})
 
 
 def write_docs(report: Mapping[str, Any], page: Path = PAGE) -> None:
-    """Put the report's tables into their blocks of docs/kernels.md.
+    """Put the report's tables into their blocks of docs/kernels.md; a block without figures stays as it is.
 
     Raises:
         InputError: the page is missing, or has no such block.
     """
-    blocks = {"aot": kernel_table(report["aot"]), "roofline": roofline_table()}
+    blocks = {"roofline": roofline_table()}
+    if report["aot"]:
+        blocks["aot"] = kernel_table(report["aot"])
     if "cpu" in report:
         about = f"{report['machine']}, torch {report['torch']}:"
         blocks |= {"cpu": f"{about}\n\n{_markdown(report['cpu'])}", "prestoring": _prestoring(report["prestoring"])}
@@ -234,7 +246,8 @@ def kernels(
     json_file: JsonFile = None,
 ) -> None:
     """Compare the adaptor's implementations, and compile every kernel ahead of time for two GPU generations."""
-    report = measure_kernels(device, Console(), rows=rows, seconds=seconds, budget_s=budget, plots=plots)
+    plan = ProcessorPlan(seconds=seconds, prestored=((rows, 384), (min(rows, 131_072), 768)))
+    report = measure_kernels(device, Console(), plan=plan, budget_s=budget, plots=plots)
     if docs is not None:
         write_docs(report, docs)
     write_report(report, json_file)
