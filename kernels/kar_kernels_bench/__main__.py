@@ -10,14 +10,17 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from kar_kernels.dispatch import KERNELS
-from kar_kernels_bench import gpu
+from kar_kernels_bench.gpu import measure_gpu
 from kar_kernels_bench.machine import machine
 from kar_kernels_bench.report import device_name
+from kar_kernels_bench.verdict import verdict, write_csv
+from kar_kernels_bench.verification import check
 
 
 def main() -> int:
@@ -33,17 +36,18 @@ def main() -> int:
         return _fail("without a CUDA device, kernels must be interpreted: set TRITON_INTERPRET=1")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     options.folder.mkdir(parents=True, exist_ok=True)
-    wrong = gpu.check(device, tiny=options.tiny, on_row=_say)
+    wrong = check(device, tiny=options.tiny, on_row=_say)
     if wrong:
         return _fail("\n".join(("kernels differ from float64 by more than rounding explains:", *wrong)))
     print("every kernel differs from float64 by no more than rounding explains", file=sys.stderr)
-    report = gpu.measure_gpu(device, tiny=options.tiny, budget_s=options.budget, on_row=_say)
+    report = measure_gpu(device, tiny=options.tiny, budget_s=options.budget, on_row=_say)
     name = device_name(device)
-    table = gpu.verdict(report["cuda"])
+    verdicts = verdict(report["cuda"])
+    table = [asdict(row) for row in verdicts]
     report |= {"device": name, "machine": machine(), "torch": torch.__version__, "tiny": options.tiny, "verdict": table}
     (options.folder / "cuda.json").write_text(json.dumps(report, indent=1) + "\n")
-    gpu.write_csv(report["cuda"], name, options.folder / "cuda.csv")
-    gpu.write_csv(table, name, options.folder / "verdict.csv")
+    write_csv(report["cuda"], name, options.folder / "cuda.csv")
+    write_csv(table, name, options.folder / "verdict.csv")
     try:
         from kar_kernels_bench.plots import write_plots
     except ImportError:
@@ -51,13 +55,12 @@ def main() -> int:
     else:
         write_plots(report, options.folder)
     print(f"{name}, torch {torch.__version__}: operator over the best unfused baseline")
-    for row in table:
-        way = "graph" if row["graph"] else "bare"
+    for row in verdicts:
+        way = "graph" if row.graph else "bare"
         print(
-            f"{row['users']:>7,} + {row['batch']:>9,}  D {row['dim']:>4}  {row['dtype']:<8}  {row['direction']:<8}  "
-            f"{way:<5}  {row['best_path']:<18} {row['path_ms']:10.4f} ms  {row['best_baseline']:<21} "
-            f"{row['baseline_ms']:10.4f} ms  {row['speedup']:5.2f}x  (chosen {row['selected']}: "
-            f"{row['selected_speedup']:.2f}x)"
+            f"{row.users:>7,} + {row.batch:>9,}  D {row.dim:>4}  {row.dtype:<8}  {row.direction:<8}  {way:<5}  "
+            f"{row.best_path:<18} {row.path_ms:10.4f} ms  {row.best_baseline:<21} {row.baseline_ms:10.4f} ms  "
+            f"{row.speedup:5.2f}x  (chosen {row.selected}: {row.selected_speedup:.2f}x)"
         )
     for label in report["left_out"]:
         print(f"not measured, out of time: {label}")

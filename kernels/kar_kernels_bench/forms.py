@@ -15,9 +15,11 @@ from kar_kernels.adaptor import HybridExpertAdaptor, Tower
 from kar_kernels.dispatch import KERNELS, Path
 from kar_kernels.operator import hybrid_expert_adaptor
 
-__all__ = ["BASELINES", "COMPILED", "KERNELS", "Form", "baseline", "form", "operator_form"]
+__all__ = ["BASELINES", "COMPILED", "KERNELS", "Form", "OnRow", "baseline", "dtype_name", "form", "operator_form"]
 
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+OnRow = Callable[[str], None]
+"""Called with a text about the next step of a benchmark."""
 BASELINES: Final = ("eager", "compiled", "concatenated", "compiled concatenated")
 COMPILED: Final = ("compiled", "compiled concatenated")
 
@@ -88,3 +90,8 @@ def _concatenated(adaptor: HybridExpertAdaptor) -> Run:
         return (torch.relu(second) * gates.t().unsqueeze(2)).sum(0)
 
     return lambda user, item: (tower(user, 0, 0), tower(item, adaptor.dedicated, 1))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch names it, without the module."""
+    return str(dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -12,7 +12,8 @@ import torch
 
 from kar_kernels import cpu
 from kar_kernels.adaptor import HybridExpertAdaptor
-from kar_kernels_bench.forms import BASELINES, COMPILED, Form, baseline, operator_form
+from kar_kernels_bench.clock import Times
+from kar_kernels_bench.forms import BASELINES, COMPILED, Form, OnRow, baseline, dtype_name, operator_form
 from kar_kernels_bench.machine import others_busy
 
 __all__ = [
@@ -38,7 +39,43 @@ TURN_CALLS: Final = 20
 BUSY_CORES: Final = 0.15
 PATIENCE_S: Final = 60.0
 
-OnRow = Callable[[str], None]
+
+@dataclass(frozen=True, slots=True)
+class ProcessorRow:
+    """Times of one form's forward of both towers at one batch and dtype."""
+
+    batch: int
+    """Rows of each tower."""
+    dim: int
+    dtype: str
+    implementation: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    speedup_vs_eager_fp32: float
+    speedup_vs_eager_same_dtype: float
+    selected: bool
+    """Whether the product chooses this implementation and dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorTimes:
+    """All rows, and the largest number of cores that other processes kept busy at the start of a batch."""
+
+    rows: list[ProcessorRow]
+    busy_cores: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrestoringRow:
+    """Speed of prestoring `rows` vectors, and its share of the speed of the bare matrix products."""
+
+    rows: int
+    dim: int
+    dtype: str
+    rows_per_s: float
+    products_rows_per_s: float
+    share_of_products: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +95,16 @@ class ProcessorPlan:
 
     def measure(self, on_row: OnRow = lambda text: None) -> dict[str, Any]:
         """The report's `cpu`, `busy_cores` and `prestoring`."""
-        report = measure_processor(
+        times = measure_processor(
             self.batches, seconds=self.seconds, compiled=self.compiled, patience_s=self.patience_s, on_row=on_row
         )
-        rows = [
-            row
+        prestoring = [
+            asdict(row)
             for vectors, dim in self.prestored
             for row in measure_prestoring(vectors, dim, patience_s=self.patience_s, on_row=on_row)
         ]
-        return report | {"prestoring": rows}
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Quantiles of a form's times."""
-
-    p20_ms: float
-    median_ms: float
-    p80_ms: float
-
-    @staticmethod
-    def of(seconds: Sequence[float]) -> "Times":
-        """Of at least two measurements."""
-        cuts = statistics.quantiles(seconds, n=10, method="inclusive")
-        return Times(cuts[1] * 1e3, statistics.median(seconds) * 1e3, cuts[7] * 1e3)
+        cpu_rows = [asdict(row) for row in times.rows]
+        return {"cpu": cpu_rows, "busy_cores": times.busy_cores, "prestoring": prestoring}
 
 
 def has_compiler() -> bool:
@@ -137,7 +160,7 @@ def measure_processor(
     compiled: bool | None = None,
     patience_s: float = PATIENCE_S,
     on_row: OnRow = lambda text: None,
-) -> dict[str, Any]:
+) -> ProcessorTimes:
     """Forward of both towers, default sizes, in float32 and bfloat16.
 
     Args:
@@ -147,10 +170,6 @@ def measure_processor(
         compiled: Whether to include compiled forms; None: where there is a compiler.
         patience_s: Longest wait for an idle machine before each batch.
         on_row: Called with a text about the next step.
-
-    Returns:
-        `cpu`, a list of rows, one for each batch, dtype and form, and `busy_cores`, the largest number of cores that
-        other processes kept busy at the start of a batch.
     """
     compiled = has_compiler() if compiled is None else compiled
     torch.manual_seed(0)
@@ -185,20 +204,20 @@ def measure_processor(
             own = times[f"{dtype_name(dtype)} {name}"]
             selected = name == chosen.choice(2 * batch).path and dtype == chosen.weights.first.dtype
             rows.append(
-                {
-                    "batch": batch,
-                    "dim": dim,
-                    "dtype": dtype_name(dtype),
-                    "implementation": name,
-                    "median_ms": own.median_ms,
-                    "p20_ms": own.p20_ms,
-                    "p80_ms": own.p80_ms,
-                    "speedup_vs_eager_fp32": times["float32 eager"].median_ms / own.median_ms,
-                    "speedup_vs_eager_same_dtype": times[f"{dtype_name(dtype)} eager"].median_ms / own.median_ms,
-                    "selected": selected,
-                }
+                ProcessorRow(
+                    batch,
+                    dim,
+                    dtype_name(dtype),
+                    name,
+                    own.median_ms,
+                    own.p20_ms,
+                    own.p80_ms,
+                    speedup_vs_eager_fp32=times["float32 eager"].median_ms / own.median_ms,
+                    speedup_vs_eager_same_dtype=times[f"{dtype_name(dtype)} eager"].median_ms / own.median_ms,
+                    selected=selected,
+                )
             )
-    return {"cpu": rows, "busy_cores": busiest}
+    return ProcessorTimes(rows, busiest)
 
 
 @torch.inference_mode()
@@ -209,14 +228,14 @@ def measure_prestoring(
     repeats: int = 3,
     patience_s: float = PATIENCE_S,
     on_row: OnRow = lambda text: None,
-) -> list[dict[str, Any]]:
+) -> list[PrestoringRow]:
     """Vectors a second of the frozen adaptor on `rows` items, and their share of the bare products' speed.
 
     The bare products are the same oneDNN calls on the same chunks, without bias, ReLU, gates and mixing.
     """
     x = torch.randn(rows, dim)
     present = torch.ones(rows, dtype=torch.bool)
-    found = []
+    measured = []
     for precision in ("float32", "bfloat16"):
         adaptor = HybridExpertAdaptor(dim)
         adaptor.precision = precision
@@ -242,19 +261,5 @@ def measure_prestoring(
                 torch.bmm(each, weights.weight2[shape.expert(1)].transpose(1, 2))
             seconds["products"].append(time.perf_counter() - began)
         ours, bare = (statistics.median(seconds[name]) for name in ("adapt", "products"))
-        found.append(
-            {
-                "rows": rows,
-                "dim": dim,
-                "dtype": precision,
-                "rows_per_s": rows / ours,
-                "products_rows_per_s": rows / bare,
-                "share_of_products": bare / ours,
-            }
-        )
-    return found
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As torch names it, without the module."""
-    return str(dtype).removeprefix("torch.")
+        measured.append(PrestoringRow(rows, dim, precision, rows / ours, rows / bare, bare / ours))
+    return measured

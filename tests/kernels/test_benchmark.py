@@ -12,10 +12,14 @@ from tests.support.adaptor_problems import adaptor_excesses
 from tests.support.paths import ROOT
 
 from kar_kernels.adaptor import TOWERS, HybridExpertAdaptor
-from kar_kernels_bench import gpu, processor
+from kar_kernels_bench import processor
+from kar_kernels_bench.cases import TINY, Case
 from kar_kernels_bench.forms import baseline
+from kar_kernels_bench.gpu import measure_gpu
 from kar_kernels_bench.report import default_shape, kernel_table, write_block
 from kar_kernels_bench.roofline import H100, forward_work
+from kar_kernels_bench.verdict import verdict
+from kar_kernels_bench.verification import check
 
 SCRIPT = ROOT / "kernels" / "benchmarks" / "run_on_gpu.sh"
 
@@ -68,9 +72,9 @@ def test_a_wrong_kernel_is_found_before_anything_is_measured(monkeypatch):
         result, saved = right(*args, **kwargs)
         return result * 1.01, saved
 
-    assert gpu.check(torch.device("cpu"), tiny=True) == []
+    assert check(torch.device("cpu"), tiny=True) == []
     monkeypatch.setattr(fused_per_expert, "fused_per_expert_forward", wrong)
-    found = gpu.check(torch.device("cpu"), tiny=True)
+    found = check(torch.device("cpu"), tiny=True)
     assert found
     assert all(text.startswith("fused_per_expert") for text in found)
 
@@ -81,8 +85,8 @@ def test_a_form_that_breaks_down_is_named_and_the_others_are_measured(monkeypatc
         raise RuntimeError("out of registers")
 
     monkeypatch.setattr("kar_kernels.gemm_then_fused.gemm_then_fused_forward", broken)
-    monkeypatch.setattr(gpu, "TINY", [gpu.Case(0, 2, 64, torch.float32, forms=("eager", "gemm_then_fused"))])
-    report = gpu.measure_gpu(torch.device("cpu"), tiny=True)
+    cases = [Case(0, 2, 64, torch.float32, forms=("eager", "gemm_then_fused"))]
+    report = measure_gpu(torch.device("cpu"), tiny=True, cases=cases)
     assert report["failed"] == ["0 + 2 rows, D = 64, float32, forward, gemm_then_fused: RuntimeError: out of registers"]
     assert {row["implementation"] for row in report["cuda"]} == {"eager", "bare products"}
 
@@ -98,9 +102,9 @@ def test_baselines_compute_what_the_reference_does(name):
 
 @pytest.mark.unit
 def test_what_is_not_begun_in_time_is_left_out():
-    report = gpu.measure_gpu(torch.device("cpu"), tiny=True, budget_s=-1.0)
+    report = measure_gpu(torch.device("cpu"), tiny=True, budget_s=-1.0)
     assert report["cuda"] == []
-    assert report["left_out"] == [case.label for case in gpu.TINY]
+    assert report["left_out"] == [case.label for case in TINY]
 
 
 @pytest.mark.unit
@@ -138,34 +142,30 @@ def test_the_verdict_takes_the_best_baseline_and_tells_what_the_dispatcher_gives
         row("eager", 6.0, graph=True),
         row("fused_per_expert", 1.0, graph=True, selected=True),
     ]
-    bare, graph = gpu.verdict(rows)
-    assert (bare["best_baseline"], bare["best_path"], bare["speedup"]) == (
-        "compiled concatenated",
-        "gemm_then_fused",
-        2.0,
-    )
-    assert (bare["selected"], bare["selected_speedup"]) == ("fused_per_expert", 1.5)
-    assert (graph["best_baseline"], graph["speedup"]) == ("eager", 6.0)
+    bare, graph = verdict(rows)
+    assert (bare.best_baseline, bare.best_path, bare.speedup) == ("compiled concatenated", "gemm_then_fused", 2.0)
+    assert (bare.selected, bare.selected_speedup) == ("fused_per_expert", 1.5)
+    assert (graph.best_baseline, graph.speedup) == ("eager", 6.0)
 
 
 @pytest.mark.unit
 def test_processor_rows_have_every_form_in_both_dtypes():
-    found = processor.measure_processor((1, 3), 64, seconds=0.001, compiled=False, patience_s=0)["cpu"]
-    rows = {(one["batch"], one["dtype"], one["implementation"]): one for one in found}
+    report = processor.measure_processor((1, 3), 64, seconds=0.001, compiled=False, patience_s=0)
+    rows = {(row.batch, row.dtype, row.implementation): row for row in report.rows}
     forms = ("eager", "concatenated", "cpu")
     assert rows.keys() == {(b, d, f) for b in (1, 3) for d in ("float32", "bfloat16") for f in forms}
-    for (batch, dtype, _), one in rows.items():
-        single, same = (rows[batch, name, "eager"]["median_ms"] for name in ("float32", dtype))
-        assert one["speedup_vs_eager_fp32"] == single / one["median_ms"]
-        assert one["speedup_vs_eager_same_dtype"] == same / one["median_ms"]
+    for (batch, dtype, _), row in rows.items():
+        single, same = (rows[batch, name, "eager"].median_ms for name in ("float32", dtype))
+        assert row.speedup_vs_eager_fp32 == single / row.median_ms
+        assert row.speedup_vs_eager_same_dtype == same / row.median_ms
     fast = "bfloat16" if processor.cpu.has_bfloat16() else "float32"
-    assert {key[1:] for key, one in rows.items() if one["selected"]} == {(fast, "cpu")}
+    assert {key[1:] for key, row in rows.items() if row.selected} == {(fast, "cpu")}
 
 
 @pytest.mark.unit
 def test_prestoring_tells_its_share_of_the_bare_products():
-    for one in processor.measure_prestoring(300, 64, repeats=1, patience_s=0):
-        assert one["share_of_products"] == pytest.approx(one["rows_per_s"] / one["products_rows_per_s"])
+    for row in processor.measure_prestoring(300, 64, repeats=1, patience_s=0):
+        assert row.share_of_products == pytest.approx(row.rows_per_s / row.products_rows_per_s)
 
 
 @pytest.mark.unit

@@ -5,7 +5,7 @@ import torch
 
 from kar_kernels.adaptor import HybridExpertAdaptor
 from kar_kernels.operator import hybrid_expert_adaptor
-from kar_kernels_bench import gpu
+from kar_kernels_bench.verification import check
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,7 +14,7 @@ pytestmark = [
 
 
 def test_every_kernel_is_within_rounding():
-    assert gpu.check(torch.device("cuda", 0)) == []
+    assert check(torch.device("cuda", 0)) == []
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -22,7 +22,7 @@ def test_exact_and_tf32_products(precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        assert gpu.check(torch.device("cuda", 0)) == []
+        assert check(torch.device("cuda", 0)) == []
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,7 +17,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kar_bench.harness import write_report
-from kar_kernels_bench import gpu, processor
+from kar_kernels_bench import processor
+from kar_kernels_bench.gpu import measure_gpu
 from kar_kernels_bench.machine import machine
 from kar_kernels_bench.plots import write_plots
 from kar_kernels_bench.processor import ProcessorPlan
@@ -29,6 +31,8 @@ from kar_kernels_bench.report import (
     roofline_table,
     write_block,
 )
+from kar_kernels_bench.verdict import verdict, write_csv
+from kar_kernels_bench.verification import check
 from kar_offline.cli_options import JsonFile
 from kar_sidecar.errors import InputError, PreconditionError
 
@@ -85,8 +89,8 @@ def measure_kernels(
     console.print(_compiled_line(report["aot"]) if report["aot"] else NO_TRITON, markup=False)
     if device is Device.CUDA and plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
-        gpu.write_csv(report["cuda"], report["device"], plots / "cuda.csv")
-        gpu.write_csv(report["verdict"], report["device"], plots / "verdict.csv")
+        write_csv(report["cuda"], report["device"], plots / "cuda.csv")
+        write_csv(report["verdict"], report["device"], plots / "verdict.csv")
         for path in write_plots(report, plots):
             console.print(f"{path}")
     return report
@@ -94,10 +98,10 @@ def measure_kernels(
 
 def _measured_on_gpu(budget_s: float, say: Callable[[str], None]) -> dict[str, Any]:
     chip = torch.device("cuda", torch.cuda.current_device())
-    if wrong := gpu.check(chip, on_row=say):
+    if wrong := check(chip, on_row=say):
         raise PreconditionError(f"kernels differ from float64 by more than rounding explains: {'; '.join(wrong)}")
-    report = gpu.measure_gpu(chip, budget_s=budget_s, on_row=say)
-    return report | {"device": device_name(chip), "verdict": gpu.verdict(report["cuda"])}
+    report = measure_gpu(chip, budget_s=budget_s, on_row=say)
+    return report | {"device": device_name(chip), "verdict": [asdict(row) for row in verdict(report["cuda"])]}
 
 
 def _measured_in_process(plan: ProcessorPlan, say: Callable[[str], None]) -> dict[str, Any]:
