@@ -124,7 +124,7 @@ def _stages(work: WorkFolder, users: int | None, requests: int, candidates: int,
         _Stage(
             "encode",
             lambda _: encode(work, mini_lm(), console=console),
-            lambda r: f"{r['encoded']:,} texts encoded, {r['reused']:,} reused, by {r['encoder_id']}",
+            lambda r: f"{r.encoded:,} texts encoded, {r.reused:,} reused, by {r.encoder_id}",
         ),
         _Stage(
             "train",

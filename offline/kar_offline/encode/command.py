@@ -35,13 +35,13 @@ def encode(
     result = run(work, chosen, folder=folder, kinds=(kind,) if kind else tuple(EntityKind), console=console)
     report = result.report
     table = Table("texts", "count", "imputed")
-    for name, count in report["texts"].items():
+    for name, count in report.texts.items():
         label = name.replace("_", " of ", 1).replace("_", " ")
-        table.add_row(label, f"{count:,}", f"{report['lent'].get(name, 0):,}")
+        table.add_row(label, f"{count:,}", f"{report.lent.get(name, 0):,}")
     console.print(table)
     console.print(
-        f"{report['encoded']:,} texts encoded by {report['encoder_id']} ({report['tokens']:,} tokens, "
-        f"{report['tokens_per_s']:,.0f} a second), {report['reused'] + report['resumed']:,} taken from before",
+        f"{report.encoded:,} texts encoded by {report.encoder_id} ({report.tokens:,} tokens, "
+        f"{report.tokens_per_s:,.0f} a second), {report.reused + report.resumed:,} vectors reused",
         soft_wrap=True,
     )
     console.print(f"{result.folder}: {result.outcome}")

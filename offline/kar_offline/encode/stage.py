@@ -14,6 +14,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -33,7 +34,7 @@ from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM, USER, EntityKind
 from kar_sidecar.errors import InputError, PreconditionError
 
-__all__ = ["EncodingInputs", "encode", "encode_inputs"]
+__all__ = ["EncodeReport", "EncodingInputs", "encode", "encode_inputs"]
 
 FOLDER: Final = re.compile(r"encoding(_\w+)?")
 JOURNAL: Final = "vectors.journal"
@@ -48,6 +49,28 @@ class EncodingInputs(NamedTuple):
     knowledge: Knowledge
     former: Encoding
     """The former output, whose vectors are reused; it may be empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeReport:
+    """What the stage encoded."""
+
+    encoder_id: str
+    dim: int
+    """Number of components of a vector."""
+    texts: Mapping[str, int]
+    """Rows with an own text, by array."""
+    lent: Mapping[str, int]
+    """Rows with an imputed vector, by array; arrays without such rows are left out."""
+    encoded: int
+    """Distinct texts encoded in this run."""
+    reused: int
+    """Distinct texts whose vector was in the former output."""
+    resumed: int
+    """Distinct texts whose vector was in the journal of an interrupted run."""
+    tokens: int
+    """Tokens encoded in this run."""
+    tokens_per_s: float
 
 
 class _Neighbour(NamedTuple):
@@ -83,7 +106,7 @@ def encode(
     kinds: Sequence[EntityKind] = tuple(EntityKind),
     words: int | None = None,
     console: Console | None = None,
-) -> StageResult:
+) -> StageResult[EncodeReport]:
     """Run the stage `encode`: encode the texts of `work`/knowledge and `work`/prompts into `work`/`folder`.
 
     A vector of the former output is reused where encoder and text are the same. An interrupted run is resumed.
@@ -124,12 +147,12 @@ def encode_inputs(
     kinds: Sequence[EntityKind] = tuple(EntityKind),
     words: int | None = None,
     console: Console | None = None,
-) -> StageResult:
+) -> StageResult[EncodeReport]:
     """Like `encode`, with the inputs as values; `read_inputs` is called only if the output is out of date."""
     if not FOLDER.fullmatch(folder):
         raise InputError(f"{folder!r} cannot hold vectors: call the folder encoding, or encoding_ and a word")
 
-    def build(draft: Path) -> Mapping[str, Any]:
+    def build(draft: Path) -> EncodeReport:
         inputs = read_inputs()
         tables = _text_tables(inputs, kinds, words)
         texts = {text_sha256(text): text for table in tables.values() for text in table.texts if text}
@@ -151,21 +174,29 @@ def encode_inputs(
         headers = _write_tables(draft, tables, vectors, encoder)
         imputed = {f"knowledge_{kind}": len(headers[f"knowledge_{kind}"].imputed) for kind in EntityKind}
         (draft / JOURNAL).unlink(missing_ok=True)
-        return {
-            "encoder_id": encoder.encoder_id,
-            "dim": encoder.dim,
-            "texts": {name: sum(map(bool, table.texts)) for name, table in tables.items()},
-            "lent": {name: count for name, count in imputed.items() if count},
-            "encoded": len(missing),
-            "reused": len(reused),
-            "resumed": len(resumed),
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / seconds, 1) if tokens else 0.0,
-        }
+        return EncodeReport(
+            encoder_id=encoder.encoder_id,
+            dim=encoder.dim,
+            texts={name: sum(map(bool, table.texts)) for name, table in tables.items()},
+            lent={name: count for name, count in imputed.items() if count},
+            encoded=len(missing),
+            reused=len(reused),
+            resumed=len(resumed),
+            tokens=tokens,
+            tokens_per_s=round(tokens / seconds, 1) if tokens else 0.0,
+        )
 
     sources = {name: work.folder(name) for name in ("dataset", "prompts", "knowledge")}
     params = {"encoder_id": encoder.encoder_id, "kinds": sorted(kinds)} | ({"words": words} if words else {})
-    return run_stage("encode", work.folder(folder), build, inputs=sources, params=params, version=VERSION)
+    return run_stage(
+        "encode",
+        work.folder(folder),
+        build,
+        inputs=sources,
+        params=params,
+        version=VERSION,
+        report_type=EncodeReport,
+    )
 
 
 def _text_tables(inputs: EncodingInputs, kinds: Sequence[EntityKind], words: int | None) -> dict[str, _TextTable]:

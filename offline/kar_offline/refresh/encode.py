@@ -35,4 +35,4 @@ def encode_knowledge(
     result = encode_inputs(context.work, encoder, lambda: inputs, console=context.console)
     if not result.ran:
         return EncodedKnowledge(former, 0)
-    return EncodedKnowledge(Encoding.load(context.work.encoding), result.report["encoded"])
+    return EncodedKnowledge(Encoding.load(context.work.encoding), result.report.encoded)

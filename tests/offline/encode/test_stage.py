@@ -105,9 +105,9 @@ def test_rows_follow_the_dataset_and_have_zeros_where_there_is_no_text(work: Wor
     assert (about["text_sha256"], about["lent"]) == ([sha256("likes drama"), None], [])
     raw = np.load(work.encoding / "raw_user.npy")
     np.testing.assert_array_equal(raw, [*HashingEncoder().encode(["age 24"]), np.zeros(16)])
-    assert result.report["texts"] == {"knowledge_item": 2, "raw_item": 3, "knowledge_user": 1, "raw_user": 1}
+    assert result.report.texts == {"knowledge_item": 2, "raw_item": 3, "knowledge_user": 1, "raw_user": 1}
     # Seven texts, of which two are equal: 2 + 4 + 2 words of items' and 2 + 2 of users'.
-    assert (result.report["encoded"], result.report["tokens"]) == (6, 14)
+    assert (result.report.encoded, result.report.tokens) == (6, 14)
     assert sorted(path.name for path in (work.encoding).iterdir()) == sorted(
         [f"{s}_{k}.{e}" for s in ("knowledge", "raw") for k in ("item", "user") for e in ("npy", "json")]
         + ["stage.json"]
@@ -123,7 +123,7 @@ def test_a_second_run_encodes_nothing_and_a_changed_text_only_itself(work: WorkF
     changed = Counting()
     report = encode(work, changed).report
     assert changed.encoded == ["a new thriller"]
-    assert (report["encoded"], report["reused"]) == (1, 5)
+    assert (report.encoded, report.reused) == (1, 5)
     vectors = np.load(work.encoding / "knowledge_item.npy")
     expected = HashingEncoder().encode(["a long war drama", "a new thriller", "a long war drama"])
     np.testing.assert_array_equal(vectors, expected)
@@ -157,7 +157,7 @@ def test_an_interrupted_run_resumes(work: WorkFolder) -> None:
     assert len(first.encoded) == 4
     assert len(second.encoded) == 2
     assert not set(first.encoded) & set(second.encoded)
-    assert (report["encoded"], report["resumed"]) == (2, 4)
+    assert (report.encoded, report.resumed) == (2, 4)
     np.testing.assert_array_equal(
         np.load(work.encoding / "raw_item.npy"), HashingEncoder().encode(["film one", "film one", "film three"])
     )
@@ -227,8 +227,8 @@ def test_an_imputed_vector_is_the_weighted_mean_of_its_neighbours(work: WorkFold
     assert not np.load(work.encoding / "knowledge_user.npy").any()
     assert np.load(work.encoding / "knowledge_item_clusters.npy").tolist() == [[1, 0]]
     assert header(work, "knowledge_item_clusters")["ids"] == ["cluster/0"]
-    assert report["lent"] == {"knowledge_item": 2}
-    assert report["texts"]["knowledge_item"] == report["texts"]["knowledge_item_clusters"] == 1
+    assert report.lent == {"knowledge_item": 2}
+    assert report.texts["knowledge_item"] == report.texts["knowledge_item_clusters"] == 1
 
 
 def test_a_neighbour_without_a_text_does_not_count(work: WorkFolder) -> None:
@@ -261,7 +261,7 @@ def test_without_text_and_record_a_vector_is_imputed_from_the_most_similar_facts
     report = encode(work, Compass()).report
     assert np.load(work.encoding / "knowledge_item.npy").tolist() == [[0, 1], [1, 0], [0, 1]]
     assert header(work)["lent"] == ["2", "3"]
-    assert report["lent"] == {"knowledge_item": 2}
+    assert report.lent == {"knowledge_item": 2}
     # An own text replaces the imputed vector; item 1's is now imputed.
     write_knowledge(work.knowledge, [record(ITEM, "3", "east")])
     encode(work, Compass())
