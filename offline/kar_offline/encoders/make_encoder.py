@@ -22,14 +22,14 @@ def make_encoder(options: EncoderOptions) -> TextEncoder:
     """
     encoder = _endpoint(options) if options.name == ENDPOINT else _local(options)
     if options.runner == "ray":
-        from kar_offline.encoders.ray import RayEncoder  # an extra of its own
+        from kar_offline.encoders.ray import RayEncoder  # needs the extra `ray`
 
         return RayEncoder(encoder, options.workers, options.ray_address)
     return encoder
 
 
 def _endpoint(options: EncoderOptions) -> TextEncoder:
-    from kar_offline.encoders.openai_embeddings import EndpointEncoder  # httpx takes its time
+    from kar_offline.encoders.openai_embeddings import EndpointEncoder  # httpx loads slowly
 
     if not options.base_url or not options.model:
         raise InputError(f"--encoder {ENDPOINT} needs an endpoint: give --encoder-url and --encoder-model")
@@ -42,8 +42,8 @@ def _local(options: EncoderOptions) -> TextEncoder:
     from kar_offline.encoders.packaged import ENCODERS
 
     threads = options.threads or (1 if options.runner == "ray" else None)
-    how = _given(runtime=options.runtime, pooling=options.pooling, threads=threads)
-    return ENCODERS[options.name](**how) if options.name in ENCODERS else HuggingFaceEncoder(options.name, **how)
+    chosen = _given(runtime=options.runtime, pooling=options.pooling, threads=threads)
+    return ENCODERS[options.name](**chosen) if options.name in ENCODERS else HuggingFaceEncoder(options.name, **chosen)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Owns keeping knowledge true as the world goes on: what is due, in which order, and the way to the stores."""
+"""Owns `kar refresh`: new events and items in, texts that are due rewritten, fresh knowledge published."""

@@ -99,7 +99,7 @@ def levels_of(world: World, at_ms: int, space: str = "aaaaaaaaaaaa", dim: int = 
         (("cluster/1", "cluster/2"), None),  # cluster/2 has no text
     ],
 )
-def test_a_lent_vector_is_a_neighbours_until_the_first_lender_expires(
+def test_an_imputed_vector_is_a_neighbours_until_the_first_neighbour_expires(
     world: World, loans: tuple[str, ...], stale_at_ms: int | None
 ) -> None:
     report = world.publish(make_release(world.work, schema_of(), loans=loans))
@@ -115,7 +115,7 @@ def test_a_lent_vector_is_a_neighbours_until_the_first_lender_expires(
     assert tuple(loan.id for loan in records_pb2.KnowledgeRecord.FromString(blob).loans) == loans
 
 
-def test_affinity_of_a_lent_vector_is_a_neighbours(world: World) -> None:
+def test_the_affinity_vector_of_an_imputed_vector_is_a_neighbours(world: World) -> None:
     world.publish(make_release(world.work, schema_of(), adapted="dddddddddddd", affinity=True, loans=("heat",)))
     assert levels_of(world, 0, AFFINITY) == [NEUTRAL, NEIGHBOUR, NEUTRAL]
 

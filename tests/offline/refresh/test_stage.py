@@ -1,4 +1,4 @@
-"""A refresh takes in what is new, writes anew what is due and no more, and readers of the store notice nothing."""
+"""A refresh adds what is new, rewrites the texts that are due and no others, and does not disturb serving."""
 
 import asyncio
 import json
@@ -164,7 +164,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[WorkFolder, str]:
 
 @pytest.fixture
 def world(made: tuple[WorkFolder, str], tmp_path: Path) -> World:
-    """Of one's own: nothing that a test does to it is seen by another."""
+    """A copy for each test, so that no test changes another's."""
     shutil.copytree(made[0].root.parent, tmp_path, dirs_exist_ok=True)
     work, release_id = WorkFolder(tmp_path / "work"), made[1]
     return World(work, release_id, published(work, release_id))
@@ -180,7 +180,7 @@ def expected(release: Release, text: str) -> np.ndarray:
 
 @pytest.fixture
 def reader(world: World) -> Iterator[None]:
-    """Somebody who reads every vector of the release all the time, and for whom nothing may go wrong."""
+    """A thread that reads every vector of the release all the time, without an error or a missing vector."""
     manifest = world.release.manifest
     spaces = (manifest.adapted_space, manifest.encoded_space, manifest.affinity.space)
     ids = {ITEM: [f"i{row}" for row in range(8)], USER: [f"u{row}" for row in range(4)]}
@@ -213,7 +213,7 @@ def reader(world: World) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("reader")
-def test_readers_go_on_and_then_see_what_is_new(world: World) -> None:
+def test_reads_go_on_and_then_give_the_new_vectors(world: World) -> None:
     before = world.records("item")
     report = world.refresh(**world.files)
     assert report["arrived"] == {"users": 1, "items": 1, "events": 3}
@@ -290,7 +290,7 @@ def test_a_budget_buys_the_most_valuable_and_moves_only_their_cutoffs(world: Wor
     assert after["u3"].history_cutoff == 8
 
 
-def test_money_buys_what_it_is_expected_to(world: World) -> None:
+def test_a_budget_in_dollars_buys_the_texts_that_are_expected_to_fit(world: World) -> None:
     provider = model(price=lambda read, written: 1.0)
     report = world.refresh(provider, budget=Budget(usd=2.5))
     assert (report["calls"], report["chosen"], report["waiting"]["user"]) == (2, {"item": 0, "user": 2}, 2)
@@ -336,20 +336,20 @@ def test_a_killed_refresh_is_completed_by_the_next(world: World) -> None:
     assert report["written"] == {"features": 3, "adapted": 1, "encoded": 6, "affinity": 1, "texts": 6}
 
 
-def test_a_film_without_budget_borrows_from_its_neighbours(world: World) -> None:
+def test_the_vector_of_a_film_beyond_the_budget_is_imputed(world: World) -> None:
     report = world.refresh(budget=Budget(calls=0), **world.files)
     assert (report["calls"], report["waiting"]["item"]) == (0, 1)
     assert (report["written"]["encoded"], report["written"]["texts"]) == (1, 0)
     vector, level = world.vector(ITEM, "i8", world.release.manifest.encoded_space)
     assert (level, float(np.linalg.norm(vector))) == (NEIGHBOUR, pytest.approx(1))
-    # Its own text replaces what is lent.
+    # Its own text replaces the imputed vector.
     world.refresh(now=at(LATER + timedelta(minutes=1)), **world.files)
     vector, level = world.vector(ITEM, "i8", world.release.manifest.encoded_space)
     assert level == FULL
     np.testing.assert_array_equal(vector, HashingEncoder().encode([world.records("item")["i8"].text])[0])
 
 
-def test_a_new_template_is_worth_less_than_growth_and_changes_what_is_served(world: World) -> None:
+def test_an_older_template_is_less_stale_than_growth_and_its_text_is_replaced(world: World) -> None:
     scenario = world.work.root.parent / "films.toml"
     folder = world.work.root.parent / "templates" / "factual"
     folder.mkdir(parents=True)
@@ -366,7 +366,7 @@ def test_a_new_template_is_worth_less_than_growth_and_changes_what_is_served(wor
     assert records_pb2.KnowledgeRecord.FromString(stored) == changed
 
 
-def test_what_expired_is_written_anew(world: World) -> None:
+def test_expired_texts_are_rewritten(world: World) -> None:
     report = world.refresh(policy=Policy(100), now=at(LATER + timedelta(days=31)))
     # It is Christmas by then: the season is one more reason.
     assert (report["due"]["expired"], report["calls"]) == ({"item": 0, "user": 4}, 4)
@@ -416,7 +416,7 @@ def test_a_release_that_is_not_published_is_named_before_anything_is_paid(world:
     assert not provider.asked
 
 
-def test_the_command_tells_what_it_would_do(world: World, tmp_path: Path) -> None:
+def test_a_dry_run_of_the_command_prints_the_plan(world: World, tmp_path: Path) -> None:
     (tmp_path / "pack").mkdir()
     lines = [{"id": "i8", "text": model().script(f'About "{TITLES[0]}"')}]
     write_lines(tmp_path / "pack" / "item.jsonl", lines)
@@ -484,7 +484,7 @@ def test_a_release_of_other_vectors_than_its_training_is_refused(world: World) -
     assert not provider.asked
 
 
-def test_a_borrower_is_stale_when_its_lenders_new_answer_is(world: World) -> None:
+def test_an_imputed_vector_expires_with_its_neighbours_new_text(world: World) -> None:
     release = world.release
     for folder, days in ((release.folder, 30), (world.work.root, 90)):
         records = {record.id: record for record in read_knowledge(folder / "knowledge", "user")}
