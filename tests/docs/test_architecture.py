@@ -42,8 +42,9 @@ def table(package: str) -> list[tuple[int, str, str]]:
 
 def rooms_on_disk(package: str) -> set[str]:
     """Folders and modules directly inside a package."""
-    children = (ROOT / package).iterdir()
-    return {child.stem for child in children if child.is_dir() or child.suffix == ".py"} - {"__init__", "__pycache__"}
+    files = [path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*") if path.is_file()]
+    rooms = {file.parts[0] if len(file.parts) > 1 else file.stem for file in files if "__pycache__" not in file.parts}
+    return rooms - {"__init__"}
 
 
 def floors_of_contract(package: str) -> dict[str, int]:
