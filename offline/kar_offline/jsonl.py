@@ -1,4 +1,4 @@
-"""Owns the reading of files that people write with one JSON object a line: each line is checked on its own."""
+"""Owns reading JSON-lines files that people write: each line is checked, and errors name the line."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 
 def each_line(path: Path, line_type: type[Line], convert: Callable[[Line], Value], consequence: str) -> Iterator[Value]:
-    """Read a file, check each line against `line_type`, and yield what `convert` makes of it; skip empty lines.
+    """Check each line of a file against `line_type` and yield `convert(line)`; empty lines are skipped.
 
     Raises:
         InputError: a line does not fit `line_type`, or `convert` refuses it. The text names the line's number and ends
@@ -28,9 +28,9 @@ def each_line(path: Path, line_type: type[Line], convert: Callable[[Line], Value
             try:
                 value = convert(line_type.model_validate_json(line))
             except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                field = ".".join(map(str, first["loc"]))
-                complaint = f"{field}: {first['msg']}" if field else first["msg"]
+                first_error = error.errors(include_url=False)[0]
+                field = ".".join(map(str, first_error["loc"]))
+                complaint = f"{field}: {first_error['msg']}" if field else first_error["msg"]
                 raise InputError(f"{path} line {number}: {complaint}; {consequence}") from error
             except (InputError, UnicodeEncodeError) as error:
                 raise InputError(f"{path} line {number}: {error}; {consequence}") from error

@@ -1,4 +1,4 @@
-"""Owns how a stage runs: it fills one folder as a whole, records its sources there, and is skipped while they stay.
+"""Owns how a stage runs: it fills its folder in one step, records its sources, and is skipped if they are unchanged.
 
 WORK/<stage>/                 the finished folder
 WORK/<stage>/stage.json       its record: sources, seconds, report, content hash
@@ -54,7 +54,7 @@ class StageResult(Generic[R]):
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 of a folder's file names and contents, hexadecimal; a finished stage's folder has it in its record."""
+    """SHA-256 of a folder's file names and contents, hexadecimal; read from the record of a finished stage."""
     record = folder / RECORD
     if record.is_file():
         return str(json.loads(record.read_text())["content"])
@@ -65,7 +65,7 @@ def folder_hash(folder: Path) -> str:
 
 
 def stage_seconds(folder: Path) -> float:
-    """Duration of the run that filled a finished stage's folder."""
+    """Duration in seconds of the run that filled a finished stage's folder."""
     return float(json.loads((folder / RECORD).read_text())["seconds"])
 
 
@@ -75,7 +75,7 @@ def draft_of(folder: Path) -> Path:
 
 
 def settle(folder: Path) -> None:
-    """Rename a finished draft to `folder` if the stage was killed between removing the former folder and renaming."""
+    """Rename a finished draft to `folder` if a killed run had moved the former folder away but not yet done so."""
     if not folder.exists() and (draft_of(folder) / RECORD).is_file():
         draft_of(folder).replace(folder)
 
@@ -114,8 +114,8 @@ def run_stage(
     """Fill `folder` with `build`, unless it was filled from the same inputs, parameters and version before.
 
     `build` writes to a draft folder, which then replaces `folder` with one rename: a run that is killed leaves the
-    former folder untouched. The next run with the same sources finds the draft as the killed one left it, and can
-    resume; with other sources it finds an empty draft.
+    former folder untouched. The next run gets the draft of the killed run if its sources are the same, so that it can
+    resume, and an empty draft otherwise.
 
     Args:
         name: the stage as users know it.
@@ -140,7 +140,7 @@ def run_stage(
         if record["source"] == source:
             return StageResult(name, folder, False, record["seconds"], _typed(record["report"], report_type))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    locked = PreconditionError(f"another process is making {folder}: wait until it is done")
+    locked = PreconditionError(f"another process is writing {folder}: wait until it has finished")
     with held(folder.parent / f".{folder.name}.lock", locked):
         draft = _open_draft(folder, source)
         started_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Owns the layout of a work folder: one path for each stage's output, and one cached copy of what was read from it."""
+"""Owns the layout of a work folder: a path for each stage's output, and a cache of the outputs that were loaded."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ __all__ = ["DEFAULT_WORK", "StageContent", "WorkFolder"]
 
 
 class StageContent(Protocol):
-    """What a stage wrote, as an object that can be read back."""
+    """The output of a stage, as an object that can be loaded from its folder."""
 
     FOLDER: ClassVar[str]
     """Name of the stage's folder in a work folder."""
@@ -35,7 +35,7 @@ class WorkFolder:
 
     root: Path
     _contents: dict[type, tuple[str, Any]] = field(default_factory=dict, compare=False, repr=False)
-    """By type, the hash of the folder that it was read from, and what was read."""
+    """By type: the content hash of the folder at the time of loading, and the loaded object."""
 
     @classmethod
     def at(cls, root: "str | Path | WorkFolder") -> Self:
@@ -46,29 +46,29 @@ class WorkFolder:
         return str(self.root)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Contents stay in the process that read them.
+        # The cache is not copied to other processes.
         return {"root": self.root, "_contents": {}}
 
     def read(self, content: type[T]) -> T:
-        """The content of a stage's folder. It is read once, and again after the folder has changed.
+        """The content of a stage's folder; it is loaded once, and again after the folder has changed.
 
         Raises:
             KarError: as `content.load` does.
         """
         folder = self.root / content.FOLDER
         version = folder_hash(folder)
-        known = self._contents.get(content)
-        if known is None or known[0] != version:
-            known = (version, content.load(folder))
-            self._contents[content] = known
-        return cast(T, known[1])
+        cached = self._contents.get(content)
+        if cached is None or cached[0] != version:
+            cached = (version, content.load(folder))
+            self._contents[content] = cached
+        return cast(T, cached[1])
 
     def keep(self, content: StageContent) -> None:
         """Remember content that was just written to its stage's folder, so that `read` does not read it again."""
         self._contents[type(content)] = (folder_hash(self.root / content.FOLDER), content)
 
     def folder(self, name: str) -> Path:
-        """A folder whose name an option gives, such as another encoding."""
+        """A folder whose name comes from an option, such as a second encoding."""
         return self.root / name
 
     @property
@@ -88,12 +88,12 @@ class WorkFolder:
 
     @property
     def ledger(self) -> Path:
-        """The ledger: every question, answer and cost (`kar generate`)."""
+        """The ledger: every question to a language model, its answer and cost (`kar generate`)."""
         return self.root / "ledger.sqlite"
 
     @property
     def content(self) -> Path:
-        """Content vectors that clusters are made of (`kar generate --share`)."""
+        """Vectors of the entities' facts, from which clusters are made (`kar generate --share`)."""
         return self.root / "content"
 
     @property

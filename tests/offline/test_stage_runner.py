@@ -96,7 +96,7 @@ def test_two_processes_never_make_the_same_folder(tmp_path):
     def make_it_again(draft: Path):
         return run_stage("numbers", tmp_path / "numbers", write_number(2), inputs={}, params={}, version=2).report
 
-    with pytest.raises(PreconditionError, match="another process is making"):
+    with pytest.raises(PreconditionError, match="another process is writing"):
         run_stage("numbers", tmp_path / "numbers", make_it_again, inputs={}, params={}, version=1)
 
 

@@ -1,1 +1,1 @@
-"""Owns raw logs turned into leakage-safe samples."""
+"""Owns the dataset: raw logs in, leakage-safe samples and their splits out."""

@@ -1,7 +1,7 @@
-"""Owns the columns of a log: the values that each may hold, and how a cell becomes a value.
+"""Owns the parsers of a log's cells: which values a column may hold, and how a cell becomes a value.
 
-Every parser takes one cell, as text or as the Parquet type gives it. It raises ValueError with the end of a sentence
-that begins "the value ...", such as "is no number: correct it or remove the row".
+Every parser takes one cell, as text or as a value of the Parquet type. For a wrong cell it raises ValueError; the text
+continues a sentence that begins with the value, such as "is not a number: correct it or remove the row".
 """
 
 import math
@@ -28,7 +28,7 @@ __all__ = [
 TITLE: Final = "title"
 """The fact that names an entity in prompts."""
 HIGHEST_RATING: Final = 10.0
-"""Ratings lie between 0 and this; models read them in half points."""
+"""Ratings lie between 0 and this; models read them rounded to half points."""
 LATEST_S: Final = 10**11
 """Seconds since 1970. A greater number is probably in milliseconds."""
 LARGEST_WIDTH: Final = 64
@@ -42,7 +42,7 @@ def parse_id(cell: Any) -> str:
     if cell is None or not str(cell).strip():
         raise ValueError("is empty: give every row an id")
     if isinstance(cell, bool) or not isinstance(cell, str | int):
-        raise ValueError("is no id: make the column text or whole numbers")
+        raise ValueError("is not an id: make the column text or whole numbers")
     if UNSTORABLE.search(text := str(cell)):
         raise ValueError("holds a NUL or a line break: remove it")
     return text
@@ -55,7 +55,7 @@ def parse_number(cell: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError("is no number: correct it or remove the row")
+        raise ValueError("is not a number: correct it or remove the row")
     return number
 
 
@@ -65,12 +65,12 @@ def parse_optional_number(cell: Any) -> float | None:
 
 
 def parse_rating(values: Mapping[str, float], cell: Any) -> float:
-    """A rating: a number, or the number that `values` gives for the cell's word if `values` is not empty."""
+    """A rating: the cell's number or, if `values` is not empty, the number of the cell's word in `values`."""
     if values and str(cell) not in values:
         raise ValueError(f"is none of {', '.join(values)}: add it to [events.values] of the mapping")
     number = values[str(cell)] if values else parse_number(cell)
     if not 0 <= number <= HIGHEST_RATING:
-        raise ValueError(f"is not from 0 to {HIGHEST_RATING:g}: scale the ratings")
+        raise ValueError(f"is not between 0 and {HIGHEST_RATING:g}: scale the ratings")
     return number
 
 
@@ -85,7 +85,7 @@ def parse_seconds(cell: Any) -> int:
             cell = (cell if cell.tzinfo else cell.replace(tzinfo=UTC)).timestamp()
         seconds = math.floor(cell)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError("is no timestamp: give seconds since 1970 or an ISO date and time") from error
+        raise ValueError("is not a timestamp: give seconds since 1970 or an ISO date and time") from error
     if abs(seconds) > LATEST_S:
         raise ValueError("is too great for seconds since 1970: divide milliseconds by 1000")
     return seconds
@@ -98,7 +98,7 @@ def parse_category(cell: Any) -> str | None:
 
 
 def parse_categories(separator: str, cell: Any) -> list[str]:
-    """Several categories: a list, or text with a separator."""
+    """Several categories, from a list or from text with a separator."""
     parts = cell if isinstance(cell, list) else (parse_category(cell) or "").split(separator)
     categories = [category for part in parts if (category := parse_category(part)) is not None]
     if len(categories) > LARGEST_WIDTH:

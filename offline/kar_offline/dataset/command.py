@@ -21,7 +21,7 @@ __all__ = ["dataset"]
 
 
 class Name(StrEnum):
-    """Data sets that are known by name."""
+    """Datasets that `--dataset` can name."""
 
     ML_100K = "ml-100k"
     ML_1M = "ml-1m"
@@ -39,9 +39,10 @@ def dataset(
     name: Annotated[
         Name, typer.Option("--dataset", help="ml-100k is downloaded; ml-1m is read from the folder of --from.")
     ] = Name.ML_100K,
-    folder: Annotated[Path | None, typer.Option("--from", help="ml-1m: the folder of its files.")] = None,
+    folder: Annotated[Path | None, typer.Option("--from", help="ml-1m: the folder that holds its files.")] = None,
     events: Annotated[
-        Path | None, typer.Option(help="Your own log instead: Parquet or CSV file with one event per row.")
+        Path | None,
+        typer.Option(help="Your own log in place of MovieLens: Parquet or CSV file with one event per row."),
     ] = None,
     users: Annotated[Path | None, typer.Option(help="With --events: file with one user per row.")] = None,
     items: Annotated[Path | None, typer.Option(help="With --events: file with one item per row.")] = None,
@@ -51,11 +52,15 @@ def dataset(
     limit: Annotated[
         int | None, typer.Option(min=3, help="MovieLens: number of users to keep, for a quick trial; default: all.")
     ] = None,
-    split: Annotated[By, typer.Option(help="Test on other users, or on the latest events.")] = By.USER,
+    split: Annotated[
+        By, typer.Option(help="Test on users who are not in training, or on the latest events.")
+    ] = By.USER,
     fold: Annotated[int, typer.Option(min=0, help="Split by user: the fold to test on, from 0.")] = 0,
     folds: Annotated[int, typer.Option(min=2, help="Split by user: number of folds.")] = FOLDS,
-    seed: Annotated[int, typer.Option(help="Split by user: its seed.")] = SEED,
-    history_length: Annotated[int, typer.Option(min=1, help="Number of events before a sample that models read.")] = 30,
+    seed: Annotated[int, typer.Option(help="Split by user: seed of the split.")] = SEED,
+    history_length: Annotated[
+        int, typer.Option(min=1, help="Maximal number of events in the history of a sample.")
+    ] = 30,
     json_file: JsonFile = None,
 ) -> None:
     """Make leakage-safe samples of MovieLens-100K, MovieLens-1M or a log of your own."""

@@ -26,7 +26,7 @@ from kar_sidecar.errors import IntegrityError, PreconditionError
 __all__ = ["PROMPT_EVENTS", "Dataset"]
 
 SUBSET_SEED: Final = 7919
-"""Seed of the choice of training users in `Dataset.with_less_training`; another one than that of the splits."""
+"""Seed of the choice of users in `Dataset.with_less_training`; not that of the splits, so the two are independent."""
 PROMPT_EVENTS: Final = 30
 """Maximal number of a user's events in a prompt."""
 HEADER: Final = "dataset.json"
@@ -55,14 +55,14 @@ class Dataset:
     event_item: NDArray[np.int32]  # [E] item row
     event_rating: NDArray[np.float32]  # [E]
     event_time: NDArray[np.int64]  # [E] seconds since the epoch
-    cutoff: NDArray[np.int32]  # [U] number of first events that texts may be written from
+    cutoff: NDArray[np.int32]  # [U] number of a user's first events that texts may be written from
     event_split: NDArray[np.uint8]  # [E] TRAIN, VALIDATION or TEST
     positive_above: float
     """A sample is positive when its rating is greater than this."""
     split: str = "given"
     """How the events were split, in words."""
     shared_clock: bool = True
-    """Whether times of different users can be compared; False if a time is only a place in its user's order."""
+    """Whether times of different users can be compared; False if a time only orders a user's events."""
 
     def __post_init__(self) -> None:
         """Check the sizes of the arrays, their ranges and the order of events.
@@ -103,7 +103,7 @@ class Dataset:
         """Sort raw events, set the cut-offs and split by user (fold 0).
 
         Args:
-            name: What reports call the data.
+            name: Name of the data in reports.
             schema: The features that models read.
             users: The users.
             items: The items, sorted by id: events of one second are ordered by item row.
@@ -142,34 +142,36 @@ class Dataset:
         rating: NDArray[np.floating],
         time: NDArray[np.integer],
     ) -> "Dataset":
-        """A dataset with more users, items and events. Rows of known entities and cut-off events stay.
+        """This dataset with more users, items and events; entities that were there before keep their rows.
 
         A new event that is older than an event before the cut-off falls before the cut-off, too. New users have a
         cut-off of 0. New events have the split TRAIN until the dataset is split again.
 
         Args:
-            users: New users; their rows follow the known ones.
-            items: New items; their rows follow the known ones.
+            users: New users; their rows follow those of the users before.
+            items: New items; their rows follow those of the items before.
             user: User row of each new event [N].
             item: Item row of each new event [N].
             rating: Ratings [N].
             time: Seconds since the epoch [N].
         """
-        known = len(self.event_item)
+        event_count = len(self.event_item)  # before the extension
         users, items = (*self.users, *users), (*self.items, *items)
         user = np.concatenate((self.event_user, user))
         item = np.concatenate((self.event_item, item))
         rating = np.concatenate((self.event_rating, rating))
         time = np.concatenate((self.event_time, time))
-        split = np.concatenate((self.event_split, np.full(len(user) - known, TRAIN, np.uint8)))
+        split = np.concatenate((self.event_split, np.full(len(user) - event_count, TRAIN, np.uint8)))
         before_cutoff = np.zeros(len(user), np.bool_)
-        before_cutoff[:known] = np.arange(known) - self.offsets[self.event_user] < self.cutoff[self.event_user]
+        before_cutoff[:event_count] = (
+            np.arange(event_count) - self.offsets[self.event_user] < self.cutoff[self.event_user]
+        )
         order = np.lexsort((item, time, user))
         user, before_cutoff = user[order], before_cutoff[order]
         offsets = _offsets(np.bincount(user, minlength=len(users)))
-        place = np.arange(len(user)) - offsets[user]
+        position = np.arange(len(user)) - offsets[user]
         cutoff = np.zeros(len(users), np.int32)
-        np.maximum.at(cutoff, user[before_cutoff], place[before_cutoff].astype(np.int32) + 1)
+        np.maximum.at(cutoff, user[before_cutoff], position[before_cutoff].astype(np.int32) + 1)
         return replace(
             self,
             users=users,
@@ -252,7 +254,7 @@ class Dataset:
         return np.flatnonzero(position >= self.cutoff[self.event_user])
 
     def samples(self, split: int) -> NDArray[np.int64]:
-        """Event numbers of the samples of one split, such as `TEST`."""
+        """Event numbers [n] int64 of the samples of one split, such as `TEST`."""
         return self.sample_events[self.event_split[self.sample_events] == split]
 
     @cached_property
@@ -261,17 +263,17 @@ class Dataset:
         return (self.event_rating > self.positive_above).astype(np.float32)
 
     def written_from(self, user: int) -> slice:
-        """The events before the cut-off of a user, given by row."""
+        """The events before a user's cut-off, which texts may be written from; `user` is a row."""
         start = int(self.offsets[user])
         return slice(start, start + int(self.cutoff[user]))
 
     def prompt_events(self, user: int) -> slice:
-        """The events that prompts show of a user, given by row: the last `PROMPT_EVENTS` before the cut-off."""
+        """The events of a user that prompts show, the last `PROMPT_EVENTS` before the cut-off; `user` is a row."""
         before_cutoff = self.written_from(user)
         return slice(max(before_cutoff.start, before_cutoff.stop - PROMPT_EVENTS), before_cutoff.stop)
 
     def history(self, event: int, length: int) -> slice:
-        """The history of a sample: the last `length` events of its user before it."""
+        """The history of a sample: the last `length` events of the same user before event number `event`."""
         start = int(self.offsets[self.event_user[event]])
         return slice(max(start, event - length), event)
 

@@ -31,9 +31,9 @@ class EventColumns(_Section):
     values: Mapping[str, float] = Field(default_factory=dict)
     """The number of each word in the rating column, such as `view = 1`, `purchase = 5`."""
     repeats: Literal["refuse", "first", "last"] = "refuse"
-    """Which event to keep if a user has several with one item."""
+    """What to do if a user has several events with one item: refuse the log, or keep the first or the last event."""
     shared_clock: bool = True
-    """False if `time` is only a place in its user's order."""
+    """False if `time` is only an event's position among its user's events."""
 
 
 class SeveralCategories(_Section):

@@ -1,4 +1,4 @@
-"""Owns MovieLens in one normal form, whatever its source, and the dataset made of it."""
+"""Owns the normal form of MovieLens data, the same for every source, and its conversion to a dataset."""
 
 import hashlib
 import json
@@ -22,7 +22,8 @@ __all__ = ["UNKNOWN_GENRE", "Movie", "MovieLens", "Person", "Rating", "choose_us
 POSITIVE_ABOVE: Final = 3.0
 UNKNOWN_GENRE: Final = "unknown"
 """GroupLens' name of a missing genre."""
-MOST_GENRES: Final = 6
+MAX_GENRES: Final = 6
+"""Largest number of genres of a movie."""
 GENDERS: Final = {"M": "male", "F": "female"}
 ARTICLE: Final = re.compile(r"(?P<name>[^(]+), (?P<article>The|An?|La|Les?|L'|Il|Das|Der)(?= \()")
 
@@ -56,7 +57,7 @@ class Movie(NamedTuple):
 
 
 class Rating(NamedTuple):
-    """One event. The time is in seconds since 1970, or the place of the event among its user's events."""
+    """One event. The time is in seconds since 1970, or the event's position among its user's events."""
 
     user: int
     item: int
@@ -66,7 +67,7 @@ class Rating(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MovieLens:
-    """The data in normal form: every list is sorted by its fields."""
+    """The data in normal form: users, items and ratings, each sorted by its fields."""
 
     users: tuple[Person, ...]
     items: tuple[Movie, ...]
@@ -86,7 +87,7 @@ class MovieLens:
 
 
 def choose_users(user_ids: Sequence[str], count: int, seed: int) -> frozenset[str]:
-    """Choose users by seeded hash, from each split in proportion to its size, so that no split is empty.
+    """Choose users by seeded hash, from each split in proportion to its size; no split stays empty.
 
     Raises:
         InputError: there are fewer users than splits.
@@ -112,7 +113,7 @@ def _schema(history_length: int, age_bands: bool) -> records_pb2.FeatureSchema:
             feature(name="gender", entity=USER.number, type=categorical, width=1),
             feature(name="occupation", entity=USER.number, type=categorical, width=1),
             feature(name="year", entity=ITEM.number, type=numeric),
-            feature(name="genres", entity=ITEM.number, type=categorical, width=MOST_GENRES),
+            feature(name="genres", entity=ITEM.number, type=categorical, width=MAX_GENRES),
         ],
         history_length=history_length,
     )
@@ -140,10 +141,10 @@ def to_dataset(
     """The dataset of some or all users and the items that they rated.
 
     Args:
-        data: The data.
+        data: MovieLens in normal form.
         name: Name of the dataset.
         seed: Seed of the choice of users and of the split.
-        history_length: Number of events before a sample that models read.
+        history_length: Maximal number of events in the history of a sample.
         users: Number of users to keep; None keeps all.
         shared_clock: Whether times of different users can be compared.
 

@@ -57,7 +57,7 @@ class MovieLens100K:
     seed: int = SEED
     """Seed of the choice of users."""
     downloads: Mapping[str, Download] = field(default_factory=lambda: DOWNLOADS)
-    """By name, tried in this order."""
+    """Downloads by name, tried in this order."""
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -69,7 +69,7 @@ class MovieLens100K:
 
         Raises:
             UnavailableError: every download failed; the text names each reason.
-            IntegrityError: the samples are not those of MovieLens-100K.
+            IntegrityError: the number of samples or the share of positives is wrong.
             InputError: there are fewer users than splits.
         """
         name, data, failures = _first_download(self.downloads)
@@ -84,7 +84,7 @@ class MovieLens100K:
 
 
 def _first_download(downloads: Mapping[str, Download]) -> tuple[str, MovieLens, list[str]]:
-    """Name and data of the first download that succeeds, and the errors of those before it."""
+    """Name and data of the first download that succeeds, and the errors of the downloads before it."""
     failures: list[str] = []
     for name, download in downloads.items():
         try:
@@ -184,7 +184,7 @@ def verify(data: MovieLens) -> None:
     """Check that the data are MovieLens-100K, complete and unchanged.
 
     Raises:
-        IntegrityError: they are not.
+        IntegrityError: a count or the content hash differs.
     """
     counts = {"ratings": len(data.ratings), "users": len(data.users), "items": len(data.items)}
     if counts != COUNTS:

@@ -1,8 +1,8 @@
 """Owns MovieLens-1M, read from a folder that the user names: GroupLens' own files, or tables without times.
 
 GroupLens' files are `ratings.dat`, `movies.dat` and `users.dat` (double colons, Latin-1). The tables are
-`ratings.tsv.xz`, `movies.tsv.xz` and `users.tsv.xz` (tabs, a header line). Their column `order`, the place of an event
-among its user's events, is read as the time; the times of different users cannot be compared then.
+`ratings.tsv.xz`, `movies.tsv.xz` and `users.tsv.xz` (tabs, a header line). Their column `order`, an event's position
+among its user's events, is read as the time; such times of different users cannot be compared.
 """
 
 import lzma
@@ -79,7 +79,7 @@ class MovieLens1M:
 
 
 def read_folder(folder: Path) -> tuple[MovieLens, bool]:
-    """The data in normal form, and whether they have times.
+    """The data in normal form, and whether their events have times.
 
     Raises:
         NotFoundError: the folder does not hold the data.
@@ -90,7 +90,7 @@ def read_folder(folder: Path) -> tuple[MovieLens, bool]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of `NAMES`, in one of the two forms."""
+    """The files of `NAMES`, as GroupLens' own files or as tables."""
     for suffix in (".dat", ".tsv.xz"):
         files = [folder / f"{name}{suffix}" for name in NAMES]
         if all(file.is_file() for file in files):
@@ -120,7 +120,7 @@ def _read(file: Path, parse: Callable[..., Row]) -> list[Row]:
             try:
                 rows.append(parse(*line.rstrip("\r").split(separator)))
             except (TypeError, ValueError, LookupError) as error:
-                raise IntegrityError(f"{file}:{number} is no line of MovieLens-1M ({error}): restore it") from error
+                raise IntegrityError(f"{file}:{number} is not a line of MovieLens-1M ({error}): restore it") from error
     return rows
 
 

@@ -1,8 +1,9 @@
-"""Owns the lists that rerankers learn from and are measured on: a user's next samples among items without an event.
+"""Owns the lists that rerankers are trained and tested on: samples of a user among items that are new to that user.
 
-A list has ten rows: a window of four consecutive samples of one user, and six items drawn with equal probability from
-the items of training samples that the user has no event with. Windows do not overlap; a rest of fewer than four samples
-is dropped. All rows have the history before the first event of the window. Their order depends on seed and user only.
+A list has ten rows: a window of four consecutive samples of one user, and six items that the user has no event with.
+These are drawn with equal probability from the items of training samples. Windows do not overlap; the last samples of a
+user are dropped if they do not fill a window. All rows of a list have the same history, which ends before the first
+event of the window. The order of the rows depends on seed and user only.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ def rerank_lists(dataset: Dataset, split: int, *, seed: int) -> Lists:
         seed: Seed of the drawn items and of the order of rows.
 
     Raises:
-        InputError: a user has events with nearly all items, so that six others cannot be drawn; the text says who.
+        InputError: fewer than six items have no event with a user; the text names the user.
     """
     samples = dataset.samples(split)
     users = dataset.event_user[samples]
@@ -72,13 +73,13 @@ def _lists_of_user(dataset: Dataset, windows: NDArray[np.int64], candidates: NDA
     """The lists of one user, from windows [n, 4] of events."""
     user = int(dataset.event_user[windows[0, 0]])
     user_id = dataset.users[user].id
-    own = dataset.event_item[dataset.offsets[user] : dataset.offsets[user + 1]]
-    others = np.setdiff1d(candidates, own)
-    if len(others) < DRAWN:
-        raise InputError(f"user {user_id!r} rated all items but {len(others)}: lists need {DRAWN}")
+    rated_items = dataset.event_item[dataset.offsets[user] : dataset.offsets[user + 1]]
+    new_items = np.setdiff1d(candidates, rated_items)
+    if len(new_items) < DRAWN:
+        raise InputError(f"user {user_id!r} rated all items but {len(new_items)}: a list needs {DRAWN} unrated items")
     digest = hashlib.blake2b(f"{seed}:{user_id}".encode(), digest_size=8).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "little"))
-    drawn = np.stack([generator.choice(others, DRAWN, replace=False) for _ in windows])  # [n, 6]
+    drawn = np.stack([generator.choice(new_items, DRAWN, replace=False) for _ in windows])  # [n, 6]
     order = generator.permuted(np.tile(np.arange(LIST_LENGTH), (len(windows), 1)), axis=1)  # [n, 10]
     items = np.concatenate([dataset.event_item[windows], drawn], 1).astype(np.int64)
     labels = np.concatenate([dataset.labels[windows], np.zeros((len(windows), DRAWN), np.float32)], 1)

@@ -1,4 +1,4 @@
-"""Owns the seam between the stage `dataset` and the sources of data: MovieLens, a log of one's own, data of a test."""
+"""Owns the Protocol of data sources, such as MovieLens or a log of the user's own, which the stage `dataset` reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class SourcedDataset:
     """A dataset with its origin."""
 
     dataset: Dataset
-    """Checked; the stage splits it as its options say."""
+    """Checked, but not yet split as the options of the stage say."""
     source: str
     """Name of the source in reports."""
     skipped_sources: tuple[str, ...] | None = None
@@ -26,14 +26,14 @@ class DatasetSource(Protocol):
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """Options and content hashes that the dataset depends on, as JSON values; another value builds it again."""
+        """Options and content hashes that the dataset depends on, as JSON values; if one changes, it is built again."""
         ...
 
     def read(self, history_length: int) -> SourcedDataset:
         """Get, check and convert the data.
 
         Args:
-            history_length: Number of events before a sample that models read.
+            history_length: Maximal number of events in the history of a sample.
 
         Raises:
             KarError: the data are missing, corrupt or wrong; the text says what to do.

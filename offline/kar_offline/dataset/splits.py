@@ -42,7 +42,7 @@ def hash_fraction(seed: int, user_id: str) -> float:
 
 
 def split_of(seed: int, user_id: str, fold: int = 0, folds: int = FOLDS) -> int:
-    """The split of one user, whatever other users there are. Each fold tests on its own interval of hashes."""
+    """The split of one user; it does not depend on the other users. Each fold tests on its own interval of hashes."""
     place = (hash_fraction(seed, user_id) - fold / folds) % 1
     if place < 1 / folds:
         return TEST
@@ -65,7 +65,7 @@ def split_by_time(
 ) -> NDArray[np.uint8]:
     """The split of each event [E]: the latest samples are the test split, those before them the validation split.
 
-    Events of one second have one split, the later one.
+    Events of the same second are never divided: if a split begins among them, it takes them all.
 
     Args:
         event_time: Seconds [E].

@@ -44,18 +44,21 @@ class Split:
 def build_dataset(
     work: WorkFolder, source: DatasetSource, *, split: Split | None = None, history_length: int = 30
 ) -> StageResult[DatasetReport]:
-    """Write `work.dataset`, unless the same source and options made it before. Nothing is written if a check fails.
+    """Write `work.dataset`, unless it is there already, made from the same source and options.
+
+    Nothing is written if a check fails.
+
 
     Args:
         work: The work folder.
-        source: Gives the data.
+        source: The source of the data.
         split: How to split the events; None splits by user with default options.
-        history_length: Number of events before a sample that models read.
+        history_length: Maximal number of events in the history of a sample.
 
     Raises:
         InputError: a history is shorter than 1, or there is no such fold.
         PreconditionError: the events cannot be split by time.
-        KarError: the source raises one.
+        KarError: the source cannot be read.
     """
     if history_length < 1:
         raise InputError(f"a history of {history_length} events is empty: give --history-length at least 1")
@@ -76,7 +79,7 @@ def build_dataset(
 def extend_dataset(work: WorkFolder, dataset: Dataset) -> StageResult[DatasetReport]:
     """Replace the dataset of a work folder by a larger one, split with the same options as before.
 
-    Does nothing if the dataset is there already.
+    Does nothing if the folder holds this dataset already.
     """
     record_file = work.dataset / RECORD
     record = json.loads(record_file.read_text()) if record_file.is_file() else {}

@@ -78,7 +78,7 @@ def read_columns(path: Path, names: Sequence[str], delimiter: str, section: str)
 
     Raises:
         NotFoundError: there is no such file.
-        InputError: it is no table, or it does not have each column exactly once.
+        InputError: it is not a table, or a column is missing or there twice.
     """
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist: name a Parquet or CSV file")
@@ -90,9 +90,9 @@ def read_columns(path: Path, names: Sequence[str], delimiter: str, section: str)
         else:
             with csv.open_csv(path, parse_options=parse_options) as reader:
                 present = reader.schema.names
-        if absent := [name for name in wanted if present.count(name) != 1]:
+        if wrong := [name for name in wanted if present.count(name) != 1]:
             raise InputError(
-                f"{path.name} has no column {absent[0]!r}, or several (its columns: {', '.join(present)}): "
+                f"{path.name} needs exactly one column {wrong[0]!r} (its columns: {', '.join(present)}): "
                 f"correct [{section}] of the mapping"
             )
         if path.suffix == ".parquet":

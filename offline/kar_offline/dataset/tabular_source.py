@@ -1,4 +1,4 @@
-"""Owns the dataset made of any log: tables of events, users and items with the mapping file that explains them."""
+"""Owns the source "a log of the user's own": tables of events, users and items, read as a mapping file says."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ __all__ = ["TabularSource", "read_tables"]
 
 @dataclass(frozen=True, slots=True)
 class TabularSource:
-    """The source "a log of one's own": one table of events, perhaps one of users and one of items."""
+    """A log: a table of events and, if given, a table of users and a table of items."""
 
     mapping: LogMapping
     events: Path
@@ -64,20 +64,20 @@ def read_tables(
         events: Table with one event per row.
         users: Table with one user per row; None takes the ids in the events, without features.
         items: Table with one item per row; None takes the ids in the events, without features.
-        history_length: Number of events before a sample that models read.
+        history_length: Maximal number of events in the history of a sample.
 
     Raises:
         NotFoundError: a file is missing.
-        InputError: a file is no table, lacks a column, or holds a wrong value; the text names file, row and column.
+        InputError: a file is not a table, lacks a column, or holds a wrong value; the text names file, row and column.
     """
-    part = mapping.events
-    rating_column = [part.rating] if isinstance(part.rating, str) else []
-    columns = read_columns(events, [part.user, part.item, part.time, *rating_column], mapping.delimiter, "events")
+    keys = mapping.events
+    rating_column = [keys.rating] if isinstance(keys.rating, str) else []
+    columns = read_columns(events, [keys.user, keys.item, keys.time, *rating_column], mapping.delimiter, "events")
     tables: dict[EntityKind, list[Entity]] = {}
     features: list[records_pb2.Feature] = []
     files = {USER: users, ITEM: items}
     sections = {USER: mapping.users, ITEM: mapping.items}
-    ids = {USER: columns[part.user], ITEM: columns[part.item]}
+    ids = {USER: columns[keys.user], ITEM: columns[keys.item]}
     for kind in (USER, ITEM):
         file, section = files[kind], sections[kind]
         if (file is None) != (section is None):
@@ -88,11 +88,11 @@ def read_tables(
         else:
             tables[kind] = [Entity(entity_id, {}, {}) for entity_id in sorted(set(ids[kind].distinct(parse_id)))]
     user, item = (_entity_rows(ids[kind], tables[kind], files[kind]) for kind in (USER, ITEM))
-    seconds = columns[part.time].array(parse_seconds, np.int64)
+    seconds = columns[keys.time].array(parse_seconds, np.int64)
     if not len(user):
         raise InputError(f"{events.name} has no events: name another file")
-    rating = _ratings(part, columns, len(user))
-    kept = _without_repeats(user, item, seconds, part.repeats, columns[part.user])
+    rating = _ratings(keys, columns, len(user))
+    kept = _without_repeats(user, item, seconds, keys.repeats, columns[keys.user])
     return Dataset.from_events(
         mapping.name,
         records_pb2.FeatureSchema(features=features, history_length=history_length),
@@ -103,7 +103,7 @@ def read_tables(
         rating=rating[kept],
         time=seconds[kept],
         positive_above=mapping.positive_above,
-        shared_clock=part.shared_clock,
+        shared_clock=keys.shared_clock,
     )
 
 
@@ -161,11 +161,11 @@ def _entity_rows(column: TableColumn, entities: Sequence[Entity], path: Path | N
     return column.array(find, np.int64)
 
 
-def _ratings(part: EventColumns, columns: Mapping[str, TableColumn], events: int) -> NDArray[np.float32]:
+def _ratings(keys: EventColumns, columns: Mapping[str, TableColumn], events: int) -> NDArray[np.float32]:
     """The rating of each event [E]."""
-    if isinstance(part.rating, str):
-        return columns[part.rating].array(partial(parse_rating, part.values), np.float32)
-    return np.full(events, parse_rating({}, part.rating), np.float32)
+    if isinstance(keys.rating, str):
+        return columns[keys.rating].array(partial(parse_rating, keys.values), np.float32)
+    return np.full(events, parse_rating({}, keys.rating), np.float32)
 
 
 def _without_repeats(
@@ -184,7 +184,7 @@ def _without_repeats(
         row = int(order[repeats_previous].min())
         first_row = int(np.argmax((user == user[row]) & (item == item[row])))
         raise InputError(
-            f"{column.place(row)} and its item were together in row {first_row + 1:,} already: remove one, "
+            f"{column.place(row)} and its item repeat the pair of row {first_row + 1:,}: remove one row, "
             'or set repeats = "first" or "last" in [events] of the mapping'
         )
     kept = ~repeats_previous if rule == "first" else ~np.append(repeats_previous[1:], False)

@@ -157,17 +157,17 @@ def changed(column: str, row: int, value: object) -> dict:
 @pytest.mark.parametrize(
     ("events", "words"),
     [
-        (changed("at", 3, "yesterday"), r"events.csv row 4: at 'yesterday' is no timestamp: give seconds"),
+        (changed("at", 3, "yesterday"), r"events.csv row 4: at 'yesterday' is not a timestamp: give seconds"),
         (changed("at", 2, "1704067202000"), r"row 3: at '1704067202000' is too great for seconds"),
-        (changed("stars", 1, "nan"), r"row 2: stars 'nan' is no number"),
-        (changed("stars", 1, ""), r"row 2: stars '' is no number"),
-        (changed("stars", 0, "99"), r"row 1: stars '99' is not from 0 to 10: scale the ratings"),
+        (changed("stars", 1, "nan"), r"row 2: stars 'nan' is not a number"),
+        (changed("stars", 1, ""), r"row 2: stars '' is not a number"),
+        (changed("stars", 0, "99"), r"row 1: stars '99' is not between 0 and 10: scale the ratings"),
         (changed("who", 1, " "), r"row 2: who ' ' is empty"),
         (changed("sku", 3, "a\0b"), r"row 4: sku 'a\\x00b' holds a NUL or a line break"),
         (changed("sku", 2, "a\nb"), r"row 3: sku 'a\\nb' holds a NUL or a line break"),
-        ({**EVENTS, "who": ["al", "bo", "al", "bo"]}, r"row 3: who and its item were together in row 1 already"),
+        ({**EVENTS, "who": ["al", "bo", "al", "bo"]}, r"row 3: who and its item repeat the pair of row 1"),
         ({name: values[:0] for name, values in EVENTS.items()}, r"events.csv has no events"),
-        ({"who": ["a"]}, r"events.csv has no column 'sku', or several \(its columns: who\): correct \[events\]"),
+        ({"who": ["a"]}, r"events.csv needs exactly one column 'sku' \(its columns: who\): correct \[events\]"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path: Path, events: dict, words: str) -> None:
@@ -179,7 +179,7 @@ def test_places_of_great_files_are_counted_with_commas(tmp_path: Path) -> None:
     n = 1500
     events = {"who": [f"u{i}" for i in range(n)], "sku": ["x"] * n, "at": ["5"] * n, "stars": ["1"] * n}
     events["at"][1203] = "yesterday"
-    with pytest.raises(InputError, match=r"events.csv row 1,204: at 'yesterday' is no timestamp"):
+    with pytest.raises(InputError, match=r"events.csv row 1,204: at 'yesterday' is not a timestamp"):
         read(tmp_path, events)
 
 
@@ -191,7 +191,7 @@ def test_places_of_great_files_are_counted_with_commas(tmp_path: Path) -> None:
         (USERS, {**ITEMS, "sku": [20, 3, 20]}, r"items.csv row 3: sku '20' was in row 1 already"),
         (USERS, {**ITEMS, "sku": ["20", "", "7"]}, r"items.csv row 2: sku '' is empty"),
         (USERS, {**ITEMS, "label": ["a", "", "b"]}, r"items.csv row 2: label '' is empty: give it a title"),
-        ({**USERS, "age": ["old", "41"]}, ITEMS, r"users.csv row 1: age 'old' is no number"),
+        ({**USERS, "age": ["old", "41"]}, ITEMS, r"users.csv row 1: age 'old' is not a number"),
         (USERS, {**ITEMS, "tags": ["a", "b|" * 65, "c"]}, r"items.csv row 2: tags .* has 65 values: keep at most 64"),
         (None, ITEMS, r"--users and \[users\] of the mapping belong together"),
     ],
