@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 import pytest
+from tests.support.work_folders import QUICK_TRAINING
 
 from kar_bench.harness import to_json
 from kar_bench.studies.llm_reranking import Lists, LlmRerankingOptions, direct_table, measure_direct, read_order
@@ -9,11 +10,6 @@ from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
 from kar_offline.dataset.splits import TEST
 from kar_offline.generate import ScriptedModel
-from kar_offline.train.settings import TrainSettings
-
-pytestmark = pytest.mark.unit
-
-SETTINGS = TrainSettings(epochs=1, batch=64, dedicated_experts=1, shared_experts=1, expert_hidden=8)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +48,7 @@ def test_a_model_that_knows_the_labels_is_perfect_and_ours_stand_beside_it(title
         for prompt, labels in zip(lists.prompts, lists.labels, strict=True)
     }
     llm = ScriptedModel(best.__getitem__, model="oracle")
-    report = measure_direct(titled, titled.encoding, llm, LlmRerankingOptions("dlcm", 4), settings=SETTINGS)
+    report = measure_direct(titled, titled.encoding, llm, LlmRerankingOptions("dlcm", 4), settings=QUICK_TRAINING)
     assert llm.asked == lists.prompts
     rows = {row["ranker"]: row for row in to_json(report)["rows"]}
     assert list(rows) == ["oracle", "random order", "dlcm control", "dlcm knowledge"]

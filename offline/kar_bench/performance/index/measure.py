@@ -107,13 +107,23 @@ class IndexReport:
     machine: str
 
 
-def measure_index(options: IndexBenchmarkOptions, *, on_step: Callable[[str], None] = lambda step: None) -> IndexReport:
+def measure_index(
+    options: IndexBenchmarkOptions,
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+    busy_cores: Callable[[], float] = busy_cores_now,
+) -> IndexReport:
     """Build, load and search every kind at every size.
+
+    Args:
+        options: What is built and searched.
+        on_step: Called with what runs next.
+        busy_cores: Measures the cores that other processes keep busy.
 
     Raises:
         InputError: an index does not reach the recall.
     """
-    busy_before = busy_cores_now()
+    busy_before = busy_cores()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
@@ -135,7 +145,7 @@ def measure_index(options: IndexBenchmarkOptions, *, on_step: Callable[[str], No
         options.threads,
         1,
         f"mixture of n/100 overlapping clusters, {LATENT_DIM} latent dimensions, seed {SEED}",
-        BusyCores(busy_before, busy_cores_now()),
+        BusyCores(busy_before, busy_cores()),
         {"faiss": version},
         machine(),
     )

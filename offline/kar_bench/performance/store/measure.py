@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Final
@@ -107,15 +107,25 @@ class _Measured:
 
 
 def measure_store(
-    options: StoreBenchmarkOptions, settings: AerospikeSettings | None = None, *, on_step: OnStep = show_nothing
+    options: StoreBenchmarkOptions,
+    settings: AerospikeSettings | None = None,
+    *,
+    on_step: OnStep = show_nothing,
+    busy_cores: Callable[[], float] = busy_cores_now,
 ) -> StoreReport:
     """Load and read every store of `options`.
+
+    Args:
+        options: What is loaded and read.
+        settings: Settings of Aerospike.
+        on_step: Called with what runs, the slices loaded, and their number.
+        busy_cores: Measures the cores that other processes keep busy.
 
     Raises:
         InputError: a URL names no store that can be measured.
         UnavailableError: a store does not answer.
     """
-    busy_before = busy_cores_now()
+    busy_before = busy_cores()
     rows: list[StoreRow] = []
     ratios: list[StoreRatio] = []
     versions = {"lmdb": lmdb.__version__, "liblmdb": ".".join(map(str, lmdb.version()))}

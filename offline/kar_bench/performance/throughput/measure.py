@@ -94,7 +94,12 @@ def _now() -> Seconds:
 
 
 def measure_throughput(
-    contenders: Sequence[Contender], *, rounds: int = 5, on_turn: OnStep, now: Callable[[], Seconds] = _now
+    contenders: Sequence[Contender],
+    *,
+    rounds: int = 5,
+    on_turn: OnStep,
+    now: Callable[[], Seconds] = _now,
+    busy_cores: Callable[[], float] = busy_cores_now,
 ) -> ThroughputReport:
     """Let the contenders take turns.
 
@@ -103,8 +108,9 @@ def measure_throughput(
         rounds: Rounds that count; one more warms up.
         on_turn: Called before each turn with its name, its number and the number of turns.
         now: Seconds that the clock and the processor have run.
+        busy_cores: Measures the cores that other processes keep busy.
     """
-    busy_before = busy_cores_now()
+    busy_before = busy_cores()
 
     def timed(contender: Contender) -> Seconds:
         before = now()
@@ -121,7 +127,7 @@ def measure_throughput(
     return ThroughputReport(
         [_row(contender, turns) for contender, turns in zip(contenders, seconds, strict=True)],
         list(_ratios(contenders, seconds)),
-        BusyCores(busy_before, busy_cores_now()),
+        BusyCores(busy_before, busy_cores()),
         {"torch": str(torch.__version__), "onnxruntime": onnxruntime.__version__},
         machine(),
     )

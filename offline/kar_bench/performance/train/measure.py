@@ -6,7 +6,7 @@ request the control is also trained to the end by our trainer and by FuxiCTR, to
 
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +105,21 @@ class TrainReport:
 
 
 def measure_training(
-    work: WorkFolder, encodings: Path, options: TrainBenchmarkOptions, *, on_turn: OnStep
+    work: WorkFolder,
+    encodings: Path,
+    options: TrainBenchmarkOptions,
+    *,
+    on_turn: OnStep,
+    busy_cores: Callable[[], float] = busy_cores_now,
 ) -> TrainReport:
     """Time all implementations on fold 0 of the dataset in `work`.
 
-    `on_turn` is called before each turn with its name, its number and the number of turns (None: unknown).
+    Args:
+        work: The work folder with the dataset.
+        encodings: The folder with the texts' vectors.
+        options: What is timed.
+        on_turn: Called before each turn with its name, its number and the number of turns (None: unknown).
+        busy_cores: Measures the cores that other processes keep busy.
 
     Raises:
         PreconditionError: the dataset or the encodings are missing.
@@ -117,7 +127,7 @@ def measure_training(
     """
     dataset = work.read(Dataset)
     data = encode_dataset(split_dataset(dataset, SplitProtocol(), 0))
-    busy_before = busy_cores_now()
+    busy_before = busy_cores()
     versions = {"torch": str(torch.__version__)}
     with ExitStack() as stack:
         contenders = [
@@ -137,7 +147,7 @@ def measure_training(
             options.rounds,
             lambda number, turn, turns: on_turn(contenders[number].name, turn, turns),
         )
-        busy = BusyCores(busy_before, busy_cores_now())
+        busy = BusyCores(busy_before, busy_cores())
     rows = [_row(contender, turns) for contender, turns in zip(contenders, seconds, strict=True)]
     return TrainReport(
         data.dataset.name,

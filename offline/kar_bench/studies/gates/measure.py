@@ -37,8 +37,6 @@ from kar_sidecar.entities import ITEM, EntityKind
 __all__ = ["GatesBenchmarkOptions", "GatesReport", "measure_gates"]
 
 SEED: Final = 0
-DUPLICATE_TEXTS: Final = 10_000
-"""Number of texts in which the search for near-duplicates is timed."""
 DEVELOPED, HELD_OUT = "developed on", "held out"
 """The authors of the gates looked at every other text of the pack, and at the first 100 generated ones."""
 DEVELOPED_GENERATED: Final = 100
@@ -53,6 +51,8 @@ class GatesBenchmarkOptions:
     pack: str = "ml-100k"
     texts: int = 500
     """The most texts that each fault is put into."""
+    duplicate_texts: int = 10_000
+    """Number of made-up texts in which the search for near-duplicates is timed."""
 
 
 class GateCounts(NamedTuple):
@@ -210,7 +210,7 @@ def measure_gates(
         accepted=[item_id for (_, item_id), verdicts in generated.items() if not _failed(verdicts)],
         corruptions=[*corruptions, _copied(held_out, material, options.texts)],
         cpu_ms_per_text=cpu_ms_per_text,
-        near_duplicates=_time_duplicates(),
+        near_duplicates=_time_duplicates(options.duplicate_texts),
         machine=machine(),
     )
 
@@ -323,11 +323,11 @@ def _match(dataset: Dataset, scenario: Scenario, facts: FactsTable) -> FactsMatc
     return FactsMatch(facts.name, facts.size, len(titles), matched)
 
 
-def _time_duplicates() -> DuplicateSearch:
+def _time_duplicates(count: int) -> DuplicateSearch:
     """Time the search for near-duplicates among many texts of a hundred words."""
     chance = random.Random(SEED)
     words = [f"{first}{second}" for first in "bcdfghklmnprst" for second in range(1000)]
-    texts = {number: " ".join(chance.choices(words, k=100)) for number in range(DUPLICATE_TEXTS)}
+    texts = {number: " ".join(chance.choices(words, k=100)) for number in range(count)}
     began = time.thread_time()
     near_duplicates(texts)
-    return DuplicateSearch(DUPLICATE_TEXTS, time.thread_time() - began)
+    return DuplicateSearch(count, time.thread_time() - began)

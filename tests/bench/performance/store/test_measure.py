@@ -38,8 +38,9 @@ def test_a_tiny_store_is_loaded_and_read_beside_the_bare_client(tmp_path: Path, 
         url = f"aerospike:{hosts}/test/tiny"
     steps = []
     report = measure_store(
-        StoreBenchmarkOptions([url], entities=2_100, reads_per_s=40, quiet_s=2, text_bytes=20),
-        on_step=lambda what, done, total: steps.append((what, done, total)),
+        StoreBenchmarkOptions([url], entities=2_100, reads_per_s=40, quiet_s=0.5, text_bytes=20),
+        on_step=lambda *step: steps.append(step),
+        busy_cores=lambda: 0.0,
     )
     found = to_json(report)
     assert (found["entities"], found["parts"]) == (2_100, ["features", "v", "text"])

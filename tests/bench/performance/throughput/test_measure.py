@@ -1,15 +1,9 @@
-from pathlib import Path
+"""Rates and ratios of hand-made turns."""
 
-import pytest
 from rich.console import Console
-from tests.support.letters import write_encoder
 
 from kar_bench.harness import to_json
-from kar_bench.performance.throughput.encoding import encoding_contenders
 from kar_bench.performance.throughput.measure import Contender, Seconds, measure_throughput, throughput_table
-from kar_offline.encoders.huggingface import HuggingFaceEncoder
-
-pytestmark = pytest.mark.unit
 
 
 def test_rates_and_ratios_are_medians_of_turns_and_the_first_round_does_not_count() -> None:
@@ -30,6 +24,7 @@ def test_rates_and_ratios_are_medians_of_turns_and_the_first_round_does_not_coun
         rounds=3,
         on_turn=lambda name, turn, count: turns.append((name, turn, count)),
         now=lambda: now,
+        busy_cores=lambda: 0.0,
     )
     assert turns == [(f"encode, onnx, {('bare', 'ours')[turn % 2]}", turn, 8) for turn in range(8)]
     found = to_json(report)
@@ -43,24 +38,3 @@ def test_rates_and_ratios_are_medians_of_turns_and_the_first_round_does_not_coun
     console = Console(width=80, record=True)
     console.print(throughput_table(report))
     assert "ours / bare 0.800 [0.500, 1.000] by the clock" in console.export_text()
-
-
-def test_all_implementations_of_encoding_run_on_the_same_tokens(tmp_path: Path) -> None:
-    folder = write_encoder(tmp_path / "letters")
-    texts = ["a b c", "d", "e d c b a"] * 40
-    contenders = encoding_contenders(
-        lambda runtime, threads: HuggingFaceEncoder(folder, runtime=runtime, threads=threads, cache=tmp_path),
-        texts,
-        threads=2,
-    )
-    assert [(made.runtime, made.implementation) for made in contenders] == [
-        ("torch", "bare"),
-        ("torch", "ours"),
-        ("onnx", "bare"),
-        ("onnx", "ours"),
-        ("torch", "unsorted"),
-    ]
-    # Nine tokens of letters, and two special ones for each text.
-    assert {made.tokens for made in contenders} == {(9 + 3 * 2) * 40}
-    for made in contenders:
-        made.turn()

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from tests.support.work_folders import QUICK_TRAINING
 from typer.testing import CliRunner
 
 from kar_bench.command import bench
@@ -27,11 +28,7 @@ from kar_offline.evaluate.metrics import auc
 from kar_offline.generate.collective import HEAD
 from kar_offline.knowledge.imputation import NEIGHBOURS
 from kar_offline.prompts import Prompt
-from kar_offline.train.settings import TrainSettings
 
-pytestmark = pytest.mark.unit
-
-SETTINGS = TrainSettings(epochs=1, batch=64, dedicated_experts=1, shared_experts=1, expert_hidden=8)
 SMALL = CollectiveBenchmarkOptions(arms=("knowledge",), shares=(0.2,), model="dcn", folds=2)
 
 
@@ -133,7 +130,7 @@ def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(aske
     heard = []
     report = to_json(
         measure_collective(
-            asked, "encoding", SMALL, SETTINGS, workers=0, resamples=20, on_epoch=lambda *told: heard.append(told)
+            asked, "encoding", SMALL, QUICK_TRAINING, workers=0, resamples=20, on_epoch=lambda *told: heard.append(told)
         )
     )
     assert heard[-1][1:] == (0, 12, 12)
@@ -158,7 +155,7 @@ def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(aske
     assert report["test_users"] == 40
     again = []
     repeated = measure_collective(
-        asked, "encoding", SMALL, SETTINGS, workers=0, resamples=20, on_epoch=lambda *told: again.append(told[1])
+        asked, "encoding", SMALL, QUICK_TRAINING, workers=0, resamples=20, on_epoch=lambda *told: again.append(told[1])
     )
     assert set(again) == {0}
     assert to_json(repeated) == report

@@ -19,8 +19,6 @@ from kar_offline.work_folder import WorkFolder
 from kar_sidecar.entities import ITEM
 from kar_sidecar.errors import PreconditionError
 
-pytestmark = pytest.mark.unit
-
 
 def film(number: int) -> str:
     """The name of a film; no two share a word."""
@@ -80,7 +78,7 @@ def test_released_generated_and_spoilt_texts_are_judged(films: WorkFolder) -> No
     told: list[tuple[int, int]] = []
     report = measure_gates(
         films,
-        GatesBenchmarkOptions(films.root / "written", str(films.root / "pack"), 5),
+        GatesBenchmarkOptions(films.root / "written", str(films.root / "pack"), 5, duplicate_texts=50),
         facts=TABLE,
         on_text=lambda done, total: told.append((done, total)),
     )
@@ -115,21 +113,22 @@ def test_released_generated_and_spoilt_texts_are_judged(films: WorkFolder) -> No
 
 
 def test_the_pack_alone_is_judged_without_facts(films: WorkFolder) -> None:
-    report = to_json(measure_gates(films, GatesBenchmarkOptions(None, str(films.root / "pack"), 1)))
+    report = to_json(measure_gates(films, GatesBenchmarkOptions(None, str(films.root / "pack"), 1, duplicate_texts=50)))
     assert {row["texts"] for row in report["rows"]} == {"released, items", "released, users"}
     assert (report["facts"], report["accepted"], report["failures"]) == (None, [], [])
 
 
 def test_the_same_texts_are_spoilt_in_the_same_way_again(films: WorkFolder) -> None:
     first, second = (
-        measure_gates(films, GatesBenchmarkOptions(None, str(films.root / "pack"), 3), facts=TABLE) for _ in range(2)
+        measure_gates(films, GatesBenchmarkOptions(None, str(films.root / "pack"), 3, duplicate_texts=50), facts=TABLE)
+        for _ in range(2)
     )
     assert first.corruptions == second.corruptions
 
 
 def test_a_folder_without_knowledge_is_refused(films: WorkFolder) -> None:
     with pytest.raises(PreconditionError, match="no knowledge in"):
-        measure_gates(films, GatesBenchmarkOptions(films.dataset, str(films.root / "pack"), 1))
+        measure_gates(films, GatesBenchmarkOptions(films.dataset, str(films.root / "pack"), 1, duplicate_texts=50))
 
 
 def table(name: str) -> list[list[str]]:

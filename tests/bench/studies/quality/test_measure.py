@@ -1,42 +1,32 @@
+"""The report of the quality study follows from the predictions on disk."""
+
 import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from typer.testing import CliRunner
+from tests.support.work_folders import QUICK_TRAINING
 
 from kar.records.v1.records_pb2 import KnowledgeRecord
-from kar_bench.command import bench
 from kar_bench.harness import to_json
 from kar_bench.splits import SplitProtocol
 from kar_bench.studies.quality.folds import BUCKETS
 from kar_bench.studies.quality.measure import measure_quality, train_jobs
 from kar_bench.studies.quality.report import quality_table, write_quality_report
-from kar_bench.studies.quality_runs import RUNGS, TrainingJob, default_jobs, possible_arms
+from kar_bench.studies.quality_runs import RUNGS, TrainingJob, default_jobs
 from kar_offline.dataset.dataset import Dataset
 from kar_offline.dataset.rerank_lists import rerank_lists
 from kar_offline.dataset.splits import TEST, TRAIN
 from kar_offline.evaluate.metrics import auc, gauc
 from kar_offline.evaluate.ranking import average_precision
 from kar_offline.knowledge.records import write_knowledge
-from kar_offline.models import BACKBONES, RERANKERS
-from kar_offline.train.arms import ARMS, DEFAULT_ARMS
-from kar_offline.train.batches import Batches
-from kar_offline.train.features import encode_dataset
-from kar_offline.train.knowledge_inputs import KnowledgeInputs
-from kar_offline.train.predict import predict_logits
-from kar_offline.train.run import InitialRanker, Run, new_model
-from kar_offline.train.samples import lists_of_split, samples_of_split
-from kar_offline.train.settings import TrainSettings
+from kar_offline.train.arms import DEFAULT_ARMS
 from kar_sidecar.content_hash import file_sha256
 from kar_sidecar.entities import ITEM
-from kar_sidecar.errors import InputError, PreconditionError
+from kar_sidecar.errors import PreconditionError
 
-pytestmark = pytest.mark.unit
-
-SETTINGS = TrainSettings(epochs=2, batch=64, dedicated_experts=1, shared_experts=1, expert_hidden=8)
+SETTINGS = replace(QUICK_TRAINING, epochs=2)
 PROTOCOL = SplitProtocol("user", 2)
 
 
@@ -50,15 +40,6 @@ def trained(work, jobs, seen=None):
 def measured(*arguments, **options):
     """The report as JSON."""
     return to_json(measure_quality(*arguments, **options))
-
-
-def test_the_default_grid():
-    jobs = default_jobs([], [], range(5), [0])
-    by_model = {model: {job.arm for job in jobs if job.model == model} for model in (*BACKBONES, *RERANKERS)}
-    assert by_model["dcnv2"] == by_model["din"] == set(ARMS) - {"both_texts", "cf_both_texts"}
-    assert all(arms == set(DEFAULT_ARMS) for model, arms in by_model.items() if model not in ("dcnv2", "din"))
-    assert len(set(jobs)) == len(jobs) == 5 * sum(map(len, by_model.values()))
-    assert [job.fold for job in jobs] == sorted(job.fold for job in jobs)
 
 
 def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(work):
@@ -184,34 +165,6 @@ def test_a_bucket_of_one_fold_has_the_metrics_of_its_rows(work):
     assert entry["gauc"] == gauc(fold.labels[events][here], scores[here], fold.event_user[events][here])
 
 
-def test_the_command_writes_json_and_page(work, tmp_path):
-    before = torch.get_num_threads()
-    options = [
-        "--dataset",
-        "prepared",
-        "--work",
-        str(work),
-        "--model",
-        "dcnv2",
-        "--arm",
-        "control",
-        "--arm",
-        "knowledge",
-    ]
-    more = ["--folds", "2", "--epochs", "1", "--workers", "0", "--json", str(tmp_path / "q.json")]
-    done = CliRunner().invoke(bench, ["quality", *options, *more, "--html", str(tmp_path / "q.html")])
-    assert done.exit_code == 0, done.output
-    report = json.loads((tmp_path / "q.json").read_text())
-    assert {(row["model"], row["arm"], row["fold"]) for row in report["rows"]} == {
-        ("dcnv2", arm, fold) for arm in ("control", "knowledge", *RUNGS) for fold in (0, 1)
-    }
-    assert report["trained"] == 4
-    page = (tmp_path / "q.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 + len(BUCKETS)
-    assert "http" not in page.replace("http-equiv", "")
-    assert torch.get_num_threads() == before
-
-
 def test_the_page_and_the_table_stand_gaps(work, tmp_path):
     jobs = default_jobs(["din"], ["statistics"], [0], [0])
     trained(work, jobs)
@@ -219,39 +172,6 @@ def test_the_page_and_the_table_stand_gaps(work, tmp_path):
     write_quality_report(report, tmp_path / "q.html")
     assert "statistics" in (tmp_path / "q.html").read_text()
     assert quality_table(report).renderables
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--split", "time", "--share", "0.5"],
-        ["--split", "time", "--fold", "0"],
-        ["--model", "perceptron"],
-        ["--arm", "magic"],
-        ["--fold", "7"],
-        ["--dataset", "ml-1m"],
-        ["--dataset", "x"],
-    ],
-)
-def test_refusals(tmp_path, options):
-    done = CliRunner().invoke(bench, ["quality", "--work", str(tmp_path), *options])
-    assert done.exit_code != 0
-    assert type(done.exception).__name__ == "InputError"
-
-
-def test_arms_that_read_users_need_texts_about_users(work, tmp_path):
-    assert possible_arms(work.encoding) == list(ARMS)
-    header = json.loads((work.encoding / "knowledge_user.json").read_text())
-    header["text_sha256"] = [None] * len(header["ids"])
-    (tmp_path / "knowledge_user.json").write_text(json.dumps(header))
-    possible = possible_arms(tmp_path)
-    assert set(ARMS) - set(possible) == {"paper", "users_only", "one_moe", "one_mlp", "no_adaptor"}
-    assert {job.arm for job in default_jobs(["din"], [], [0], [0], possible=possible)} == set(possible) - {
-        "both_texts",
-        "cf_both_texts",
-    }
-    with pytest.raises(InputError, match="arm 'paper' reads texts about users"):
-        default_jobs(["din"], ["control", "paper"], [0], [0], possible=possible)
 
 
 def test_a_fold_without_users_is_refused_before_training(work):
@@ -265,20 +185,6 @@ def test_a_fold_without_users_is_refused_before_training(work):
     assert not (work.root / "quality").exists()
 
 
-def test_a_work_folder_is_of_one_dataset(work):
-    told = CliRunner().invoke(bench, ["quality", "--work", str(work)])
-    assert isinstance(told.exception, InputError)
-    assert "name another folder for ml-100k with --work" in str(told.exception)
-
-
-def test_what_is_asked_twice_is_trained_once(work):
-    options = ["quality", "--dataset", "prepared", "--work", str(work), "--folds", "2", "--fold", "0", "--fold", "0"]
-    twice = ["--model", "dcn", "--model", "dcn", "--arm", "control", "--arm", "control", "--seed", "1", "--seed", "1"]
-    done = CliRunner().invoke(bench, [*options, *twice, "--epochs", "1", "--workers", "0"])
-    assert done.exit_code == 0, done.output
-    assert len(list((work.root / "quality").rglob("predictions.npy"))) == 1
-
-
 def test_a_share_of_the_training_users_is_a_protocol_of_its_own(work):
     jobs = default_jobs(["dcn"], ["control"], [0], [0])
     less = SplitProtocol("user", 2, 0.5)
@@ -288,44 +194,3 @@ def test_a_share_of_the_training_users_is_a_protocol_of_its_own(work):
     assert half["split"] == "user2_share0.5"
     assert half["test"] == every["test"]
     assert half["rows"][0]["predictions_sha256"] != every["rows"][0]["predictions_sha256"]
-
-
-def test_an_initial_ranker_puts_lists_in_its_order_and_predictions_stay_in_theirs(work):
-    data = encode_dataset(work.read(Dataset).split_by_user(fold=0, folds=2))
-    given = KnowledgeInputs.for_training(ARMS["control"], data, samples_of_split(data, TRAIN), work, seed=0)
-    torch.manual_seed(0)
-    ranker = InitialRanker(new_model(Run("dcn", "control"), data, given, SETTINGS).eval(), given)
-    lists = lists_of_split(data, TEST, seed=0)
-    order = ranker.order(data, lists)
-    assert sorted(order.tolist()) == list(range(len(lists)))
-    one_by_one = torch.cat(
-        [
-            predict_logits(ranker.model, Batches(data, replace(lists.rows(row[None]), list_length=1), given))
-            for row in torch.arange(len(lists))
-        ]
-    ).view(-1, 10)
-    assert not torch.equal(order, torch.arange(len(lists)))
-    for number, scores in enumerate(one_by_one.tolist()):
-        expected = sorted(range(10), key=lambda at: -scores[at])
-        assert [at - 10 * number for at in order[10 * number : 10 * number + 10].tolist()] == expected
-
-    jobs = default_jobs(["dlcm"], ["control"], [0], [0], "dcn") + default_jobs(["dlcm"], ["control"], [0], [0])
-    assert trained(work, jobs) == 2
-    assert trained(work, jobs) == 0
-    behind, alone = (np.load(job.folder(work, PROTOCOL, "encoding") / "predictions.npy") for job in jobs)
-    assert behind.shape == alone.shape == (len(lists),)
-    assert not np.array_equal(behind, alone)
-    report = measured(work, PROTOCOL, "encoding", jobs[:1], resamples=20)
-    labels = lists.label.view(-1, 10).numpy()
-    assert report["rows"][0]["ranker"] == "dcn"
-    assert report["rows"][0]["map"] == np.nanmean(average_precision(labels, behind.reshape(-1, 10), 10))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [(["--ranker", "prm"], "ranker 'prm' is not known"), (["--ranker", "dcn", "--model", "din"], "din takes no order")],
-)
-def test_a_ranker_is_checked(tmp_path, options, said):
-    told = CliRunner().invoke(bench, ["quality", "--dataset", "prepared", "--work", str(tmp_path), *options])
-    assert isinstance(told.exception, InputError)
-    assert said in str(told.exception)
