@@ -41,11 +41,11 @@ EXTRA_OF_MODULE: Final[Mapping[str, str]] = MappingProxyType(
         "xllamacpp": "local-llm",
     }
 )
-"""The extra that installs a module."""
+"""The extra of kar-sidecar that installs a package, by the name that the package is imported by."""
 
 
 class _Commands(TyperGroup):
-    """Subcommands of all installed packages, each imported when it is used: `kar serve` does not wait for torch."""
+    """The subcommands of all installed packages. Each is imported only when used: `kar serve` never imports torch."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         names = sorted(entry.name for entry in entry_points(group=COMMANDS))
@@ -60,9 +60,9 @@ class _Commands(TyperGroup):
             group = get_command(command)
             group.name = cmd_name
             return group
-        app_of_one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app_of_one.command(cmd_name)(command)
-        return get_command(app_of_one)
+        single_command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single_command.command(cmd_name)(command)
+        return get_command(single_command)
 
 
 def _load(entry: EntryPoint) -> Callable[..., Any]:
@@ -104,7 +104,7 @@ def _print_error(console: Console, text: str) -> None:
 
 def main() -> None:
     """Run `kar`."""
-    # OpenMP threads that spin while they wait made shared cores 20 times slower. Libraries read this when imported.
+    # OpenMP threads that spin while they wait made shared cores 20 times slower. Libraries read this on import.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     console = Console(stderr=True)
     try:
@@ -120,7 +120,7 @@ def main() -> None:
         _print_error(console, f"{reason}: name another path, or make this one usable")
         sys.exit(1)
     except ValueError as error:
-        # The kernels cannot import our errors. Theirs that are meant for the reader have an exit code, too.
+        # The kernels cannot import our errors. A kernel error that is meant for the user has an `exit_code`.
         code = getattr(error, "exit_code", None)
         if code is None:
             raise

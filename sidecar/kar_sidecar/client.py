@@ -39,7 +39,7 @@ class Ranking:
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """Knowledge level of the user, then of each item: "full" to "neutral"; "unspecified" on lower rungs."""
+        """Knowledge levels ("full" to "neutral") of the user, then of each item; "unspecified" on lower rungs."""
         return tuple(map(_level, (self.response.user_level, *self.response.item_levels)))
 
     def ranked(self) -> list[tuple[str, float]]:
@@ -55,15 +55,15 @@ class Knowledge:
     release_id: str
     space_id: str
     vectors: NDArray[np.floating]
-    """[n, dim], all of one space; the neutral vector where there is none."""
+    """[n, dim], all of one space; an entity without a vector has the neutral vector."""
     levels: tuple[str, ...]
     """Knowledge levels, "full" to "neutral"."""
     texts: tuple[records_pb2.KnowledgeRecord, ...]
-    """One record per entity, empty where there is no text; no records where texts were not asked for."""
+    """One record per entity, empty if the entity has no text. No records at all if `texts` was False."""
     written_at_ms: tuple[int, ...]
-    """When each vector was written, milliseconds since 1970; 0 where there is none."""
+    """When each vector was written, milliseconds since 1970; 0 for an entity without a vector."""
     unread: tuple[int, ...]
-    """Positions of entities that the store could not read now."""
+    """Positions of the entities that the store could not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Similar:
     snapshot_id: str
     """The index snapshot that answered."""
     snapshot_age_ms: int
-    """Time since it was published."""
+    """Time since the snapshot was published, in milliseconds."""
     ids: tuple[str, ...]
     similarities: tuple[float, ...]
     """Cosines, aligned with `ids`."""
@@ -129,7 +129,7 @@ class KarClient:
         Args:
             user: The user's id.
             items: Ids of the candidates.
-            caller_scores: Your own scores of the items, which decide the order when no model can score.
+            caller_scores: Your own scores of the items; they decide the order when no model can score.
             user_features: Values that replace the user's stored ones.
             item_features: For each feature one value per item (None: the stored value).
             history: (item id, rating) pairs, oldest first, instead of the stored history.
@@ -200,14 +200,14 @@ class KarClient:
         release_id: str = "",
         space_id: str = "",
     ) -> Similar:
-        """Find the users or items whose knowledge is nearest to that of an entity, or to a vector.
+        """Find the users or items whose knowledge vectors are nearest to an entity's vector, or to a given vector.
 
         Args:
             kind: Which entities to find.
             query: Id of an entity of this kind, or a vector [dim] of the release's encoder.
             limit: Number of neighbours.
             release_id: The release to use; empty: the active one.
-            space_id: Space of the vector; the server refuses another than the release's. Empty: not checked.
+            space_id: Space of the query vector; the server refuses a vector of another space. Empty: not checked.
 
         Raises:
             KarError: a subclass; see `kar_sidecar.errors`.
@@ -240,10 +240,10 @@ def _level(level: records_pb2.KnowledgeLevel) -> str:
 
 
 def _column(name: str, values: Sequence[Any]) -> ranking_pb2.FeatureColumn:
-    """One feature's values as a column: of numbers if its first value that is not None is a number."""
+    """One feature's values as a column. The first value that is not None decides: numbers or strings."""
     column = ranking_pb2.FeatureColumn(name=name, present=[value is not None for value in values])
-    first = next((value for value in values if value is not None), None)
-    if isinstance(first, (int, float)):
+    first_value = next((value for value in values if value is not None), None)
+    if isinstance(first_value, (int, float)):
         column.numbers.extend(float("nan") if value is None else value for value in values)
     else:
         for value in values:

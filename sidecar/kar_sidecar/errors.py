@@ -91,7 +91,7 @@ class IncompleteError(UnavailableError):
     """A backend could not read some records of a batch."""
 
     def __init__(self, text: str, records: Sequence[tuple[bytes | None, ...]], unread: Sequence[int]) -> None:
-        """Carry the records in the order of the keys, and the positions of unread ones, whose parts are None."""
+        """Carry the records in the order of the keys (unread parts are None), and the positions of unread records."""
         super().__init__(text)
         self.records = records
         self.unread = unread
@@ -112,7 +112,7 @@ ERROR_OF_STATUS: Final[Mapping[grpc.StatusCode, type[KarError]]] = {
         PreconditionError,
         IntegrityError,
         BudgetError,
-        UnavailableError,  # also for an IncompleteError, whose records the status does not carry
+        UnavailableError,  # also stands for IncompleteError: a status cannot carry records
         DeadlineError,
         UnsupportedError,
     )

@@ -40,13 +40,13 @@ RESERVED: Final = 2
 
 FeatureValue = float | str | Sequence[str] | None
 FARTHEST: Final = 10.0
-"""Numbers are clipped to this many standard deviations from the mean, so that none decides a score alone."""
+"""Numbers are clipped to this many standard deviations from the mean, so that no single number decides a score."""
 ABSURD: Final = 1e6
-"""Numbers more standard deviations from the mean than this count as missing, like NaN."""
+"""Numbers that are more than this many standard deviations from the mean count as missing, like NaN."""
 NUMERIC: Final = records_pb2.FEATURE_TYPE_NUMERIC
 MAX_RATING_BUCKET: Final = 20
 LARGEST: Final = float(np.finfo(np.float32).max)
-"""Numbers that float32 cannot represent count as missing."""
+"""Largest float32. Numbers that are larger in absolute value count as missing."""
 
 
 @lru_cache(maxsize=1 << 20)
@@ -61,7 +61,7 @@ def schema_hash(schema: records_pb2.FeatureSchema) -> str:
 
 
 def rating_bucket(ratings: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Half-star buckets of ratings, 1 to 20; 0 is the index of padding."""
+    """Half-star buckets int64 of ratings in stars, of the same shape: 1 to 20, since 0 is the index of padding."""
     return np.rint(np.clip(np.nan_to_num(ratings), 0.5, MAX_RATING_BUCKET / 2) * 2).astype(np.int64)
 
 
@@ -94,7 +94,7 @@ class UserFeatures:
     """Packed row [1]."""
     history: History
     written_at_ms: int
-    """When they were true, milliseconds since 1970; 0 where nothing is stored."""
+    """Time at which the features were true, milliseconds since 1970; 0 where nothing is stored."""
 
 
 class FeatureLayout:
@@ -139,7 +139,11 @@ class FeatureLayout:
         return row
 
     def pack(self, feature: records_pb2.Feature, value: FeatureValue) -> NDArray:
-        """Pack one value: a float32 array [], or hashes uint64 [width]."""
+        """Pack one value: a number as float32 [], categories as hashes uint64 [width].
+
+        Raises:
+            InputError: a value of the wrong type, or more categories than the feature's width.
+        """
         if feature.type == NUMERIC:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise InputError(f"feature {feature.name!r} is numeric: send a number, not {value!r}")

@@ -40,11 +40,11 @@ class ExperimentSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str = Field(
-        default="knowledge", min_length=1, description="Name of the experiment, as requests may override it."
+        default="knowledge", min_length=1, description="Name of the experiment; a request that forces an arm sends it."
     )
     seed: str = Field(default="knowledge", description="Seed of the hash; a new seed assigns all users anew.")
     coverage: float = Field(
-        default=1.0, ge=0, le=1, description="Share of users in the experiment; others get the first arm."
+        default=1.0, ge=0, le=1, description="Share of users in the experiment; all others get the first arm."
     )
     weights: tuple[float, ...] | None = Field(
         default=None, description="Share of each arm, summing to 1; unset: equal."
@@ -60,7 +60,7 @@ class ExperimentSettings(BaseModel):
         if self.weights is not None and (
             len(self.weights) != len(self.arms) or min(self.weights) < 0 or not 0.99 <= sum(self.weights) <= 1.01
         ):
-            raise ValueError("weights must be one non-negative share an arm and sum to 1")
+            raise ValueError("weights must be one non-negative share per arm and sum to 1")
         return self
 
     def build(self) -> Experiment:
@@ -87,24 +87,24 @@ class Settings(BaseSettings):
         default=Path("var/demo"), description="Work folder; by default it contains `releases`, `store` and `index`."
     )
     releases: Path = Field(
-        default_factory=lambda known: known.get("work", Path()) / "releases",
+        default_factory=lambda values: values.get("work", Path()) / "releases",
         description="Folder that contains the releases.",
     )
     store: str = Field(
-        default_factory=lambda known: f"lmdb:{known.get('work', Path()) / 'store'}",
+        default_factory=lambda values: f"lmdb:{values.get('work', Path()) / 'store'}",
         description="Store: `lmdb:PATH` or `aerospike:HOST:PORT[,HOST:PORT]/NAMESPACE/SET`.",
     )
     aerospike: AerospikeSettings = Field(
         default=AerospikeSettings(), description="Connection and limits of an Aerospike store."
     )
     index: Path = Field(
-        default_factory=lambda known: known.get("work", Path()) / "index",
+        default_factory=lambda values: values.get("work", Path()) / "index",
         description="Folder that contains the index snapshots.",
     )
     triton_address: str = Field(default="127.0.0.1:8001", description="gRPC address of the Triton Inference Server.")
     mode: Mode = Field(
         default="prestored",
-        description="`prestored`: read adapted vectors; `encoded`: read the encoder's, adapt in Triton.",
+        description="`prestored`: read adapted vectors; `encoded`: read encoded vectors, run the adaptor in Triton.",
     )
     max_candidates: int = Field(
         default=1000, ge=1, description="Largest number of candidates in one request, and of ids in one read."

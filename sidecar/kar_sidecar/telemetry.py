@@ -119,7 +119,7 @@ class Telemetry:
         self._missing.inc(missing_values)
 
     def served(self, entity: str, levels: NDArray[np.uint8], written_at_ms: NDArray[np.int64], at_ms: int) -> None:
-        """Observe ages and expiries of n vectors that a model read; those at level NEUTRAL are no stored vectors.
+        """Observe ages and expiries of n vectors that a model read; NEUTRAL ones are skipped, since none is stored.
 
         Args:
             entity: "user", "item" or "history".

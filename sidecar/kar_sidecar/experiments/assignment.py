@@ -1,10 +1,10 @@
-"""Owns the assignment of users to arms: GrowthBook's hashing, version 2, which its SDKs share for ASCII user ids.
+"""Owns the assignment of users to arms by GrowthBook's hashing, version 2, as in its SDKs for ASCII user ids.
 
 A user's position n in [0, 1) is fnv(str(fnv(seed + user))) mod 10000 / 10000 with fnv = 32-bit FNV-1a over UTF-8.
 Arm i owns the range [start_i, start_i + coverage * w_i), where start_i is the sum of the weights before it. A larger
 coverage only lengthens ranges, so a user who has an arm keeps it. Hash version 1 is left out on purpose: its
 assignments are strongly correlated between experiments. Reference: https://docs.growthbook.io/lib/build-your-own.
-For ids beyond ASCII the SDKs differ among themselves (some hash UTF-16 code units).
+For other ids the SDKs differ from each other (some hash UTF-16 code units).
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def position(seed: str, value: str) -> float:
 def bucket_ranges(count: int, coverage: float = 1.0, weights: Sequence[float] | None = None) -> tuple[Range, ...]:
     """Half-open ranges of `count` arms; `coverage` is clamped to [0, 1].
 
-    All arms weigh the same when weights are missing, are not one per arm, or sum to less than 0.99 or more than 1.01.
+    Weights are equal when they are missing, are not one per arm, or do not sum to a value from 0.99 to 1.01.
     """
     coverage = min(max(coverage, 0.0), 1.0)
     if weights is None or len(weights) != count or not 0.99 <= sum(weights) <= 1.01:

@@ -14,7 +14,7 @@ from kar_sidecar.errors import InputError
 __all__ = ["Neighbours", "VectorIndex", "checked_entries", "checked_queries", "unit_rows"]
 
 ROWS: Final = 16_384
-"""Vectors that are scaled at a time: bounds the memory beside the result."""
+"""Number of vectors that are scaled at a time; bounds the memory needed besides the result."""
 
 
 class Neighbours(NamedTuple):

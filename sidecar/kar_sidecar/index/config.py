@@ -1,4 +1,4 @@
-"""Owns the description of an index: what is asked for, and what was built with which recall."""
+"""Owns the configuration that an index is built from, and the description of the built index with its recall."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -41,7 +41,7 @@ class IndexConfig:
     kind: Kind | None = None
     """None: flat up to `FLAT_UP_TO` vectors, hnsw above."""
     recall: float = 0.95
-    """Required share of the exact 10 nearest that a search finds; a build that finds less fails."""
+    """Required recall at 10: share of the 10 exact nearest neighbours that a search finds. A build below it fails."""
     storage: Storage = "float32"
     """Data type of the stored components."""
     lists: int | None = None
@@ -57,9 +57,9 @@ class IndexConfig:
     sample: int = 1000
     """Number of vectors that recall is measured with, at most a tenth of all."""
     seed: int = 1
-    """Seed of that sample and of the lists."""
+    """Seed of the sample and of the ivf lists."""
     threads: int = 1
-    """Cores that build. With one, the same vectors give the same bytes; with more, hnsw's links depend on chance."""
+    """Threads that build. With one, the same vectors give the same bytes; with more, hnsw's links depend on timing."""
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -95,7 +95,7 @@ class MeasuredRecall:
     at: int
     """Number of nearest neighbours, `RECALL_AT`."""
     value: float
-    """Share of the exact nearest that was found."""
+    """Share of the exact nearest neighbours that the search found."""
     required: float
     queries: int
     """Number of queries; 0: too few vectors to measure with."""
@@ -103,7 +103,7 @@ class MeasuredRecall:
 
 @dataclass(frozen=True, slots=True)
 class IndexDescription:
-    """An index as it was built. `snapshot.json` holds these fields in this order; those that are None are left out."""
+    """An index as it was built. `snapshot.json` holds these fields in this order, without the fields that are None."""
 
     kind: Kind
     storage: Storage

@@ -1,6 +1,6 @@
 """Owns exact search in NumPy: the reference that other indexes are tested against, fast enough for some thousand rows.
 
-similarity(q, x) = <q, x> / (|q| |x|); of equally near rows the earlier one comes first.
+similarity(q, x) = <q, x> / (|q| |x|); rows of equal similarity keep their order.
 """
 
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ from kar_sidecar.index.snapshot import PAYLOAD, open_snapshot, unavailable_when_
 __all__ = ["FaissIndex"]
 
 BATCH: Final = 1024
-"""Most searches that are answered together: more gain nothing, and later ones would wait longer."""
+"""Largest number of searches that are answered together: larger batches are no faster and delay later searches."""
 ITERATIONS: Final = 10
 """ivf: k-means steps."""
 POINTS_PER_LIST: Final = 64
@@ -38,20 +38,20 @@ POINTS_PER_LIST: Final = 64
 TEMPORARY: Final = tuple(
     map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO, errno.ENOMEM, errno.EAGAIN))
 )
-"""Words in FAISS's errors, which carry no error number, that say nothing about the file's content."""
+"""Texts of operating-system errors that do not mean a damaged file. FAISS's errors carry the text, but no number."""
 
 
 class _Search(NamedTuple):
-    """A search that waits for the owner's thread."""
+    """A search that waits for the index's thread."""
 
     query: NDArray[np.float32] | str
-    """Unit vectors [n, dim], or the id of the entity whose neighbours are asked for."""
+    """Unit vectors [n, dim], or the id of the entity whose neighbours to find."""
     k: int
     future: "Future[Neighbours]"
 
 
 class FaissIndex:
-    """A `VectorIndex` on FAISS. The index file is FAISS's own, so its tools read it too."""
+    """A `VectorIndex` on FAISS. The index file has FAISS's own format, so FAISS's tools read it too."""
 
     def __init__(
         self,
@@ -66,12 +66,12 @@ class FaissIndex:
         """Take over a FAISS index.
 
         Args:
-            ids: The entities of its rows.
+            ids: Ids of the index's rows.
             index: An inner-product index of unit rows.
-            description: What it is.
+            description: Kind, size and parameters of the index.
             space_id: The space of its vectors; empty: not known.
             threads: OpenMP threads of a search.
-            lock: Closed at the end.
+            lock: The snapshot's lock file; `close` closes it.
         """
         faiss = import_faiss()
         self.dim = int(index.d)
@@ -83,12 +83,12 @@ class FaissIndex:
         self._closing = Lock()
         self._closed = False
         self._cpu_index = index
-        # FAISS has no GPU index for HNSW and for compressed vectors. It keeps no reference to the GPU's resources.
+        # FAISS has no GPU index for HNSW or compressed vectors. It keeps no reference to the GPU resources: we keep it.
         on_gpu = description.kind != "hnsw" and description.storage == "float32" and faiss.get_num_gpus() > 0
         self._resources = faiss.StandardGpuResources() if on_gpu else None
         needs_map = hasattr(index, "make_direct_map")  # ivf alone needs a map to find a vector by its row
         if on_gpu and needs_map:
-            index.make_direct_map(False)  # a GPU index has none
+            index.make_direct_map(False)  # a GPU index has no such map
         self._index = faiss.index_cpu_to_gpu(self._resources, 0, index) if on_gpu else index
         if needs_map:
             index.make_direct_map()
@@ -109,13 +109,13 @@ class FaissIndex:
         *,
         queries: NDArray[np.floating] | None = None,
     ) -> Self:
-        """See `VectorIndex.build`. Recall at 10 is measured; `description` has it.
+        """See `VectorIndex.build`. Recall at 10 is measured and kept in `description`.
 
         Args:
             ids: The entities' ids [n].
             vectors: [n, dim], of any length.
             config: Kind, parameters and required recall.
-            queries: [m, dim] to measure recall with; None: some of the vectors, before they are added.
+            queries: [m, dim] to measure recall with; None: a sample of `vectors`, measured before it is added.
 
         Raises:
             InputError: see `VectorIndex.build`; or the recall is below the required one, and the text says what to do.
@@ -130,24 +130,24 @@ class FaissIndex:
             if count:
                 index.train(rows)
             if count > held_out:
-                first, last = rows[order[: count - held_out]], rows[order[count - held_out :]]
-                index.add(first)
-                asked = last if queries is None else checked_queries(queries, 1, dim)
-                description = tune(faiss, index, description, first, asked, config)
-                del first
+                added_rows, held_out_rows = rows[order[: count - held_out]], rows[order[count - held_out :]]
+                index.add(added_rows)
+                recall_queries = held_out_rows if queries is None else checked_queries(queries, 1, dim)
+                description = tune(faiss, index, description, added_rows, recall_queries, config)
+                del added_rows
             if held_out:
-                index.add(last)
+                index.add(held_out_rows)
         return cls(Ids.of([ids[row] for row in order]), index, description, threads=config.threads)
 
     def submit(self, queries: NDArray[np.floating], k: int) -> "Future[Neighbours]":
-        """`search` without waiting; a future that is cancelled before its turn costs nothing."""
+        """`search` without waiting. A future that is cancelled before its search starts is skipped."""
         return self._submit(checked_queries(queries, k, self.dim), k)
 
     def submit_like(self, id_: str, k: int) -> "Future[Neighbours]":
         """`search_like` without waiting."""
         if k < 1:
             raise InputError(f"{k} neighbours were asked for: ask for at least 1")
-        # One more: the entity itself is among its own neighbours.
+        # One more neighbour, because the entity finds itself.
         return self._submit(id_, k + 1)
 
     def _submit(self, query: NDArray[np.float32] | str, k: int) -> "Future[Neighbours]":
@@ -167,7 +167,7 @@ class FaissIndex:
         return self.submit_like(id_, k).result()
 
     def _run(self, threads: int) -> None:
-        """Answer searches on the owner's thread, all waiting ones at once, until None comes."""
+        """Runs on the index's thread: answers all waiting searches at once, until the queue gives None."""
         import_faiss().omp_set_num_threads(threads)
         ends = False
         while not ends:
@@ -178,7 +178,7 @@ class FaissIndex:
             self._answer([search for search in batch if search is not None])
 
     def _answer(self, searches: Sequence[_Search]) -> None:
-        """Answer searches; those with the same k by one call, so that none changes another's result."""
+        """Answer searches by one call of FAISS for each k, so that no search changes another's result."""
         by_k: dict[int, list[tuple[_Search, NDArray[np.float32], int]]] = {}
         for search in searches:
             if not search.future.set_running_or_notify_cancel():
@@ -207,7 +207,7 @@ class FaissIndex:
                     search.future.set_result(neighbours)
 
     def _query_vectors(self, query: NDArray[np.float32] | str) -> tuple[NDArray[np.float32], int]:
-        """The vectors [n, dim] of a search, and the row of the entity that it names; -1 where it names none."""
+        """The vectors [n, dim] of a search, and the row of the entity that it names; -1 for a search by vectors."""
         if not isinstance(query, str):
             return query, -1
         row = self._ids.row(query)
@@ -216,7 +216,7 @@ class FaissIndex:
         return self._cpu_index.reconstruct(row)[None], row
 
     def _nearest(self, groups: Sequence[NDArray[np.float32]], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Cosines and rows [n, at most k] of the nearest of all n queries; row -1 where fewer were found."""
+        """Cosines and rows [n, at most k] of the vectors nearest to n queries; row -1 where fewer were found."""
         queries = np.concatenate(groups)
         k = min(k, len(self))
         if k and len(queries):

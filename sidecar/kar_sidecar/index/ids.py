@@ -33,7 +33,7 @@ class Ids:
 
     @classmethod
     def of(cls, ids: Sequence[str]) -> Self:
-        """Keep `ids` in memory, row by row."""
+        """The ids of n rows in memory, in the order of the rows."""
         encoded = [id_.encode(errors=ERRORS) for id_ in ids]
         order = sorted(range(len(encoded)), key=encoded.__getitem__)
         text = np.frombuffer(b"".join(encoded), np.uint8)

@@ -1,6 +1,6 @@
-"""Owns the snapshots of a running server: found when they are published, verified off the event loop, then swapped.
+"""Owns the snapshots of a running server: it finds new ones, verifies them off the event loop and swaps them in.
 
-A search is answered by the snapshot that was current when it began; that snapshot is closed after its last search.
+A search uses the snapshot that was current when the search began; a replaced snapshot is closed after its last search.
 """
 
 import asyncio
@@ -41,24 +41,24 @@ class _WatchedFolder:
     space: records_pb2.VectorSpace
     live: LiveSnapshot | None = None
     examined: Current | None = None
-    """The last pointer that was loaded or found faulty: it is not tried again before it changes."""
+    """The pointer that was last loaded or found damaged: it is not loaded again before it changes."""
     fault: KarError | None = None
     """Why the current snapshot cannot be used."""
     check: "asyncio.Task[None] | None" = None
-    """Checks for a new snapshot. A task of its own: a caller whose deadline ends must not end a load."""
+    """Checks for a new snapshot. A separate task, so that the end of one caller's deadline does not cancel a load."""
 
 
 class LiveIndexes:
-    """The current snapshots below <folder>/<release id>/<user or item>, of each release that was asked for."""
+    """The current snapshots below <folder>/<release id>/<user or item>, for every release named in a call so far."""
 
     def __init__(self, folder: Path, *, load: LoadIndex = FaissIndex.load) -> None:
-        """Read nothing yet; `load` will load each snapshot."""
+        """Store the arguments; `load` loads a snapshot when it is first needed."""
         self._folder = folder
         self._load = load
         self._watched: dict[tuple[str, EntityKind], _WatchedFolder] = {}
 
     async def get(self, release_id: str, space: records_pb2.VectorSpace, kind: EntityKind) -> LiveSnapshot:
-        """The current snapshot of a release's vectors in its encoder's space. Use it before the next await.
+        """The current snapshot of a release's vectors in its encoder's space; after the next await it may be closed.
 
         Raises:
             PreconditionError: none was published.
@@ -76,7 +76,7 @@ class LiveIndexes:
         raise PreconditionError(f"{watched.root} holds no index snapshot: run `kar publish` first")
 
     async def refresh(self, release_id: str, space: records_pb2.VectorSpace) -> None:
-        """Check for new snapshots of a release, and of all that were asked for before, and swap them in.
+        """Check for new snapshots of a release and of all releases named in earlier calls, and swap them in.
 
         A snapshot that cannot be used does not stop the others; `get` raises its fault.
         """
@@ -105,7 +105,7 @@ class LiveIndexes:
 
 
 async def _swap(watched: _WatchedFolder, load: LoadIndex) -> None:
-    """Load the current snapshot if it is new. Whatever fails, the loaded snapshot goes on answering."""
+    """Load the current snapshot if it is new. If anything fails, the loaded snapshot stays in use."""
     former = watched.live
     current = None
     try:
@@ -126,7 +126,7 @@ async def _swap(watched: _WatchedFolder, load: LoadIndex) -> None:
             fault = UnavailableError(f"{watched.root} could not be loaded ({error!r}): see the log, then retry")
         if str(fault) != str(watched.fault):
             log.warning("index_unavailable root=%s reason=%s", watched.root, fault, exc_info=fault is not error)
-        # A temporary fault is tried again at the next check, damage only when something else is published.
+        # A temporary fault is retried at the next check; a damaged snapshot is skipped until another one is published.
         watched.fault, watched.examined = fault, None if isinstance(fault, UnavailableError) else current
         return
     watched.live, watched.examined, watched.fault = LiveSnapshot(index, *current), current, None

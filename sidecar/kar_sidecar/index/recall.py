@@ -23,10 +23,10 @@ TOLERANCE: Final = 1e-6
 
 
 def held_out_last(count: int, config: IndexConfig) -> tuple[list[int], int]:
-    """An order of `count` rows whose last rows are held out to measure recall with, and how many these are.
+    """An order of `count` rows that puts the held-out rows last, and the number of held-out rows.
 
-    Held-out rows are measured before they are added: a graph finds its own vectors more easily than new ones, so recall
-    on its own vectors would be too high.
+    Recall is measured with the held-out rows before they are added: a graph finds its own vectors more easily than new
+    ones, so recall on its own vectors would be too high.
     """
     if count < 2:
         return list(range(count)), 0
@@ -49,7 +49,7 @@ def tune(
     Args:
         faiss: The module.
         index: A FAISS index of `rows`.
-        description: Of that index, without search parameters and recall.
+        description: The index's description without search parameters and recall.
         rows: Its unit vectors [n, dim].
         queries: Unit vectors [m, dim] to measure with; without any, nothing is measured or chosen.
         config: Given parameters and required recall.
@@ -86,19 +86,19 @@ def _recall_meter(
             index.nprobe = value
         if kind == "hnsw":
             index.hnsw.efSearch = value
-        found = index.search(queries, k)[1]  # (m, k)
-        # Compressed vectors have other cosines than the exact ones, which recall compares.
-        cosines = np.where(found >= 0, np.einsum("mkd,md->mk", rows[found], queries), -np.inf)
+        nearest = index.search(queries, k)[1]  # (m, k)
+        # Recall compares exact cosines, but a compressed index returns approximate ones: they are computed again.
+        cosines = np.where(nearest >= 0, np.einsum("mkd,md->mk", rows[nearest], queries), -np.inf)
         return float((cosines >= kth_cosine - TOLERANCE).mean())
 
     return measure
 
 
-def _smallest(measure: Callable[[int], float], required: float, low: int, most: int) -> int:
-    """The smallest value from `low` to `most` that reaches the recall, or `most`; recall rises with the value."""
+def _smallest(measure: Callable[[int], float], required: float, low: int, limit: int) -> int:
+    """The smallest value from `low` to `limit` that reaches the recall, or `limit`; recall rises with the value."""
     value = low
-    while value < most and measure(value) < required:
-        low, value = value + 1, min(2 * value, most)
+    while value < limit and measure(value) < required:
+        low, value = value + 1, min(2 * value, limit)
     high = value
     while low < high:
         middle = (low + high) // 2
@@ -107,7 +107,7 @@ def _smallest(measure: Callable[[int], float], required: float, low: int, most: 
 
 
 def _advice(description: IndexDescription, config: IndexConfig, recall: float) -> str:
-    """What to change, where an index with these search parameters finds too few of the nearest."""
+    """The error text for an index with too low a recall: its recall, and what to change."""
     kind, compressed = description.kind, config.storage != "float32"
     if kind == "ivf" and config.probes:
         advice, setting = "raise probes", f" with probes {description.probes}"

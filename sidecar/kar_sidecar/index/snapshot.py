@@ -40,7 +40,7 @@ PAYLOAD: Final = "index.faiss"
 CURRENT: Final = "current"
 DRAFT: Final = ".draft"
 KEPT: Final = 2
-"""Snapshots that stay: the current one, and the one before for readers that have just read the pointer."""
+"""Number of snapshots kept: the current one, and the previous one for readers that have just read its pointer."""
 
 
 class Current(NamedTuple):
@@ -61,7 +61,7 @@ class OpenSnapshot(NamedTuple):
 
 @contextmanager
 def unavailable_when_unreadable(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system, such as too many open files, into UnavailableError: they are no damage.
+    """Turn operating-system errors, such as too many open files, into UnavailableError: the file may be undamaged.
 
     Raises:
         UnavailableError: an OSError or MemoryError was raised inside the block.
@@ -80,7 +80,7 @@ def write_snapshot(root: Path, description: Mapping[str, Any], write: Callable[[
 
     Args:
         root: The folder of one kind of entity.
-        description: Fields of the record beside the hashes; they must depend on the content alone.
+        description: Fields of the record besides the hashes; they must depend on the content alone.
         write: Writes the files into a folder.
 
     Raises:
@@ -118,7 +118,8 @@ def make_current(root: Path, snapshot_id: str, published_at_ms: int) -> None:
     except IntegrityError:
         former = None
     draft.replace(root / CURRENT)
-    # The two in use first, then the newest: a folder's time does not change when its content is published again.
+    # Keep the new and the former snapshot before all others: a folder's time does not change when its content is
+    # published again, so the newest folders alone may not include them.
     in_use = [snapshot_id, *([former.snapshot_id] if former else [])]
     records = sorted(root.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     records.sort(key=lambda path: in_use.index(path.parent.name) if path.parent.name in in_use else len(in_use))

@@ -2,7 +2,7 @@
 
 WORK/serving/
   models/                      the folder that Triton reads models from: links to the models of every release
-  triton.log, sidecar.log      output of the two processes; *.previous.log: from the `kar serve` before
+  triton.log, sidecar.log      output of the two processes; *.previous.log: output of the previous `kar serve`
   serve.log, ready.json        written only when `kar replay` or `kar demo` started this `kar serve`
   lock                         held while `kar serve` runs
 """
@@ -39,7 +39,7 @@ __all__ = ["ReadyReport", "check", "is_serving", "listen_port", "serve", "serve_
 
 PROBE_TIMEOUT_S = 1.0
 MARGIN_S = 5.0
-"""Time that a stopping child gets beyond its grace for open requests, before it is killed."""
+"""A stopping child is killed this long after the end of the grace period for open requests."""
 
 
 def listen_port(host: str, port: int, option: str) -> int:
@@ -134,7 +134,8 @@ class _Serving:
                 log.replace(log.with_suffix(".previous.log"))
 
     def _start_triton(self) -> TritonProcess:
-        # With these models loaded, a ready Triton can score the active release. The sidecar loads any further models.
+        # Triton starts with the active release's models, so it can score as soon as it is ready. The sidecar loads the
+        # models of other releases.
         settings = self._settings
         release = Release.load(settings.releases, read_active(settings.releases), verify=False)
         self._triton = self._runtime.start(
@@ -212,7 +213,7 @@ def serve_until_stopped(
     """Run Triton and the sidecar until SIGTERM or SIGINT. Main thread only.
 
     Args:
-        settings: Their ports must be free.
+        settings: The settings; their ports must be free.
         config: The settings file, which the sidecar reads again.
         ready_file: Written when both are ready, removed at the end: addresses and process ids as JSON.
         say: Prints a line.
@@ -226,8 +227,8 @@ def serve_until_stopped(
         raise InputError(f"{ready_file.parent} is not a folder: create it or name another --ready-file")
     folder = settings.work / "serving"
     folder.mkdir(parents=True, exist_ok=True)
-    taken = InputError(f"another `kar serve` runs on {settings.work}: stop it, or name another --work")
-    with held(folder / "lock", taken), termination() as stopping:
+    already_running = InputError(f"another `kar serve` runs on {settings.work}: stop it, or name another --work")
+    with held(folder / "lock", already_running), termination() as stopping:
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)  # left by a run that was killed
         check(settings)

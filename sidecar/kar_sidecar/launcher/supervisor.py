@@ -20,7 +20,7 @@ PROBE_S: Final = 1.0
 """Time between two checks of a service that answered."""
 
 # This program asks the kernel to kill it with its parent, then becomes the child by exec. A preexec_fn would run Python
-# in a fork of this process instead, which has gRPC threads.
+# in a fork of this process instead, which is not safe: this process has gRPC threads.
 LAUNCH: Final = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
@@ -99,7 +99,7 @@ def spawn(command: Sequence[str | Path], log: Path, environment: Mapping[str, st
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """When a crashed service starts again: after a delay that doubles with each crash, until there were too many."""
+    """When a crashed service starts again: after a delay that doubles with each crash, or never after too many."""
 
     first_delay_s: float = 0.25
     longest_delay_s: float = 8.0
@@ -183,7 +183,7 @@ class Supervisor:
             self.stop()
 
     def step(self) -> None:
-        """Start, restart or check each service once. A service is ready only while those before it are.
+        """Start, restart or check each service once. A service is ready only while all services before it are ready.
 
         Raises:
             UnavailableError: a service ended before it was ever ready, or crashed too often; the text names its log.
@@ -191,7 +191,7 @@ class Supervisor:
         before_ready = True
         for child in self._children:
             self._step(child, self._clock())
-            # After a crash of an earlier service, an older answer proves nothing: this service is checked again.
+            # After a crash of an earlier service, this service's last answer is out of date: it is checked again.
             child.ready = before_ready = child.ready and before_ready
             if not (child.was_ready or child.crashes):
                 break
@@ -212,7 +212,7 @@ class Supervisor:
             child.was_ready |= child.ready
 
     def _handle_crash(self, child: _Child, process: Process, failure: str, now: float) -> None:
-        """Schedule the next start; raises UnavailableError when there must not be another."""
+        """Schedule the next start; raises UnavailableError if the service must not start again."""
         name, at_start = child.service.name, not (child.was_ready or child.crashes)
         process.stop(self._stop_grace_s)  # also ends the children of a process that is dead already
         child.process, child.ready, child.was_ready = None, False, False
@@ -227,7 +227,7 @@ class Supervisor:
         self._say(f"{name} {failure}; starting it again in {delay_s:.2g} s")
 
     def stop(self) -> None:
-        """Stop all services, the last one first; each gets the grace."""
+        """Stop all services, the last one first; each has the grace period to end."""
         for child in reversed(self._children):
             if child.process is not None:
                 child.process.stop(self._stop_grace_s)

@@ -25,7 +25,7 @@ __all__ = [
 LOOPBACK: Final = "127.0.0.1"
 SHARED_MEMORY: Final = Path("/dev/shm")
 SHARED_MEMORY_PREFIX: Final = "kar-triton-"
-"""Names in shared memory begin with this and the id of the process that started the server."""
+"""Names in shared memory begin with this prefix and the id of the process that started the server."""
 POLL_S: Final = 0.05
 
 
@@ -85,7 +85,7 @@ class TritonProcess:
     hung_s: float = 20.0
     """Seconds without any answer after which a server that was ready before counts as hung."""
     _model_pids: set[int] = field(default_factory=set)
-    """Python processes of the models, once the server was ready."""
+    """Ids of the models' Python processes; empty before the server was first ready."""
     _last_ready_s: float | None = None
 
     @property
@@ -106,7 +106,7 @@ class TritonProcess:
         """Whether the server and all models that it was started with answer.
 
         This call ends a server that hangs, or that lost the Python process of a model: neither recovers by itself, and
-        Triton goes on reporting such a model as ready. The supervisor then starts a new server.
+        Triton keeps reporting such a model as ready. The supervisor then starts a new server.
         """
         answers = _get(f"{LOOPBACK}:{self.ports.http}", "/v2/health/ready", timeout_s) is not None
         now = time.monotonic()

@@ -34,7 +34,7 @@ WHEEL: Final = WheelArchive(
 GLIBC: Final = (2, 35)
 PYTHONS: Final = ((3, 8), (3, 13))
 SHARED_MEMORY_BYTES: Final = 4 << 20
-"""First size, and growth, of the region that each model instance shares with the server; its minimum is 1 MiB."""
+"""Initial size and growth step of the memory that each model instance shares with the server; at least 1 MiB."""
 
 SERVER: Final = "pytriton/tritonserver"
 LIBRARIES: Final = "nvidia_pytriton.libs"
@@ -188,8 +188,8 @@ class TritonRuntime:
             "shm-growth-byte-size": SHARED_MEMORY_BYTES,
         }
         return [
-            # Our configurations are complete. To complete them, Triton would start each model's Python process once
-            # more, which imports torch, and the end of that process would look like a lost one (`TritonProcess.ready`).
+            # Our configurations are complete. To complete them, Triton would start one more Python process per model,
+            # which imports torch, and `TritonProcess.ready` would take the end of that process for a crash.
             "--disable-auto-complete-config",
             *(f"--{key}={value}" for key, value in options.items()),
             *(f"--backend-config=python,{key}={value}" for key, value in backend.items()),

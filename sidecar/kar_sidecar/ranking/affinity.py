@@ -52,10 +52,10 @@ def affinity(
 
     Args:
         candidates: Vectors [B, C, V]; each segment has unit length, or is 0 where there is no vector.
-        history: Vectors [B, H, V] of rated items, likewise.
+        history: Vectors [B, H, V] of rated items, with segments as in `candidates`.
         ratings: Their ratings [B, H].
-        is_event: Whether each is an event [B, H]; the others are padding.
-        segments: Number of components of each segment; V in sum.
+        is_event: Whether each position [B, H] holds an event; the other positions are padding.
+        segments: Number of components of each segment; they sum to V.
     """
     count = is_event.sum(1).astype(np.float32)  # (B,)
     divisor = np.maximum(count, 1)
@@ -66,18 +66,21 @@ def affinity(
     columns = [np.repeat(statistics[:, None], candidates.shape[1], 1)]
     for start, end in pairwise(accumulate(segments, initial=0)):
         v, h = candidates[..., start:end], history[..., start:end]
-        known = is_event & np.any(h != 0, axis=2)  # (B, H)
-        both = np.any(v != 0, axis=2) & np.any(known, axis=1, keepdims=True)  # (B, C)
-        columns.append(np.where(both[..., None], _similarities(v @ h.transpose(0, 2, 1), weight, known), 0))
+        has_vector = is_event & np.any(h != 0, axis=2)  # (B, H)
+        is_defined = np.any(v != 0, axis=2) & np.any(has_vector, axis=1, keepdims=True)  # (B, C)
+        similarities = _similarities(v @ h.transpose(0, 2, 1), weight, has_vector)  # (B, C, 6)
+        columns.append(np.where(is_defined[..., None], similarities, 0))
     return np.concatenate(columns, 2).astype(np.float32)
 
 
-def _similarities(s: NDArray[np.float32], weight: NDArray[np.float32], known: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _similarities(
+    s: NDArray[np.float32], weight: NDArray[np.float32], has_vector: NDArray[np.bool_]
+) -> NDArray[np.float32]:
     """The columns `SIMILARITIES` (B, C, 6) from similarities s (B, C, H) and centred ratings `weight` (B, H)."""
-    count = np.maximum(known.sum(1), 1).astype(np.float32)[:, None]  # (B, 1)
-    weight = np.where(known, weight, 0)[..., None]  # (B, H, 1)
-    near = np.where(known[:, None], s, np.float32(-np.inf))  # (B, C, H)
-    nearest = np.where(np.any(known, axis=1, keepdims=True), near.max(2, initial=-np.inf), 0)  # (B, C)
+    count = np.maximum(has_vector.sum(1), 1).astype(np.float32)[:, None]  # (B, 1)
+    weight = np.where(has_vector, weight, 0)[..., None]  # (B, H, 1)
+    near = np.where(has_vector[:, None], s, np.float32(-np.inf))  # (B, C, H)
+    nearest = np.where(np.any(has_vector, axis=1, keepdims=True), near.max(2, initial=-np.inf), 0)  # (B, C)
     columns = [(s @ weight)[..., 0] / count]
     for temperature in TEMPERATURES:
         share = np.exp((near - nearest[..., None]) / np.float32(temperature))  # 0 for padding

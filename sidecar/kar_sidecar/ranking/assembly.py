@@ -1,6 +1,6 @@
-"""Owns the tensors of a ranking request: a query and its store records become what models read (`kar_sidecar.scoring`).
+"""Owns the tensors of a ranking request: it makes the models' inputs (`kar_sidecar.scoring`) from query and records.
 
-A damaged record costs the request that one record: its entity counts as unknown, and `Assembly.faults` says why.
+A damaged record counts as absent: its entity is treated as unknown, and `Assembly.faults` gives the reason.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,16 +48,16 @@ class Assembly:
     item_levels: NDArray[np.uint8]
     """Each candidate's knowledge level [C]; 0 where the arm reads no knowledge."""
     history_events: int
-    """How many events of the history the model sees."""
+    """Number of history events that the model reads."""
     missing_values: int
-    """How many numbers were absent, NaN or infinite, of the user and all candidates."""
+    """Number of numeric features of the user and all candidates that were absent, NaN or infinite."""
     features_written_at_ms: int
-    """When the user's stored features were true, milliseconds since 1970; 0 where nothing is stored."""
+    """Time at which the user's stored features were true, milliseconds since 1970; 0 where nothing is stored."""
     inline_history_used: bool
     faults: tuple[str, ...]
-    """Why records were not used; empty when all were."""
+    """Reasons why records were not used; empty when all were used."""
     provenance: tuple[VectorProvenance, ...]
-    """The knowledge vectors in the tensors; an item may have two, one of knowledge and one of affinity."""
+    """The knowledge vectors in the tensors; an item may have two: its knowledge vector and its affinity vector."""
 
     @property
     def oldest_vector_ms(self) -> int:
@@ -102,7 +102,7 @@ class _Decoder:
 
 @dataclass(frozen=True, slots=True)
 class _Knowledge:
-    """What the knowledge arm reads beside features: tensors, levels [1 + C] of user and candidates, provenance."""
+    """Inputs of the knowledge arm besides features: tensors, levels [1 + C] of user and candidates, provenance."""
 
     tensors: dict[str, NDArray]
     levels: NDArray[np.uint8]
@@ -116,7 +116,7 @@ def assemble(query: Query, served: ServedRelease, fetched: Fetched, *, at_ms: in
         query: The request.
         served: Its release.
         fetched: What `fetch` read for it.
-        at_ms: The time of day, milliseconds since 1970: vectors that expire until then are STALE.
+        at_ms: The time of day, milliseconds since 1970: vectors that have expired by then are STALE.
     """
     user = fetched.user
     decoder = _Decoder(at_ms, [user.fault] if user.fault else [])
@@ -193,7 +193,7 @@ def _knowledge(
     candidates, rated = batch.levels[:count], batch.levels[count:]
     levels = adapted.levels.copy()
     if USER not in served.release.towers:
-        # The user's own knowledge is not read: the best level of a rated item stands for it.
+        # The release does not read user vectors. The best level among the rated items stands for the user's level.
         levels[0] = rated.min(initial=NEUTRAL)
     if ITEM not in served.release.towers:
         levels[1:] = candidates
@@ -210,7 +210,7 @@ def _knowledge(
 
 
 def _tower_knowledge(served: ServedRelease, blobs: Sequence[bytes | None], decoder: _Decoder) -> _Knowledge:
-    """Knowledge from the vectors [1 + C] of user and candidates, for the adaptor's towers; NEUTRAL for the others."""
+    """Knowledge from the vectors [1 + C] of user and candidates; kinds without a tower in the adaptor are NEUTRAL."""
     towers = served.release.towers
     user_neutral, item_neutral = served.neutral
     batch = decoder.vectors(served.space, blobs, item_neutral)
@@ -219,13 +219,13 @@ def _tower_knowledge(served: ServedRelease, blobs: Sequence[bytes | None], decod
         vectors[0] = user_neutral
     present = levels != NEUTRAL
     tensors: dict[str, NDArray] = {}
-    for kind, own, own_present in ((USER, vectors[0], present[:1]), (ITEM, vectors[1:], present[1:])):
+    for kind, kind_vectors, kind_present in ((USER, vectors[0], present[:1]), (ITEM, vectors[1:], present[1:])):
         if kind not in towers:
             levels[slice(1) if kind == USER else slice(1, None)] = NEUTRAL
         elif served.mode == ENCODED:
-            tensors |= {f"{kind}_encoding": own, f"{kind}_present": own_present}
+            tensors |= {f"{kind}_encoding": kind_vectors, f"{kind}_present": kind_present}
         else:
-            tensors[f"{kind}_knowledge"] = own
+            tensors[f"{kind}_knowledge"] = kind_vectors
     provenance = (
         VectorProvenance(USER, levels[:1], batch.written_at_ms[:1]),
         VectorProvenance(ITEM, levels[1:], batch.written_at_ms[1:]),

@@ -30,18 +30,18 @@ class UserView:
     row: NDArray[np.void]
     """Packed stored features [1]; missing values where nothing is stored."""
     history: History
-    """The request's or the stored history, whichever is newer."""
+    """The history that `view_user` chose: the request's or the stored one."""
     inline_history: bool
     """Whether the history came with the request."""
     features_written_at_ms: int
-    """When the stored features were true, milliseconds since 1970; 0 where nothing is stored."""
+    """Time at which the stored features were true, milliseconds since 1970; 0 where nothing is stored."""
     fault: str
-    """Why the stored features are not used; empty when they are, and when there are none."""
+    """Why the stored features cannot be used; empty when they are used or absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What was read for one query."""
+    """The store records that were read for one query."""
 
     records: Sequence[Record]
     """Parts of the user, then of each candidate, as `ServedRelease.parts` lists them; None: absent or not read."""
@@ -56,7 +56,7 @@ def entity_keys(query: Query) -> list[EntityKey]:
 
 
 def rated_item_keys(history: History, served: ServedRelease) -> list[EntityKey]:
-    """Keys of the last rated items, oldest first, whose affinity vectors are read; empty for a release without."""
+    """Keys of the last rated items, oldest first, whose affinity vectors are read; empty without affinity vectors."""
     if served.affinity_space is None or served.release.affinity is None:
         return []
     return [EntityKey(ITEM, item) for item in history.item_ids[-served.release.affinity.events :]]
@@ -87,7 +87,7 @@ def nothing_read(query: Query, served: ServedRelease, arm: str) -> Fetched:
 async def fetch(
     query: Query, served: ServedRelease, arm: str, store: Store, limit_ms: float, trace: RequestTrace
 ) -> Fetched:
-    """Read what an arm needs for a query. A read that fails, wholly or in part, is recorded in `trace`.
+    """Read the records that an arm needs for a query. A read that fails, fully or partly, is recorded in `trace`.
 
     Args:
         query: The request.
@@ -98,7 +98,7 @@ async def fetch(
         trace: Bounds the wait by the request's deadline, and takes the reasons of failures.
     """
     parts, keys = served.parts(arm), entity_keys(query)
-    # Without a stated time the request's history is used for sure, so its items can be read with the first batch.
+    # A request's history without a time is always used, so its items can be read with the first batch.
     known_history = query.history if query.history_as_of_ms is None else None
     rated_keys = rated_item_keys(known_history, served) if known_history and arm == KNOWLEDGE else []
     batch = await _read(store, [*keys, *rated_keys], parts, limit_ms, trace)

@@ -52,7 +52,7 @@ class Ranker:
         self._wall_ms = wall_ms
 
     async def rank(self, request: ranking_pb2.RankRequest, left_s: float | None = None) -> ranking_pb2.RankResponse:
-        """Answer one request within `left_s` seconds (None: no deadline), whatever fails meanwhile.
+        """Answer one request within `left_s` seconds (None: no deadline), even if the store or a model fails.
 
         Raises:
             InputError: the request is malformed.

@@ -1,4 +1,4 @@
-"""Owns the check of a ranking request: a `RankRequest` becomes a `Query`, or an error that says what to correct."""
+"""Owns the check of a ranking request: it turns a `RankRequest` into a `Query`, or says what to correct."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Query:
     history: History | None
     """The history that the request sent; None: the stored one is used."""
     history_as_of_ms: int | None
-    """When that history was true, milliseconds since 1970; None: not stated, so it is used in any case."""
+    """Time at which the history was true, milliseconds since 1970; None: not sent, and the history is always used."""
 
 
 def read_query(request: ranking_pb2.RankRequest, served: ServedRelease, max_candidates: int) -> Query:

@@ -41,12 +41,12 @@ def build_response(
     """The response without timings and reason.
 
     Args:
-        request: As it came in.
-        query: The same, checked.
+        request: The message as it was received.
+        query: The checked request.
         served: The release that answers.
         assignment: The arm that was assigned.
-        assembly: The tensors; None where no time was left to build them.
-        scored: What a model answered; None where none did, which leaves the caller's own scores and order.
+        assembly: The tensors; None if no time was left to build them.
+        scored: The model's scores; None if no model answered. The response then has the caller's scores and order.
     """
     scores = query.caller_scores if scored is None else scored.scores
     count = len(query.item_ids)

@@ -1,4 +1,4 @@
-"""Owns the trace of one ranking request: its deadline, the time of each stage, and why its answer is not the best."""
+"""Owns the trace of one ranking request: its deadline, the time of each stage, and the reasons for a lower rung."""
 
 import asyncio
 import logging
@@ -31,13 +31,13 @@ class RequestTrace:
     stages_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds of each finished stage, by its field name in `StageTimings`."""
     reasons: list[str] = field(default_factory=list)
-    """Why the answer has less knowledge than it could have, in words."""
+    """Reasons, in words, why the answer uses less knowledge than it could."""
 
     @classmethod
     def start(cls, telemetry: Telemetry, clock: Callable[[], float], *, left_s: float | None, margin_ms: float) -> Self:
         """Start the trace of a request that must be answered within `left_s` seconds (None: no deadline).
 
-        `margin_ms` of these are kept for sending the response.
+        The last `margin_ms` milliseconds are reserved for sending the response.
         """
         now = clock()
         deadline_s = np.inf if left_s is None else now + left_s - margin_ms / 1e3
@@ -48,7 +48,7 @@ class RequestTrace:
         return min(limit_ms / 1e3, self.deadline_s - self.clock())
 
     def record_stage(self, stage: str) -> None:
-        """Record the time since the end of the stage before as the time of `stage`."""
+        """Record the time since the end of the previous stage as the time of `stage`."""
         now = self.clock()
         self.stages_ms[f"{stage}_ms"] = (now - self.stage_started_s) * 1e3
         self.stage_started_s = now

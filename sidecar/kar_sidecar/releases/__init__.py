@@ -1,1 +1,1 @@
-"""Owns releases: their files on disk, what one serving mode reads of them, and those that a server has loaded."""
+"""Owns releases: their files on disk, their view in one serving mode, and the registry of loaded releases."""

@@ -7,7 +7,7 @@
   adaptor.safetensors                expert, gate and neutral weights
   vectors/neutral.npy                [2, K] float32: neutral vector of users, of items
   vectors/{user,item}_ids.txt        one id per line, row order of the arrays
-  vectors/{user,item}_lent.txt       ids of those whose vector is imputed from others
+  vectors/{user,item}_lent.txt       ids of entities whose vector is imputed from neighbours
   vectors/{user,item}_adapted.npy    [n, K], only for kinds with a tower in the adaptor
   vectors/{user,item}_encoded.npy    [n, D]
   vectors/affinity_ids.txt           items with an affinity vector, only where the model reads affinities

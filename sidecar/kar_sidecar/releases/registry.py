@@ -94,7 +94,7 @@ class Releases:
             scorer: Runs their models.
             mode: Which vectors are read, and which models are called.
             probe_tensors: Builds the request that warms a model.
-            warm_timeout_s: Longest wait for its scores, in seconds.
+            warm_timeout_s: Longest wait for the scores of that request, in seconds.
         """
         self._folder = folder
         self._store = store
@@ -153,7 +153,7 @@ class Releases:
                         loaded.fault = str(error)
 
     async def activate(self, release_id: str) -> str:
-        """Load and warm a release beside the active one, then make it the active one; returns the id of the former.
+        """Load and warm a release beside the active one, then activate it; returns the id of the one active before.
 
         Raises:
             PreconditionError: there is no such release, or nothing was published for it.

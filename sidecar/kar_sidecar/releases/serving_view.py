@@ -40,9 +40,9 @@ class ServedRelease:
 
     @cached_property
     def neutral(self) -> NDArray[np.float32]:
-        """Vectors [2, dim] in the place of missing ones: of users, of items.
+        """Vectors float32 [2, dim] in the place of missing ones: row 0 for users, row 1 for items.
 
-        Zeros in `encoded` mode, where the adaptor itself puts the learned neutral vector in.
+        Zeros in `encoded` mode, where the adaptor itself inserts the learned neutral vector.
         """
         return np.zeros((2, self.space.dim), np.float32) if self.mode == ENCODED else self.release.neutral
 
@@ -53,7 +53,7 @@ class ServedRelease:
         return affinity.space if affinity and affinity.HasField("space") else None
 
     def parts(self, arm: str) -> tuple[str, ...]:
-        """Store parts that an arm reads of user and candidates: features, knowledge vectors, affinity vectors."""
+        """Store parts that an arm reads for user and candidates: features, knowledge vectors, affinity vectors."""
         if arm != KNOWLEDGE:
             return (FEATURES,)
         parts = (FEATURES, vector_part(self.space.space_id))
@@ -74,7 +74,7 @@ class ServedRelease:
     def models(self) -> tuple[str, ...]:
         """Names of all models that this mode needs, in the order to load them."""
         if self.mode == ENCODED:
-            # Ensembles first: Triton loads an ensemble's models along with it, again if they were loaded before, and
-            # the model processes that it then replaces would look like lost ones.
+            # Ensembles first: with an ensemble, Triton also loads its models, even if they are already loaded, and
+            # `TritonProcess.ready` would take the end of the replaced model processes for a crash.
             return tuple(self.release.triton_models())[::-1]
         return tuple(self.model(arm) for arm in ARMS)

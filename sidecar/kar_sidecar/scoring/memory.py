@@ -15,7 +15,7 @@ Model = Callable[[Tensors], NDArray[np.float32]]
 
 
 class MemoryScorer:
-    """A `Scorer` of named functions, some of which can be made to fail."""
+    """A `Scorer` whose models are named functions. Tests make a model fail or hang by its name."""
 
     def __init__(self, models: Mapping[str, Model]) -> None:
         """Take functions by model name; none is loaded yet."""

@@ -26,7 +26,7 @@ STATUSES: Final[dict[grpc.StatusCode, type[KarError]]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.INVALID_ARGUMENT: InputError,
 }
-"""Errors by Triton's status. UnavailableError for any other: the server or the model is not there."""
+"""Errors by Triton's status. Any other status is an UnavailableError: the server or the model is not there."""
 
 
 class TritonScorer:

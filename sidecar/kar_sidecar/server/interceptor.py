@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Answers our errors with their status and text, others with INTERNAL and a request id; their text is logged."""
+    """Answers a KarError with its status and text, any other error with INTERNAL and a request id; it is logged."""
 
     def __init__(
         self,

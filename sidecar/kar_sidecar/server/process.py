@@ -75,8 +75,8 @@ class Sidecar:
 
         Args:
             settings: Read at start-up.
-            store: Stays open at the end.
-            scorer: Stays open at the end.
+            store: The caller closes it.
+            scorer: The caller closes it.
             indexes: None: those below the settings' folder. Closed at the end.
             ready: Called once, when health first reports SERVING.
         """

@@ -1,4 +1,4 @@
-"""Owns the RPCs: each checks its request, calls one room, and builds the response. `CallInterceptor` handles errors."""
+"""Owns the RPCs: each checks its request, calls one package, and builds the response. `CallInterceptor` maps errors."""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -50,7 +50,7 @@ Record = tuple[bytes | None, ...]
 
 
 class Store(Protocol):
-    """Entities whose parts are written independently of each other; `kar_sidecar.store.records` owns a part's bytes.
+    """Stores the parts of entities; each part is written on its own. `kar_sidecar.store.records` owns a part's bytes.
 
     Every method may raise `UnavailableError`.
     """
@@ -70,8 +70,8 @@ class Store(Protocol):
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
         """Write one part of many entities and keep their other parts; returns the number of records written.
 
-        A record that is stored already with the same bytes is not written. With `newer_only`, neither is one whose
-        stored part has an equal or later `written_at_ms` in its header; texts have no header, so they cannot be written
+        A record that is already stored with the same bytes is skipped. With `newer_only`, a record is also skipped if
+        the stored part's header has an equal or later `written_at_ms`; texts have no header, so they cannot be written
         with `newer_only`. When a key is repeated, its last record wins.
         """
         ...

@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 BATCH_BYTES: Final = 1 << 20
-"""A batch of writes ends with the record that reaches this size, so that a server is not sent more at once."""
+"""A batch of writes ends with the record that reaches this size: it bounds the bytes that a server gets at once."""
 META_READ_MS: Final = 500
-"""Limit for reading one meta value. A health check has 1,000 ms for up to three of them; where a node hangs, its values
-are read from a replica by a second attempt, after half of this limit."""
+"""Longest wait for one meta value. A health check reads up to three of them within 1,000 ms. If a node hangs, a second
+attempt starts after half of this time and reads from a replica."""
 POLL_S: Final = 0.05
 """Time between two checks of a background job."""
 FIRST_PAUSE_S: Final = 0.05
@@ -43,18 +43,18 @@ LONGEST_PAUSE_S: Final = 2.0
 WARNED_PAUSE_S: Final = 0.4
 """Pauses from this length on are logged as warnings; shorter ones only slow a load down."""
 SWEEPS: Final = 5
-"""Most background jobs that remove one part: a record that moves between nodes can escape a job."""
+"""Largest number of background jobs that remove one part: a record that moves between nodes can escape a job."""
 VALUE: Final = "value"
 """The bin of a meta value."""
 
 
 def _time_bin(part: str) -> str:
-    return f"{part}_t"  # at most 15 characters, as bin names are
+    return f"{part}_t"  # a bin name has at most 15 characters
 
 
-@lru_cache(maxsize=16)  # all vectors of a release have one time
+@lru_cache(maxsize=16)  # all vectors of a release have the same time
 def _part_is_older(part: str, written_at_ms: int) -> Any:
-    """The filter of a write that is done only where the part is absent or older."""
+    """Filter expression of a write: true where the part is absent or older."""
     return exp.Or(exp.Not(exp.BinExists(part)), exp.LT(exp.IntBin(_time_bin(part)), written_at_ms)).compile()
 
 
@@ -66,7 +66,7 @@ def _part_differs_template(part: str) -> tuple[Any, int]:
 
 
 def _part_differs(part: str, blob: bytes) -> Any:
-    """The filter of a write that is done only where the part is absent or has other bytes; compiled once a part."""
+    """Filter expression of a write: true where the part is absent or has other bytes; compiled once per part."""
     steps, position = _part_differs_template(part)
     operation, kind, _, children = steps[position]
     return [*steps[:position], (operation, kind, {"val": blob}, children), *steps[position + 1 :]]
@@ -121,14 +121,14 @@ class AerospikeStore:
         """Connect to a cluster.
 
         Args:
-            hosts: Name and port of some nodes; one is enough while it runs.
+            hosts: Name and port of some nodes; one running node is enough.
             namespace: An existing namespace.
             set_name: Created by the first write.
             settings: How the cluster is reached and used.
-            password: Of `settings.user`.
+            password: Password of `settings.user`.
             connect: Makes a client from its configuration.
             sleep: Waits a number of seconds.
-            random: Shortens the pauses between repeated writes by chance.
+            random: Draws the pauses between repeated writes.
 
         Raises:
             UnavailableError: no host answers.
@@ -151,14 +151,14 @@ class AerospikeStore:
         }
         self._meta_policy = self._read_policy(META_READ_MS)
         self._write_policy: dict[str, Any] = {
-            "ttl": aerospike.TTL_NEVER_EXPIRE,  # expiry is in our header: a stale vector still beats none
+            "ttl": aerospike.TTL_NEVER_EXPIRE,  # our header holds the expiry: a stale vector is better than none
             "commit_level": getattr(aerospike, f"POLICY_COMMIT_LEVEL_{settings.commit_level.upper()}"),
         }
         with self._errors.translated():
             self._client = connect(_config(hosts, settings, password))
 
     def _repeat_while_refused(self, write: Callable[[], T]) -> T:
-        """The result of a write; while the cluster refuses it for now, it is repeated after growing, random pauses."""
+        """Run a write and return its result; repeat it after growing, random pauses while it fails temporarily."""
         left_s, pause_s = self._settings.write_patience_ms / 1e3, FIRST_PAUSE_S
         while True:
             started_s = time.monotonic()
@@ -210,10 +210,10 @@ class AerospikeStore:
         return records
 
     def write(self, part: str, records: Iterable[tuple[EntityKey, bytes]], *, newer_only: bool = False) -> int:
-        """See `Store.write`. After a killed or failed write any of its records may be there: write all again.
+        """See `Store.write`. A killed or failed write may have stored any of its records: write all of them again.
 
-        Records that an overloaded or lost cluster refuses are written again for `write_patience_ms`. A record that was
-        written although the answer got lost is found unchanged by the next attempt, and is not counted.
+        Records that an overloaded or lost cluster refuses are written again for `write_patience_ms`. If a record was
+        written but the answer was lost, the next attempt finds it unchanged and does not count it.
         """
         return sum(
             self._write_batch(part, batch, newer_only)
@@ -266,7 +266,7 @@ class AerospikeStore:
         return self._client.query(self._namespace, self._set)
 
     def _count(self, policy: dict[str, Any]) -> int:
-        """How many records pass a filter; they are counted one by one and not kept."""
+        """Number of records that pass a filter; the records are streamed, not kept."""
         count = 0
 
         def count_record(record: object) -> None:

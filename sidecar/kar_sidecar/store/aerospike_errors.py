@@ -48,15 +48,15 @@ _ERRORS: Final[dict[int | None, tuple[type[KarError], str]]] = {
     exception.NotAuthenticated.code: _LOGIN,
     exception.RoleViolation.code: _LOGIN,
 }
-"""By the code of a call or of one record in a batch; `{}` stands for the client's own text.
+"""Error class and sentence for each code of a call or of a record in a batch; `{}` stands for the client's own text.
 
-Any other code is UNAVAILABLE. Only UNAVAILABLE errors may go away by themselves: a write is repeated after these alone.
+Any other code is UNAVAILABLE. Only UNAVAILABLE errors are temporary, so only after these is a write repeated.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterErrors:
-    """Errors of one cluster, which their texts name."""
+    """Makes the errors of one cluster; their texts name the cluster."""
 
     cluster: str
 
@@ -66,7 +66,7 @@ class ClusterErrors:
         return kind(f"{self.cluster} {sentence.format(text)}")
 
     def of_records(self, codes: Iterable[int]) -> KarError:
-        """One error for a batch's failed records: lasting ones go before temporary ones, known codes before others."""
+        """One error for a batch's failed records: permanent errors take precedence, then codes in the table."""
         code = min(codes, key=lambda code: (_is_temporary(code), code not in _ERRORS))
         return self.of(code, f"code {code} for some records")
 

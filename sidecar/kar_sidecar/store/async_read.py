@@ -12,11 +12,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 STORE_SHARE: Final = 0.8
-"""Share of the limit that the store itself is given: a partial answer then arrives before the limit is over."""
+"""Share of the time limit that the store may use, so that a partial answer arrives before the limit ends."""
 
 
 async def call_store(store: Store, method: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """The result of `method`, a method of `store`; the event loop is never blocked for longer than a memory access."""
+    """Call `method`, a method of `store`, and return its result; a store that may block is called in a thread."""
     if store.blocking:
         return await asyncio.to_thread(method, *arguments, **options)
     return method(*arguments, **options)

@@ -32,9 +32,10 @@ class AerospikeSettings(BaseModel):
         default=None, description="PEM file of the trusted authorities; unset: the system's."
     )
     tls_cert_file: Path | None = Field(default=None, description="PEM file of the client's own certificate.")
-    tls_key_file: Path | None = Field(default=None, description="PEM file of that certificate's key.")
+    tls_key_file: Path | None = Field(default=None, description="PEM file of the client certificate's private key.")
     use_services_alternate: bool = Field(
-        default=False, description="Whether to connect to the nodes' alternate addresses, as from another network."
+        default=False,
+        description="Whether to connect to the nodes' alternate addresses, for clients in another network.",
     )
     connect_timeout_ms: Milliseconds = Field(default=2_000, description="Longest wait to connect, in milliseconds.")
     login_timeout_ms: Milliseconds = Field(default=5_000, description="Longest wait to log in, in milliseconds.")
@@ -44,13 +45,13 @@ class AerospikeSettings(BaseModel):
     read_attempt_timeout_ms: int = Field(
         default=0,
         ge=0,
-        description="Longest wait for one attempt to read, in milliseconds; 0: an equal share of the limit.",
+        description="Longest wait for one attempt to read, in milliseconds; 0: an equal part of the whole limit.",
     )
     read_timeout_ms: Milliseconds = Field(
-        default=50, description="Longest wait for a read without a limit of its own, in milliseconds."
+        default=50, description="Longest wait for a read whose caller sets no limit, in milliseconds."
     )
     read_max_retries: int = Field(
-        default=1, ge=0, description="Further attempts to read, at another replica if there is one."
+        default=1, ge=0, description="Number of further attempts to read, from another replica if there is one."
     )
     write_attempt_timeout_ms: int = Field(
         default=1_000, ge=0, description="Longest wait for one attempt to write, in milliseconds; 0: write_timeout_ms."
@@ -58,7 +59,9 @@ class AerospikeSettings(BaseModel):
     write_timeout_ms: Milliseconds = Field(
         default=5_000, description="Longest wait to write one batch or a meta value, in milliseconds."
     )
-    write_max_retries: int = Field(default=2, ge=0, description="Further attempts to write within that time.")
+    write_max_retries: int = Field(
+        default=2, ge=0, description="Number of further attempts to write within write_timeout_ms."
+    )
     write_patience_ms: int = Field(
         default=60_000,
         ge=0,
@@ -73,7 +76,9 @@ class AerospikeSettings(BaseModel):
     batch_allow_inline: bool = Field(
         default=True, description="Whether a node answers batches from memory in the thread that received them."
     )
-    batch_allow_inline_ssd: bool = Field(default=False, description="The same for namespaces on devices.")
+    batch_allow_inline_ssd: bool = Field(
+        default=False, description="Whether a node answers batches from devices in the thread that received them."
+    )
     respond_all_keys: bool = Field(
         default=True, description="Whether a node continues a batch after a record in it failed."
     )

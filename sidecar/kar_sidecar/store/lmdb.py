@@ -46,7 +46,7 @@ def _id_bytes(identity: str) -> bytes:
 
 
 class LmdbStore:
-    """A `Store` in a folder. Open it once per process; the next read of any process sees a finished write."""
+    """A `Store` in a folder. Open it once per process. The next read in any process sees a finished write."""
 
     blocking = False
 
@@ -93,7 +93,8 @@ class LmdbStore:
         with self._failures():
             with self._env.begin(write=True) as transaction:
                 yield transaction
-            # LMDB leaves pages unwritten that it freed at once. With them, the file's size proves it complete.
+            # LMDB does not write pages that it freed in the same transaction. The file is extended to include them, so
+            # that its size shows whether it is complete.
             if (missing := self._missing_bytes()) > 0:
                 os.truncate(self._file, self._file.stat().st_size + missing)
 

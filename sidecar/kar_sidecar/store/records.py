@@ -81,11 +81,11 @@ class Header:
     level: int
     """Knowledge level at the time of publishing; 0 for features."""
     fingerprint: int
-    """Of the vector space or the feature schema."""
+    """Fingerprint of the vector space or the feature schema."""
     written_at_ms: int
-    """When the payload was true, milliseconds since 1970."""
+    """Time at which the payload was true, milliseconds since 1970."""
     expires_at_ms: int
-    """When it becomes stale, milliseconds since 1970; `NEVER`: it does not."""
+    """When the payload becomes stale, milliseconds since 1970; `NEVER`: it does not expire."""
 
     def seal(self, payload: bytes) -> bytes:
         """The part: 32 bytes of header with the checksum, then the payload."""
@@ -116,7 +116,7 @@ def read_header(blob: bytes | memoryview) -> Header:
 
 
 def is_newer(blob: bytes, stored: bytes | memoryview | None) -> bool:
-    """Whether a part has a later `written_at_ms` than the stored one, as `Store.write(newer_only=True)` asks.
+    """Whether a part has a later `written_at_ms` than the stored one: the condition of `Store.write(newer_only=True)`.
 
     An absent or damaged stored part counts as older.
     """
@@ -134,7 +134,7 @@ def in_batches(
 ) -> Iterator[dict[EntityKey, bytes]]:
     """Cut a stream into batches of at most `size` records, each key at most once per batch.
 
-    A batch also ends with the record with which it reaches `size_bytes`.
+    A batch also ends with the record that brings it to `size_bytes`.
     """
     batch: dict[EntityKey, bytes] = {}
     batch_bytes = 0
@@ -157,7 +157,16 @@ def encode_vectors(
     written_at_ms: int,
     expires_at_ms: int = NEVER,
 ) -> list[bytes]:
-    """Pack the rows of `vectors` [n, dim] into n vector parts of one space."""
+    """Pack the rows of `vectors` [n, dim] into n vector parts of one space.
+
+    Args:
+        vectors: [n, dim].
+        space_id: The space, 12 hexadecimal digits.
+        dtype: "float32" or "float16", as stored.
+        level: Knowledge level of all vectors.
+        written_at_ms: Time at which they were true, milliseconds since 1970.
+        expires_at_ms: When they become stale, milliseconds since 1970; `NEVER`: they do not expire.
+    """
     values = np.ascontiguousarray(vectors, dtype=np.dtype(dtype).newbyteorder("<"))
     header = Header(level, fingerprint(space_id), written_at_ms, expires_at_ms)
     return [header.seal(row.tobytes()) for row in values]
@@ -168,7 +177,7 @@ class VectorBatch:
     """Vectors of one space for n keys, in the order of the keys."""
 
     vectors: NDArray[np.float32]
-    """[n, dim]; the neutral vector where there is none."""
+    """[n, dim]; a key without a vector has the neutral vector."""
     levels: NDArray[np.uint8]
     """Knowledge levels [n]; NEUTRAL where there is no vector."""
     written_at_ms: NDArray[np.int64]
@@ -178,11 +187,11 @@ class VectorBatch:
 def decode_parts(
     blobs: Sequence[bytes | None], layout: np.dtype, content_hash: str, kind: str
 ) -> tuple[list[int], NDArray[np.void]]:
-    """Decode equally long parts in one pass: the positions of those that exist, and their records of `layout`.
+    """Decode parts of equal length in one pass: the positions of the m parts that exist, and their records [m].
 
     Args:
         blobs: Parts; None where one is absent.
-        layout: Structured type of a part; its first field is `header`.
+        layout: Structured dtype of a part; its first field is `header`.
         content_hash: Hash of the space or schema whose fingerprint every part must have.
         kind: "space" or "schema", for error messages.
 
@@ -221,9 +230,9 @@ def decode_vectors(
         blobs: Parts; None where one is absent.
         space_id: The space, 12 hexadecimal digits.
         dim: Components of a vector.
-        neutral: [dim], stands for absent vectors.
+        neutral: [dim], takes the place of absent vectors.
         dtype: "float32" or "float16", as stored.
-        at_ms: The time of day, milliseconds since 1970: vectors that expire until then are STALE.
+        at_ms: The time of day, milliseconds since 1970: vectors that have expired by then are STALE.
 
     Raises:
         IntegrityError: a part has another space, size or layout, or is damaged.
