@@ -343,7 +343,10 @@ def test_an_implementation_that_cannot_run_here_is_one_line(work):
     environment = os.environ | {"KAR_ADAPTOR": "nonsense"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: KAR_ADAPTOR=nonsense is no implementation: choose from fused, tail, cpu, eager\n"
+    assert done.stderr == (
+        "error: KAR_ADAPTOR=nonsense is no implementation: choose from fused, fused_per_expert, fused_expert_pairs, "
+        "gemm_then_fused, cpu, eager\n"
+    )
 
 
 def test_a_release_without_its_list_of_rendered_files_is_refused(work):
