@@ -9,7 +9,7 @@ pytestmark = pytest.mark.unit
 PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
 REPORT = json.loads((DOCS / "results" / "freshness.json").read_text())
 HEADER = [
-    *("arm", "loans", "calls a day", "calls before", "in the month", "USD", "items told", "users told"),
+    *("arm", "imputed", "calls a day", "calls before", "in the month", "USD", "items with text", "users with text"),
     *("AUC", "GAUC", "- control", "- no_calls", "- all_calls"),
 ]
 

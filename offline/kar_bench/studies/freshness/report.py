@@ -34,7 +34,7 @@ def freshness_table(report: FreshnessReport) -> Group:
     title = (
         f"{report.dataset}, {report.model}: {month.days} days, {month.test_events:,} events of {month.users:,} users"
     )
-    table = new_table(title, ("arm", "loans"), ("a day", "calls", "USD", "AUC", "- control, 1e-4", "- no_calls"))
+    table = new_table(title, ("arm", "imputed"), ("a day", "calls", "USD", "AUC", "- control, 1e-4", "- no_calls"))
     former = ""
     for entry in report.summary:
         variant, spending = entry.variant, entry.spending
