@@ -1,7 +1,7 @@
 """Owns the folder of an encoder in sentence-transformers format: the files that vectors depend on, and its settings.
 
-modules.json                        the modules in order, with their folders; without this file all is one model
-<module>/config.json                of the module Pooling: the pooling mode
+modules.json                        the modules in order, with their folders; without it, the folder itself is the model
+<module>/config.json                settings of a module; the module Pooling has its mode here
 <model>/sentence_bert_config.json   the number of tokens that the model was trained with
 """
 
@@ -19,7 +19,7 @@ __all__ = ["FILES", "EncoderFolder", "read_encoder_folder"]
 FILES: Final = ("config.json", "model.safetensors", "tokenizer.json")
 """Files that vectors depend on. Tokenizers without `tokenizer.json` and sharded weights are not supported."""
 POOLING_OF_MODE: Final[Mapping[str, Pooling]] = MappingProxyType(
-    # Dividing by the square root of the number of tokens changes the length of a vector only.
+    # Dividing by the square root of the number of tokens changes only the length of a vector, which becomes 1 anyway.
     {"cls": "cls", "mean": "mean", "mean_sqrt_len_tokens": "mean", "weightedmean": "weighted", "lasttoken": "last"}
 )
 MODE_OF_FLAG: Final[Mapping[str, str]] = MappingProxyType(
@@ -34,7 +34,7 @@ MODE_OF_FLAG: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Older folders have one flag per pooling mode."""
 DEFAULT_MAX_TOKENS: Final = 256
-"""Tokens of a chunk where the folder does not name the length of training."""
+"""Tokens of a chunk if the folder does not say how many tokens the model was trained with."""
 
 
 class EncoderFolder(NamedTuple):
@@ -90,7 +90,7 @@ def read_encoder_folder(folder: Path) -> EncoderFolder:
     config = _read_json(model / "config.json")
     dim = config.get("hidden_size") or config.get("dim")
     if not dim:
-        raise UnsupportedError(f"{model}/config.json names no hidden_size: name an encoder like BERT")
+        raise UnsupportedError(f"{model}/config.json has no hidden_size: name a BERT-like encoder")
     trained_tokens = (_read_json(model / "sentence_bert_config.json") or {}).get("max_seq_length")
     max_tokens = trained_tokens or DEFAULT_MAX_TOKENS
     positions = config.get("max_position_embeddings") or max_tokens

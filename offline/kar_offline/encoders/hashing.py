@@ -29,7 +29,7 @@ class HashingEncoder:
         self.encoder_id = f"hashing/{dim}"
 
     def stream(self, texts: Sequence[str]) -> Iterator[EncodedTexts]:
-        """See `TextEncoder`: one text at a time, in their order. Words count as tokens; no words, a zero vector."""
+        """See `TextEncoder`: one text at a time, in their order. Words are the tokens; no word gives a zero vector."""
         for row, text in enumerate(texts):
             vector = np.zeros(self.dim, dtype=np.float32)
             words = WORD.findall(text.lower())

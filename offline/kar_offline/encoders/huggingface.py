@@ -47,8 +47,8 @@ class HuggingFaceEncoder:
             with, as the folder says, else 256; both include special tokens.
         threads: Cores to use; default: all that this process may use. Each batch runs on one core, so that no batch
             waits for another where the cores are shared.
-        runtime: What runs the model; "onnx" is faster by a tenth. Vectors are the same up to rounding, so `encoder_id`
-            does not name the runtime.
+        runtime: The library that runs the model; "onnx" is a tenth faster. Vectors are the same up to rounding, so
+            `encoder_id` does not name the runtime.
         cache: Folder of the exported ONNX graphs; default: the user's cache of downloads.
     """
 
@@ -101,7 +101,7 @@ class HuggingFaceEncoder:
 
     @property
     def graph(self) -> Path:
-        """The model's ONNX graph; exported into the cache first, if it is not there.
+        """The model's ONNX graph; exported into the cache first, if it is missing.
 
         Raises:
             UnsupportedError: the model cannot be exported.
@@ -169,4 +169,4 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise NotFoundError(f"{name!r} is no folder, and the hub cannot give it ({reason})") from error
+        raise NotFoundError(f"{name!r} is not a folder, and cannot be downloaded from the hub ({reason})") from error

@@ -18,7 +18,7 @@ def make_encoder(options: EncoderOptions) -> TextEncoder:
     Raises:
         InputError: an endpoint is chosen without its address or model.
         NotFoundError: there is no encoder of this name.
-        UnsupportedError: its folder asks for layers or pooling that are not supported.
+        UnsupportedError: the encoder's folder asks for layers or pooling that are not supported.
     """
     encoder = _endpoint(options) if options.name == ENDPOINT else _local(options)
     if options.runner == "ray":
@@ -33,7 +33,7 @@ def _endpoint(options: EncoderOptions) -> TextEncoder:
 
     if not options.base_url or not options.model:
         raise InputError(f"--encoder {ENDPOINT} needs an endpoint: give --encoder-url and --encoder-model")
-    limits = _given(chunk_chars=options.chunk_chars, concurrency=options.concurrency)
+    limits = _without_unset(chunk_chars=options.chunk_chars, concurrency=options.concurrency)
     return EndpointEncoder(options.base_url, options.model, os.environ.get(API_KEY_VARIABLE), **limits)
 
 
@@ -42,10 +42,14 @@ def _local(options: EncoderOptions) -> TextEncoder:
     from kar_offline.encoders.packaged import ENCODERS
 
     threads = options.threads or (1 if options.runner == "ray" else None)
-    chosen = _given(runtime=options.runtime, pooling=options.pooling, threads=threads)
-    return ENCODERS[options.name](**chosen) if options.name in ENCODERS else HuggingFaceEncoder(options.name, **chosen)
+    overrides = _without_unset(runtime=options.runtime, pooling=options.pooling, threads=threads)
+    return (
+        ENCODERS[options.name](**overrides)
+        if options.name in ENCODERS
+        else HuggingFaceEncoder(options.name, **overrides)
+    )
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that are set; the encoder has defaults for the others."""
+def _without_unset(**options: Any) -> dict[str, Any]:
+    """The options that are set; the encoder's defaults apply to the others."""
     return {name: value for name, value in options.items() if value is not None}

@@ -35,7 +35,7 @@ class OnnxModel:
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def one_core_each(self) -> AbstractContextManager[None]:
-        """See `TokenModel`; always so."""
+        """See `TokenModel`; nothing to do, since the session has one thread."""
         return nullcontext()
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -45,7 +45,7 @@ class OnnxModel:
 
 
 def graph_file(folder: Path, digest: str, cache: Path | None = None) -> Path:
-    """The ONNX graph of an encoder's model; exported and compared with PyTorch first, if it is not in the cache.
+    """The ONNX graph of an encoder's model; if the cache lacks it, it is exported and compared with PyTorch.
 
     Args:
         folder: Folder of the model.

@@ -37,7 +37,7 @@ EncodedBatch = tuple[Sequence[Chunk[str]], NDArray[np.float32], int]
 class EndpointEncoder:
     """A model behind `<base_url>/embeddings`.
 
-    Tokens are counted by the endpoint only, and some endpoints truncate long texts silently. Therefore a text of more
+    Only the endpoint can count tokens, and some endpoints truncate long texts silently. Therefore a text of more
     than `chunk_chars` characters is cut at spaces, and its vector is the mean of its chunks' vectors, weighted by
     characters and scaled to unit length. An invalid answer (a missing vector, numbers that are not finite) is requested
     again.
@@ -70,12 +70,13 @@ class EndpointEncoder:
         self._model, self._concurrency, self.chunk_chars = model, concurrency, chunk_chars
         self._dim = 0
         address = httpx.URL(self._endpoint.base_url)
-        # Two endpoints may serve different weights under one name. `netloc` has no credentials.
+        # The address is part of the id: two endpoints may serve different weights under one name. `netloc` is without
+        # credentials.
         self.encoder_id = f"{model}@{address.netloc.decode()}{address.path}/{chunk_chars}"
 
     @property
     def dim(self) -> int:
-        """Number of components D; the first call may send a text of one word, since only an answer shows it.
+        """Number of components D; the first call may send a text of one word, because only an answer reveals D.
 
         Raises:
             UnavailableError, InputError: see `stream`.
@@ -178,7 +179,7 @@ def _read_answer(content: bytes, texts: Sequence[str]) -> tuple[NDArray[np.float
         vectors = np.array([_components(entry["embedding"]) for entry in data], dtype=np.float64)
         tokens = (answer.get("usage") or {}).get("prompt_tokens")
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"the answer is no list of embeddings: {str(answer)[:80]!r}") from error
+        raise ValueError(f"the answer is not a list of embeddings: {str(answer)[:80]!r}") from error
     with np.errstate(all="ignore"):
         lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     if vectors.ndim != 2 or not np.all((lengths > 0) & np.isfinite(lengths)):

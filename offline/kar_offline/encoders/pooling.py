@@ -29,6 +29,6 @@ def pool(hidden: NDArray[np.float32], mask: NDArray[np.int64], pooling: Pooling)
         "last": position == position.max(1, keepdims=True),
         "weighted": position,
     }[pooling].astype(np.float32)  # (b, T)
-    # No matrix product: it would start its own threads beside those that run the batches.
+    # No matrix product: it would start threads beside the threads that run the batches.
     pooled: NDArray[np.float32] = np.einsum("bt,btd->bd", weights, hidden)  # (b, D)
     return pooled / weights.sum(1, keepdims=True)

@@ -11,14 +11,14 @@ __all__ = ["EncodedTexts", "TextEncoder", "TokenModel", "gather"]
 
 
 class EncodedTexts(NamedTuple):
-    """n of the texts that an encoder was given, with their vectors."""
+    """Vectors of n of the texts that an encoder was given."""
 
     rows: Sequence[int]
-    """Places of these n texts in the sequence that was given."""
+    """Positions of the n texts in the sequence that the encoder was given."""
     vectors: NDArray[np.float32]
     """[n, D], each of unit length."""
     tokens: int
-    """Tokens encoded since the texts yielded before."""
+    """Tokens encoded since the previous `EncodedTexts`."""
 
 
 class TextEncoder(Protocol):
@@ -43,7 +43,7 @@ class TextEncoder(Protocol):
 
 
 def gather(encoder: TextEncoder, texts: Sequence[str]) -> NDArray[np.float32]:
-    """The vectors [n, D] of n texts in their order, from what the encoder streams."""
+    """The vectors [n, D] of n texts in their order, collected from `encoder.stream`."""
     vectors = np.zeros((len(texts), encoder.dim), dtype=np.float32)
     for encoded in encoder.stream(texts):
         vectors[encoded.rows] = encoded.vectors
@@ -54,7 +54,7 @@ class TokenModel(Protocol):
     """Turns token ids into token vectors. Several threads may call it at once."""
 
     def one_core_each(self) -> AbstractContextManager[None]:
-        """A context in which each call uses one core, that of the calling thread."""
+        """A context in which each call runs on the core of the calling thread alone."""
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """Token vectors [b, T, D] of token ids [b, T]; `mask` [b, T] is 1 at tokens and 0 at padding."""

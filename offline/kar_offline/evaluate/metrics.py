@@ -29,8 +29,9 @@ __all__ = [
 ]
 
 BINS: Final = 15
+"""Default number of bins of `reliability` and `ece`."""
 BLOCK: Final = 2**21
-"""Number of weights that `resampled_auc` holds at once."""
+"""Number of sample weights that `resampled_auc` holds in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def gauc(labels: NDArray, scores: NDArray, users: NDArray) -> float:
 
 
 class Reliability(NamedTuple):
-    """Bins of about equally many samples, by rising score."""
+    """Bins of samples by rising score; all have about the same number of samples."""
 
     score: NDArray[np.float64]
     """Mean score of each bin."""
@@ -122,7 +123,7 @@ def resampled_auc(
     _, user = np.unique(users, return_inverse=True)
     order = np.argsort(scores, kind="stable")
     user, positive = user[order], labels[order] > 0
-    # Equal scores lie side by side; each run of them counts half against itself.
+    # Equal scores lie side by side and form a run; pairs within a run are ties and count half.
     run_starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
     result = np.full(len(weights), np.nan)
     if not len(user):

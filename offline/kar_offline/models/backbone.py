@@ -20,7 +20,7 @@ from kar_sidecar.scoring import AFFINITY, KNOWLEDGE_INPUTS
 __all__ = ["Backbone", "FieldBackbone", "LearnedAffinity", "MakeBackbone"]
 
 AFFINITY_NOISE: Final = 0.3
-"""Standard deviation of the noise that training adds to standardised affinities, against reliance on one column."""
+"""Standard deviation of the noise that training adds to standardised affinities, so that no column dominates."""
 
 
 class LearnedAffinity(nn.Module):
@@ -148,7 +148,7 @@ class Backbone(nn.Module):
         return torch.cat([item_sum, bucket_counts @ buckets], 1) / event_count
 
     def knowledge(self, inputs: Inputs) -> Tensor:
-        """Knowledge vectors of user and item per candidate (N, knowledge_width); each only if the spec has it."""
+        """Knowledge vectors of user and item per candidate (N, knowledge_width); a part of size 0 is left out."""
         user, item = KNOWLEDGE_INPUTS
         parts = [self.spread(inputs, inputs[user])] if self.spec.user_knowledge else []
         parts += [inputs[item]] if self.spec.item_knowledge else []
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
     def affinity(self, inputs: Inputs) -> Tensor:
         """Affinity per candidate (N, affinity_width): the fixed columns, then the learned ones.
 
-        For use inside `network`, whose inputs hold all columns, in training with noise. There may be 0 columns.
+        Only `network` may call this: its inputs hold all columns, with noise in training. There may be 0 columns.
         """
         return inputs.get(AFFINITY, inputs["item_numeric"][:, :0])
 
@@ -167,17 +167,17 @@ class Backbone(nn.Module):
         return torch.cat([request, self.embed_candidate(inputs), self.knowledge(inputs), self.affinity(inputs)], 1)
 
     @staticmethod
-    def spread(inputs: Inputs, of_requests: Tensor) -> Tensor:
+    def spread(inputs: Inputs, request_rows: Tensor) -> Tensor:
         """Repeat the row of each request for each of its candidates.
 
         Args:
             inputs: Inputs of the model. Without `request_of_row`, every candidate is a request of its own.
-            of_requests: (R, ...).
+            request_rows: (R, ...).
 
         Returns:
             (N, ...).
         """
-        return of_requests[inputs[REQUEST_OF_ROW]] if REQUEST_OF_ROW in inputs else of_requests
+        return request_rows[inputs[REQUEST_OF_ROW]] if REQUEST_OF_ROW in inputs else request_rows
 
     def network(self, inputs: Inputs) -> Tensor:
         """Log-odds (N,) without the direct part of the affinity.
@@ -222,7 +222,7 @@ class FieldBackbone(Backbone):
 
     The fields are the user's categories; the mean event's item id, item categories and rating; the candidate's id and
     categories; and, each projected to d components, the user's numbers, the candidate's numbers, the user's knowledge,
-    the item's knowledge and the affinities, as far as the spec has them. Arguments as in `Backbone`.
+    the item's knowledge and the affinities. Inputs of size 0 have no field. Arguments as in `Backbone`.
     """
 
     def __init__(self, spec: InputSpec, item_categories: Tensor, *, embedding: int) -> None:
@@ -253,7 +253,7 @@ class FieldBackbone(Backbone):
 
 
 class MakeBackbone(Protocol):
-    """A constructor in the registry."""
+    """A constructor of a backbone, as the registry holds it."""
 
     def __call__(self, spec: InputSpec, item_categories: Tensor) -> Backbone:
         """A model with fresh weights."""

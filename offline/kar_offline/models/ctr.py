@@ -13,6 +13,7 @@ from kar_offline.models.inputs import Inputs
 __all__ = ["Adaptor", "CTRModel", "Encodings", "Identity"]
 
 KNOWLEDGE_INPUT: Final[Mapping[Tower, str]] = {"user": "user_knowledge", "item": "item_knowledge"}
+"""Name of the backbone's input that holds the knowledge vectors of a tower."""
 
 
 class Encodings(NamedTuple):

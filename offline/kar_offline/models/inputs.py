@@ -1,7 +1,7 @@
 """Owns the input tensors of a model: their names, shapes and sizes.
 
-N candidates of R requests; a history has L events for the embeddings and H events for the affinity. The names are
-those of `kar_sidecar.scoring`.
+A batch has N candidates of R requests; a history has L events for the embeddings and H events for the affinity. The
+sidecar uses the same names (`kar_sidecar.scoring`).
 
     history_item      (R, L)     int64    item index, 0 where padded
     history_rating    (R, L)     int64    half-star bucket, 0 where padded
@@ -110,7 +110,7 @@ def example_inputs(
 
     Args:
         spec: Sizes of the inputs.
-        candidates: N, dealt evenly to the requests.
+        candidates: N, divided evenly among the requests.
         requests: R.
         events: L.
         rated: H.

@@ -14,7 +14,7 @@ from kar_sidecar.features import MAX_RATING_BUCKET, PADDING
 __all__ = ["MLP", "Dice", "ItemEmbedding", "MultiFieldEmbedding", "RatingEmbedding"]
 
 INIT_SIGMA: Final = 0.01
-"""Standard deviation of initial embeddings. With 1 the control is so weak that any additional input seems to help."""
+"""Standard deviation of initial embeddings. With 1, the control is too weak: any added input seems to help."""
 
 
 def _embedding_table(rows: int, dim: int) -> nn.Parameter:
@@ -22,7 +22,7 @@ def _embedding_table(rows: int, dim: int) -> nn.Parameter:
 
 
 def _row_mask(rows: int, zero_rows: Sequence[int]) -> Tensor:
-    """Ones (rows, 1) with zeros at `zero_rows`. Masking a table costs less than masking everything looked up in it."""
+    """Ones (rows, 1) with zeros at `zero_rows`. Masking a table costs less than masking each vector looked up."""
     mask = torch.ones(rows, 1)
     mask[list(zero_rows)] = 0
     return mask
@@ -31,7 +31,7 @@ def _row_mask(rows: int, zero_rows: Sequence[int]) -> Tensor:
 class MultiFieldEmbedding(nn.Module):
     """Embeddings of categorical fields that lie side by side in one index tensor.
 
-    A field of several values has the mean of their embeddings; padding (index 0) does not count.
+    A field with several values gets the mean of their embeddings; padding (index 0) does not count.
 
     Args:
         fields: The fields, in the order of their columns.

@@ -6,8 +6,8 @@
     logit = MLP([W x, S, Z, S * Z])
 
 x are the rows of the candidates (`Backbone.flat`), knowledge and affinities included. The paper's SLAttention also
-attends from the history to the set, and feature by feature. Only its item-level attention from the set to the history
-is implemented, the part that the scores read.
+attends from the history to the set, and feature by feature. Scores do not read these parts, so only the item-level
+attention from the set to the history is implemented.
 
 Source: Xi et al., "Multi-Level Interaction Reranking with User Behavior History" (SIGIR 2022, arXiv 2204.09370).
 """

@@ -4,8 +4,8 @@
     h       = two attention blocks over the e_c of real candidates
     logit_c = w^T h_c + b
 
-x_c is the row of candidate c (`Backbone.flat`); its user features take the part of the paper's personalised vector. The
-order of the list matters by design.
+x_c is the row of candidate c (`Backbone.flat`); its user features replace the paper's personalised vector. The order of
+the list matters by design.
 
 Source: Pei et al., "Personalized Re-ranking for Recommendation" (RecSys 2019, arXiv 1904.06813).
 """

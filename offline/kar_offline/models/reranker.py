@@ -3,7 +3,7 @@
 A reranker scores a candidate in the context of its request's other candidates. It reads one row per candidate
 (`Backbone.flat`, knowledge and affinities included), in list order: the order of the initial ranker, if there is one.
 `request_of_row` must be in rising order; without it every candidate is a list of its own. Training minimises the mean
-log loss of all rows, so that a score is a probability and lists without a positive row count, too.
+log loss of all rows: scores are probabilities, and lists without a positive row contribute as well.
 """
 
 from dataclasses import dataclass

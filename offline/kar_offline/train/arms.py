@@ -24,7 +24,7 @@ AdaptorKind = Literal["hybrid", "moe", "mlp", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A recipe of knowledge inputs. The default is the control, which has none."""
+    """A recipe of knowledge inputs. The default is the control, a model without knowledge inputs."""
 
     texts: Texts = ""
     towers: tuple[Tower, ...] = ()
@@ -44,7 +44,7 @@ class Arm:
         """Check that the recipe names the texts that it needs.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the texts are not named.
         """
         if not self.texts and (self.towers or self.text_affinity or self.learned_affinity):
             raise ValueError("an arm with towers or text affinity must say which texts it reads")

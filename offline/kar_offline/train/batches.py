@@ -91,8 +91,8 @@ class Batches:
     def batch(self, rows: Tensor, dropout: float) -> Batch:
         """A training batch, in which the model also learns to score without knowledge.
 
-        Knowledge is dropped as if it were missing: of each distinct user and each distinct item with probability
-        `dropout`, and of everything in a request with probability `dropout`.
+        Dropped knowledge looks like missing knowledge. With probability `dropout` each distinct user and each distinct
+        item loses its knowledge, and with the same probability a request loses all of its knowledge.
 
         Args:
             rows: Row numbers [B].

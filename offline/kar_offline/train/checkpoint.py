@@ -74,10 +74,10 @@ def build_model(name: str, spec: InputSpec, categories: Tensor, adaptor: Mapping
         adaptor: Arguments of `HybridExpertAdaptor`, or of `Identity` if there is no `hidden`; None for an arm without
             encodings.
     """
-    built: Adaptor | None = None
+    module: Adaptor | None = None
     if adaptor:
-        built = HybridExpertAdaptor(**adaptor) if "hidden" in adaptor else Identity(adaptor["dim"], adaptor["towers"])
-    return CTRModel(build_backbone(name, spec, categories), built)
+        module = HybridExpertAdaptor(**adaptor) if "hidden" in adaptor else Identity(adaptor["dim"], adaptor["towers"])
+    return CTRModel(build_backbone(name, spec, categories), module)
 
 
 def save_trained(
@@ -118,7 +118,7 @@ def load_trained(work: WorkFolder, backbone: str, arm: str) -> TrainedModel:
     """Read the trained model of a backbone and an arm, such as "dcnv2" and "knowledge".
 
     Raises:
-        PreconditionError: it is not trained yet.
+        PreconditionError: the model is not trained yet.
         IntegrityError: its files are corrupt; the text names the folder.
     """
     folder = run_folder(work, backbone, arm)

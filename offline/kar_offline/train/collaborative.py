@@ -41,12 +41,12 @@ ITEM_MEAN_EVENTS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class CollaborativeVectors:
-    """Tables of item vectors: one for each group of training users, and a last one, learned from all, for serving."""
+    """Tables of item vectors: one for each group of training users, then one for serving, learned from all users."""
 
     tables: NDArray[np.float32]
     """[folds + 1, items, dim]; vectors have unit length, or are zeros if the item has no rating."""
     table_of_user: NDArray[np.int64]
-    """[users], the table of each user: that of the user's group, or the last one for users without training events."""
+    """[users], number of each user's table: the group's, or the last for users without training events."""
 
 
 def collaborative_vectors(dataset: Dataset, *, dim: int, folds: int, seed: int) -> CollaborativeVectors:

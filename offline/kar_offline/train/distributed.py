@@ -49,7 +49,7 @@ class ProcessGroup:
 
     @property
     def device(self) -> torch.device:
-        """The device that this process trains on: its GPU if there is one, else the CPU."""
+        """The device that this process trains on: the GPU if there is one, else the CPU."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property

@@ -25,6 +25,7 @@ STATE: Final = "state.safetensors"
 PROGRESS: Final = "said"
 """Key of the progress in the metadata of `STATE`."""
 SAVE_EVERY_S: Final = 30.0
+"""Seconds between two saves of the state within an epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ def fit(
         state = _TrainingState(model, optimiser)
         if (folder / STATE).is_file():
             state.load(folder / STATE)
-            if not group.is_first:  # the saved random state is the first process'
+            if not group.is_first:  # the saved random state belongs to the first process
                 torch.manual_seed((settings.seed * 1_000 + len(state.epochs)) * group.size + group.rank)
             for epoch in state.epochs:
                 on_epoch(epoch)

@@ -28,7 +28,7 @@ TEXT: Final = "text"
 RAW: Final = "raw"
 COLLABORATIVE: Final = "cf"
 WIDTH: Final = 64
-"""Components of a segment; docs/adr/0006 tells what more of them would gain."""
+"""Components of a segment; docs/adr/0006 compares widths."""
 CROSS_FITS: Final = 5
 """Groups of training users in the cross-fitting of collaborative vectors."""
 CHUNK_ROWS: Final = 128
@@ -65,8 +65,8 @@ class KnowledgeInputs:
     texts: TextVectors | None = None
     affinity: AffinityInput | None = None
     tables: NDArray[np.float32] | None = None
-    """[T, items + 1, V] item vectors. Collaborative segments are cross-fitted, so that training users have tables of
-    their own; the last table is `affinity.vectors`. The last row of a table is zeros: row -1 stands for no item."""
+    """[T, items + 1, V] item vectors. Collaborative segments are cross-fitted, so each group of training users has its
+    own table; the last table is `affinity.vectors`. The last row of a table is zeros: row -1 means padding."""
     table_of_user: NDArray[np.int64] | None = None
     """[users], the table that each user's affinity is computed from."""
 
@@ -85,15 +85,15 @@ class KnowledgeInputs:
 
         Raises:
             PreconditionError: the texts are not encoded yet.
-            IntegrityError: their vectors are corrupt or belong to another dataset.
+            IntegrityError: the texts' vectors are corrupt or belong to another dataset.
         """
         dataset = data.dataset
         texts = load_text_vectors(encodings, arm.texts, dataset, seed=seed) if arm.texts else None
         if not (arm.affinity or arm.learned_affinity):
             return KnowledgeInputs(arm, dataset, texts)
         raw = load_text_vectors(encodings, "raw", dataset) if arm.raw_affinity else None
-        own = texts if arm.text_affinity or arm.learned_affinity else None
-        segments, tables, table_of_user = _affinity_tables(arm, dataset, own, raw, seed)
+        affinity_texts = texts if arm.text_affinity or arm.learned_affinity else None
+        segments, tables, table_of_user = _affinity_tables(arm, dataset, affinity_texts, raw, seed)
         columns = affinity_columns(len(segments)) if arm.affinity else 0
         vectors = torch.from_numpy(tables[-1, :-1].copy())
         not_standardised = AffinityInput(tuple(segments), vectors, torch.zeros(columns), torch.ones(columns))
@@ -114,13 +114,13 @@ class KnowledgeInputs:
         Args:
             arm: The recipe.
             dataset: The dataset.
-            affinity: The trained model's.
+            affinity: The affinity input of the trained model; None if the model reads no affinity.
             encodings: Folder of the encoding stage; only arms with texts read it.
             seed: The seed that the model was trained with.
 
         Raises:
             PreconditionError: the texts are not encoded yet.
-            IntegrityError: their vectors are corrupt or belong to another dataset.
+            IntegrityError: the texts' vectors are corrupt or belong to another dataset.
         """
         texts = load_text_vectors(encodings, arm.texts, dataset, seed=seed) if arm.texts else None
         if affinity is None:
@@ -135,7 +135,7 @@ class KnowledgeInputs:
         return replace(self, tables=self.tables[-1:], table_of_user=np.zeros_like(self.table_of_user))
 
     def without_knowledge_of(self, towers: Sequence[Tower]) -> "KnowledgeInputs":
-        """The same arm if users, items or both have no knowledge: neutral vectors, and no similarities to items."""
+        """The same inputs with the knowledge of some towers removed: no texts, and zeros as items' affinity vectors."""
         texts, affinity, tables = self.texts, self.affinity, self.tables
         if texts and "user" in towers:
             texts = replace(texts, user_present=torch.zeros_like(texts.user_present))
@@ -193,7 +193,7 @@ class KnowledgeInputs:
         return columns.reshape(-1, columns.shape[2])
 
     def _rated_items(self, events: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.float32], NDArray[np.bool_]]:
-        """Item rows and ratings of the histories before `events` [n, H] each, and which of them are no padding."""
+        """Item rows and ratings of the histories before `events` [n, H] each, and a mask [n, H], False at padding."""
         items, ratings = self.dataset.history_windows(events, AFFINITY_EVENTS)
         return items, ratings, items >= 0
 
@@ -242,9 +242,9 @@ def _affinity_tables(
         segments.append((COLLABORATIVE, WIDTH))
         parts.append(collaborative.tables)
         table_of_user = collaborative.table_of_user
-    count = max((len(part) for part in parts), default=1)
-    repeated = [np.broadcast_to(part, (count, *part.shape[1:])) for part in parts]
-    tables = np.concatenate([np.zeros((count, len(dataset.items), 0), np.float32), *repeated], 2)
+    table_count = max((len(part) for part in parts), default=1)
+    repeated = [np.broadcast_to(part, (table_count, *part.shape[1:])) for part in parts]
+    tables = np.concatenate([np.zeros((table_count, len(dataset.items), 0), np.float32), *repeated], 2)
     return segments, np.pad(tables, ((0, 0), (0, 1), (0, 0))), table_of_user
 
 

@@ -59,7 +59,7 @@ def in_processes(
 
     Raises:
         UnavailableError: a worker process was killed.
-        Exception: the first exception that `work` raised. Waiting tasks are then cancelled, running ones ended.
+        Exception: the first exception that `work` raised. Waiting tasks are then cancelled and running tasks ended.
     """
     if not workers:
         return [work(task, on_notice) for task in tasks]

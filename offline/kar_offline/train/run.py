@@ -73,7 +73,7 @@ class InitialRanker:
 
 
 def rows_of_split(data: EncodedDataset, backbone: str, split: int, seed: int) -> Samples:
-    """The rows that a backbone scores: lists for a reranker, else independent samples; `seed` is that of the lists."""
+    """The rows that a backbone scores: lists, drawn with `seed`, for a reranker; else independent samples."""
     return lists_of_split(data, split, seed=seed) if backbone in RERANKERS else samples_of_split(data, split)
 
 

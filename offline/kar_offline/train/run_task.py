@@ -41,7 +41,7 @@ def train_task(task: RunTask, notify: Callable[[tuple[Run, Epoch]], None]) -> St
         notify: Called with the run after each epoch.
 
     Returns:
-        The result; None in a process that shares the training of the first process of its group.
+        The result in the first process of a group; None in the others, which help to train but write nothing.
 
     Raises:
         PreconditionError: an earlier stage is missing, or a split is empty.

@@ -27,9 +27,9 @@ class TrainSettings:
     weight_decay: float = 1e-2
     """Decoupled weight decay (AdamW): a step shrinks weights by this times the learning rate."""
     clip_norm: float = 0.5
-    """Largest norm of all gradients together; `metrics.json` tells the share of steps that were clipped."""
+    """Largest norm of all gradients together; `metrics.json` has the share of steps that were clipped."""
     knowledge_dropout: float = 0.1
-    """Probability that the knowledge of an entity of a batch is dropped, and likewise of everything in a request."""
+    """Probability that an entity's knowledge is dropped in a batch, and that all knowledge of a request is dropped."""
     shared_experts: int = 2
     """Experts of the adaptor that users and items share."""
     dedicated_experts: int = 5
