@@ -19,7 +19,7 @@ def difference(found):
     return f"{mean} [{low}, {high}]"
 
 
-def told(entry, column):
+def expected_cell(entry, column):
     if column in METRICS:
         return f"{entry[METRICS[column]]:.4f}"
     if column == "p (Holm)":
@@ -36,7 +36,7 @@ def test_every_number_of_the_page_is_in_the_committed_report(file, table):
     assert header[:2] == ["model", "arm"]
     assert rows
     for model, arm, *cells in rows:
-        assert cells == [told(entries[model, arm], column) for column in header[2:]], (model, arm)
+        assert cells == [expected_cell(entries[model, arm], column) for column in header[2:]], (model, arm)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_the_direct_way_is_in_the_committed_report():
     table = re.search(r"<!-- direct -->\n+((?:\|.*\n)+)", DOC).group(1)
     _, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
     for found, cells in zip(report["rows"], rows, strict=True):
-        told = [found["ranker"], f"{found['map']:.4f}", f"{found['ndcg']:.4f}", f"{found['hits_at_1']:.2f}"]
-        assert cells == told + [f"{found[name]:,.1f}" if name in found else "" for name in ("p50_ms", "p99_ms")]
+        expected = [found["ranker"], f"{found['map']:.4f}", f"{found['ndcg']:.4f}", f"{found['hits_at_1']:.2f}"]
+        assert cells == expected + [f"{found[name]:,.1f}" if name in found else "" for name in ("p50_ms", "p99_ms")]
 
 
 def test_shared_calls_of_the_page_are_in_the_committed_report():

@@ -46,9 +46,9 @@ class MeanMetrics(NamedTuple):
 def means(predicted: Sequence[Predicted]) -> MeanMetrics:
     """Mean metrics of several trainings."""
     return MeanMetrics(
-        float(np.mean([one.auc for one in predicted])),
-        float(np.mean([one.logloss for one in predicted])),
-        float(np.mean([one.gauc for one in predicted])),
+        float(np.mean([metrics.auc for metrics in predicted])),
+        float(np.mean([metrics.logloss for metrics in predicted])),
+        float(np.mean([metrics.gauc for metrics in predicted])),
     )
 
 

@@ -27,24 +27,24 @@ def test_an_order_is_read_from_what_a_model_says(text, order, complete):
 
 def test_lists_are_of_distinct_users_and_prompts_show_the_past_alone(titled):
     dataset = titled.read(Dataset).split_by_user(fold=0, folds=5)
-    every = rerank_lists(dataset, TEST, seed=0)
+    all_lists = rerank_lists(dataset, TEST, seed=0)
     lists = Lists.of(dataset, 3)
-    events = every.event[lists.numbers, 0]
+    events = all_lists.event[lists.numbers, 0]
     assert len(set(dataset.event_user[events].tolist())) == len(lists.numbers) == 3
     assert lists.labels.any(1).all()
     for number, event, prompt in zip(lists.numbers, events.tolist(), lists.prompts, strict=True):
         user = dataset.event_user[event]
         past = dataset.event_item[dataset.offsets[user] : event]
-        told, shown = prompt.split("Candidates:")
-        assert re.findall(r'"Film (\d+)"', told) == [str(item) for item in past[-10:]]
-        assert re.findall(r'"Film (\d+)"', shown) == [str(item) for item in every.item[number]]
+        rated, shown = prompt.split("Candidates:")
+        assert re.findall(r'"Film (\d+)"', rated) == [str(item) for item in past[-10:]]
+        assert re.findall(r'"Film (\d+)"', shown) == [str(item) for item in all_lists.item[number]]
 
 
 def test_a_model_that_knows_the_labels_is_perfect_and_ours_stand_beside_it(titled):
     dataset = titled.read(Dataset).split_by_user(fold=0, folds=5)
     lists = Lists.of(dataset, 4)
     best = {
-        prompt: ", ".join(str(at + 1) for at in np.argsort(-labels, kind="stable"))
+        prompt: ", ".join(str(row + 1) for row in np.argsort(-labels, kind="stable"))
         for prompt, labels in zip(lists.prompts, lists.labels, strict=True)
     }
     llm = ScriptedModel(best.__getitem__, model="oracle")

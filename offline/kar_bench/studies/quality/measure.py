@@ -183,13 +183,13 @@ def _score(
     job: TrainingJob, arm: str, file: Path, test: FoldSamples | FoldLists, dataset: str, seconds: float | None
 ) -> _Scored:
     scores = np.load(file, allow_pickle=False)
-    at = None
+    by_cut = None
     metrics: ClickMetrics | ListMetrics
     if isinstance(test, FoldLists):
         length = test.labels.shape[1]
         shaped = scores.reshape(test.labels.shape)
         metrics = ListMetrics(*_cut(test, shaped, length)[:2])
-        at = {str(cut): _cut(test, shaped, cut) for cut in CUTS}
+        by_cut = {str(cut): _cut(test, shaped, cut) for cut in CUTS}
         resampled = test.resampled_mean(average_precision(test.labels, shaped, length))
     else:
         metrics = ClickMetrics(
@@ -207,7 +207,7 @@ def _score(
         seed=job.seed,
         ranker=job.ranker or None,
         metrics=metrics,
-        at=at,
+        at=by_cut,
         interval=None,
         predictions_sha256=file_sha256(file),
         seconds=seconds,
@@ -260,11 +260,11 @@ def _test(ours: Sequence[_Scored], theirs: Sequence[_Scored]) -> PairedDifferenc
     if not pairs:
         return PairedDifference(math.nan, math.nan, math.nan, 1.0, 1.0)
     resampled = np.mean([our.resampled - their.resampled for our, their in pairs], 0)
-    found = interval(float(np.mean([our.value - their.value for our, their in pairs])), resampled)
+    mean_difference = interval(float(np.mean([our.value - their.value for our, their in pairs])), resampled)
     error = float(np.nanstd(resampled))
     # The share of resamples beyond 0 cannot fall below 1 / resamples, which no correction for many tests survives.
-    p = math.erfc(abs(found.mean) / (error * math.sqrt(2))) if error else float(found.mean == 0)
-    return PairedDifference(found.mean, found.low, found.high, p, p)
+    p = math.erfc(abs(mean_difference.mean) / (error * math.sqrt(2))) if error else float(mean_difference.mean == 0)
+    return PairedDifference(mean_difference.mean, mean_difference.low, mean_difference.high, p, p)
 
 
 def _detailed(scored: _ByArm) -> Iterator[tuple[str, str, Sequence[_Scored]]]:

@@ -1,4 +1,4 @@
-"""What fewer calls cost: who borrows whose vector, which lines there are, and differences that are really paired."""
+"""Collective knowledge: imputed vectors, the variants that are measured, and paired differences."""
 
 import json
 from dataclasses import asdict
@@ -33,8 +33,8 @@ SMALL = CollectiveBenchmarkOptions(arms=("knowledge",), shares=(0.2,), model="dc
 
 
 @pytest.fixture
-def asked(work):
-    """The same with prompts about all items and users."""
+def prompted(work):
+    """The work folder with prompts about all items and users."""
     work.prompts.mkdir()
     with (work.prompts / "prompts.jsonl").open("w") as file:
         for kind, count in (("item", 30), ("user", 40)):
@@ -62,7 +62,7 @@ def vectors(folder, kind="item"):
     return np.load(folder / f"knowledge_{kind}.npy")
 
 
-def test_the_lines():
+def test_the_variants():
     found = variants(CollectiveBenchmarkOptions(shares=(0.3, 0.1)))
     assert found[:3] == [
         CollectiveVariant("control", 0, OWN),
@@ -80,89 +80,116 @@ def test_the_lines():
     assert len(set(found)) == len(found)
 
 
-def test_with_one_lender_everybody_has_a_medoids_vector(asked):
+def test_with_one_neighbour_every_vector_is_a_medoids(prompted):
     line = CollectiveVariant("knowledge", 0.2, "nearest")
-    calls = write_imputed_vectors(asked, "encoding", line, 0)
+    calls = write_imputed_vectors(prompted, "encoding", line, 0)
     assert calls == {"item": 6, "user": 8}
-    own, lent = vectors(asked.encoding), vectors(asked.root / line.encodings("encoding", 0))
+    own, imputed = vectors(prompted.encoding), vectors(prompted.root / line.encodings("encoding", 0))
     own = own / np.linalg.norm(own, axis=1, keepdims=True)
-    lent = lent / np.linalg.norm(lent, axis=1, keepdims=True)
-    nearest = (lent @ own.T).argmax(1)
-    np.testing.assert_allclose(lent, own[nearest], atol=1e-6)
+    imputed = imputed / np.linalg.norm(imputed, axis=1, keepdims=True)
+    nearest = (imputed @ own.T).argmax(1)
+    np.testing.assert_allclose(imputed, own[nearest], atol=1e-6)
     assert len(np.unique(nearest)) == 6
     # Medoids stay where they are.
     assert (nearest[np.unique(nearest)] == np.unique(nearest)).all()
 
 
-def test_what_an_item_borrows_by_content_is_not_its_own(asked):
-    header = asked.encoding / "knowledge_item.json"
+def test_an_imputed_vector_is_not_an_own_one(prompted):
+    header = prompted.encoding / "knowledge_item.json"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"lent": ["i03"]}))
     line = CollectiveVariant("knowledge", 1.0, "nearest")
-    write_imputed_vectors(asked, "encoding", line, 0)
-    folder = asked.root / line.encodings("encoding", 0)
+    write_imputed_vectors(prompted, "encoding", line, 0)
+    folder = prompted.root / line.encodings("encoding", 0)
     about = json.loads((folder / "knowledge_item.json").read_text())
     assert [at for at, digest in enumerate(about["text_sha256"]) if digest is None] == [3]
     assert "lent" not in about
     assert np.flatnonzero(~vectors(folder).any(1)).tolist() == [3]
 
 
-def test_the_head_keeps_its_vectors(asked):
+def test_the_head_keeps_its_vectors(prompted):
     line = CollectiveVariant("knowledge", 0.2, "head")
-    write_imputed_vectors(asked, "encoding", line, 0)
-    own, lent = vectors(asked.encoding), vectors(asked.root / line.encodings("encoding", 0))
-    same = np.isclose(own, lent).all(1)
-    dataset = asked.read(Dataset)
+    write_imputed_vectors(prompted, "encoding", line, 0)
+    own, imputed = vectors(prompted.encoding), vectors(prompted.root / line.encodings("encoding", 0))
+    same = np.isclose(own, imputed).all(1)
+    dataset = prompted.read(Dataset)
     shown = np.concatenate([dataset.event_item[dataset.prompt_events(row)] for row in range(40)])
     often = np.argsort(-np.bincount(shown, minlength=30), kind="stable")[: int(HEAD * 6)]
     assert same[often].all()
     assert same.sum() <= 6
-    np.testing.assert_allclose(np.linalg.norm(lent[~same], axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(imputed[~same], axis=1), 1, atol=1e-6)
 
 
-def test_the_raw_texts_vectors_come_along(asked):
+def test_the_raw_texts_vectors_come_along(prompted):
     line = CollectiveVariant("both_texts", 0.2, "head")
-    write_imputed_vectors(asked, "encoding", line, 0)
+    write_imputed_vectors(prompted, "encoding", line, 0)
     for name in ("raw_item.npy", "raw_item.json", "knowledge_item.json"):
-        assert (asked.root / line.encodings("encoding", 0) / name).read_bytes() == (asked.encoding / name).read_bytes()
+        assert (prompted.root / line.encodings("encoding", 0) / name).read_bytes() == (
+            prompted.encoding / name
+        ).read_bytes()
 
 
-def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(asked):
-    heard = []
+def measured(work, notices):
+    """The report of `SMALL`; `notices` gets what `on_epoch` is called with."""
+    return measure_collective(
+        work,
+        "encoding",
+        SMALL,
+        QUICK_TRAINING,
+        workers=0,
+        resamples=20,
+        on_epoch=lambda *notice: notices.append(notice),
+    )
+
+
+def test_rows_are_what_the_predictions_give_and_a_second_run_trains_nothing(prompted):
+    notices = []
     report = to_json(
         measure_collective(
-            asked, "encoding", SMALL, QUICK_TRAINING, workers=0, resamples=20, on_epoch=lambda *told: heard.append(told)
+            prompted,
+            "encoding",
+            SMALL,
+            QUICK_TRAINING,
+            workers=0,
+            resamples=20,
+            on_epoch=lambda *notice: notices.append(notice),
         )
     )
-    assert heard[-1][1:] == (0, 12, 12)
+    assert notices[-1][1:] == (0, 12, 12)
     assert len(report["rows"]) == 12
-    dataset = asked.read(Dataset)
+    dataset = prompted.read(Dataset)
     for row in report["rows"]:
         fold = dataset.split_by_user(fold=row["fold"], folds=2)
         events = fold.samples(TEST)
         line = CollectiveVariant(row["arm"], row["share"], row["way"])
         job = TrainingJob("dcn", row["arm"], row["fold"], 0)
-        folder = job.folder(asked, SplitProtocol("user", 2), line.encodings("encoding", 0))
+        folder = job.folder(prompted, SplitProtocol("user", 2), line.encodings("encoding", 0))
         assert row["auc"] == auc(fold.labels[events], np.load(folder / "predictions.npy"))
     summary = {(e["arm"], e["share"], e["way"]): e for e in report["summary"]}
     assert [e["item_calls"] for e in report["summary"]] == [0, 0, 30, 6, 6, 6]
-    lent = summary["knowledge", 0.2, "head"]
-    assert set(lent["minus"]) == {"control", "raw_text", "all_calls"}
+    imputed = summary["knowledge", 0.2, "head"]
+    assert set(imputed["minus"]) == {"control", "raw_text", "all_calls"}
     assert set(summary["knowledge", 1, OWN]["minus"]) == {"control", "raw_text"}
     assert summary["control", 0, OWN]["minus"] == {}
-    difference = lent["minus"]["all_calls"]
-    assert difference["mean"] == pytest.approx(lent["auc"] - summary["knowledge", 1, OWN]["auc"])
+    difference = imputed["minus"]["all_calls"]
+    assert difference["mean"] == pytest.approx(imputed["auc"] - summary["knowledge", 1, OWN]["auc"])
     assert difference["low"] <= difference["mean"] <= difference["high"]
     assert report["test_users"] == 40
     again = []
     repeated = measure_collective(
-        asked, "encoding", SMALL, QUICK_TRAINING, workers=0, resamples=20, on_epoch=lambda *told: again.append(told[1])
+        prompted,
+        "encoding",
+        SMALL,
+        QUICK_TRAINING,
+        workers=0,
+        resamples=20,
+        on_epoch=lambda *notice: again.append(notice[1]),
     )
     assert set(again) == {0}
     assert to_json(repeated) == report
 
 
-def test_the_command_writes_json_and_a_picture(asked, tmp_path):
-    options = ["collective", "--dataset", "prepared", "--work", str(asked), "--model", "dcn", "--folds", "2"]
+def test_the_command_writes_json_and_a_picture(prompted, tmp_path):
+    options = ["collective", "--dataset", "prepared", "--work", str(prompted), "--model", "dcn", "--folds", "2"]
     more = ["--share", "0.2", "--epochs", "1", "--workers", "0", "--json", str(tmp_path / "c.json")]
     done = CliRunner().invoke(bench, [*options, *more, "--plot", str(tmp_path / "c.png")], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
@@ -172,7 +199,9 @@ def test_the_command_writes_json_and_a_picture(asked, tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_reranker_is_refused(asked):
-    told = CliRunner().invoke(bench, ["collective", "--dataset", "prepared", "--work", str(asked), "--model", "prm"])
-    assert told.exit_code != 0
-    assert "model 'prm' is not known" in str(told.exception)
+def test_a_reranker_is_refused(prompted):
+    refused = CliRunner().invoke(
+        bench, ["collective", "--dataset", "prepared", "--work", str(prompted), "--model", "prm"]
+    )
+    assert refused.exit_code != 0
+    assert "model 'prm' is not known" in str(refused.exception)

@@ -61,8 +61,8 @@ def films(work: WorkFolder) -> WorkFolder:
     (pack / "user.jsonl").write_text("".join(json.dumps(line) + "\n" for line in users))
     (work.root / "written").mkdir()
     made = [
-        records_pb2.KnowledgeRecord(id=items[at].id, entity=ITEM.number, template="factual/1", text=said)
-        for at, said in ((2, text(2)), (3, f"{film(3)} (2015) is a drama that everybody must see."), (4, text(2)))
+        records_pb2.KnowledgeRecord(id=items[row].id, entity=ITEM.number, template="factual/1", text=text_)
+        for row, text_ in ((2, text(2)), (3, f"{film(3)} (2015) is a drama that everybody must see."), (4, text(2)))
     ]
     write_knowledge(work.root / "written", made[:1])
     write_quarantine(work.root / "written", made[1:])
@@ -74,13 +74,13 @@ TABLE = FactsTable.of(
 )
 
 
-def test_released_generated_and_spoilt_texts_are_judged(films: WorkFolder) -> None:
-    told: list[tuple[int, int]] = []
+def test_released_generated_and_corrupted_texts_are_judged(films: WorkFolder) -> None:
+    notices: list[tuple[int, int]] = []
     report = measure_gates(
         films,
         GatesBenchmarkOptions(films.root / "written", str(films.root / "pack"), 5, duplicate_texts=50),
         facts=TABLE,
-        on_text=lambda done, total: told.append((done, total)),
+        on_text=lambda done, total: notices.append((done, total)),
     )
     assert gates_table(report).renderables
     report = to_json(report)
@@ -101,14 +101,14 @@ def test_released_generated_and_spoilt_texts_are_judged(films: WorkFolder) -> No
     assert report["accepted"] == ["i02"]
     assert rows["generated, items", "developed on"]["gates"][DUPLICATE_GATE] == [1, 0]
     assert report["facts"] == {"name": "made", "films": 30, "items": 30, "matched": 30}
-    found = {one["corruption"]: one for one in report["corruptions"]}
+    found = {result["corruption"]: result for result in report["corruptions"]}
     assert list(found)[:-1] == [corruption.name for corruption in CORRUPTIONS]
     for name in ("a refusal added", "as JSON", "another film's text", "another director", "contact details"):
         assert (found[name]["texts"], found[name]["found"]) == (5, 5), name
     for name in ("a later film, in quotes", "a later film, in a list", "another film's text, titles exchanged"):
         assert (found[name]["texts"], found[name]["found"]) == (5, 5), name
     assert found["a later film, as a guess"]["found"] == 0
-    assert [done for done, _ in told] == list(range(71, 71 + len(told)))
+    assert [done for done, _ in notices] == list(range(71, 71 + len(notices)))
     assert report["machine"]
 
 
@@ -118,7 +118,7 @@ def test_the_pack_alone_is_judged_without_facts(films: WorkFolder) -> None:
     assert (report["facts"], report["accepted"], report["failures"]) == (None, [], [])
 
 
-def test_the_same_texts_are_spoilt_in_the_same_way_again(films: WorkFolder) -> None:
+def test_the_same_texts_are_corrupted_in_the_same_way_again(films: WorkFolder) -> None:
     first, second = (
         measure_gates(films, GatesBenchmarkOptions(None, str(films.root / "pack"), 3, duplicate_texts=50), facts=TABLE)
         for _ in range(2)
@@ -149,8 +149,13 @@ def test_every_number_of_the_page_is_in_the_committed_report() -> None:
         for row in report["rows"]
     ]
     assert table("faults") == [
-        [one["corruption"], ", ".join(one["gates"]), f"{one['texts']:,}", f"{one['found'] / one['texts']:.1%}"]
-        for one in report["corruptions"]
+        [
+            result["corruption"],
+            ", ".join(result["gates"]),
+            f"{result['texts']:,}",
+            f"{result['found'] / result['texts']:.1%}",
+        ]
+        for result in report["corruptions"]
     ]
     assert {failure["id"] for failure in report["failures"]} == {"267", "907", "1410", "1412", "1420"}
     assert len(report["accepted"]) == 2

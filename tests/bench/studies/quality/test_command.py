@@ -72,9 +72,9 @@ def test_refusals(tmp_path, options):
 
 
 def test_a_work_folder_is_of_one_dataset(work):
-    told = CliRunner().invoke(bench, ["quality", "--work", str(work)])
-    assert isinstance(told.exception, InputError)
-    assert "name another folder for ml-100k with --work" in str(told.exception)
+    refused = CliRunner().invoke(bench, ["quality", "--work", str(work)])
+    assert isinstance(refused.exception, InputError)
+    assert "name another folder for ml-100k with --work" in str(refused.exception)
 
 
 def test_what_is_asked_twice_is_trained_once(work):
@@ -90,6 +90,6 @@ def test_what_is_asked_twice_is_trained_once(work):
     [(["--ranker", "prm"], "ranker 'prm' is not known"), (["--ranker", "dcn", "--model", "din"], "din takes no order")],
 )
 def test_a_ranker_is_checked(tmp_path, options, said):
-    told = CliRunner().invoke(bench, ["quality", "--dataset", "prepared", "--work", str(tmp_path), *options])
-    assert isinstance(told.exception, InputError)
-    assert said in str(told.exception)
+    refused = CliRunner().invoke(bench, ["quality", "--dataset", "prepared", "--work", str(tmp_path), *options])
+    assert isinstance(refused.exception, InputError)
+    assert said in str(refused.exception)

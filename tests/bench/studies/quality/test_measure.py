@@ -190,7 +190,7 @@ def test_a_share_of_the_training_users_is_a_protocol_of_its_own(work):
     less = SplitProtocol("user", 2, 0.5)
     for protocol in (PROTOCOL, less):
         train_jobs(work, protocol, "encoding", jobs, SETTINGS, workers=0, on_epoch=lambda job, epoch: None)
-    every, half = (measured(work, protocol, "encoding", jobs, resamples=10) for protocol in (PROTOCOL, less))
+    all_users, half = (measured(work, protocol, "encoding", jobs, resamples=10) for protocol in (PROTOCOL, less))
     assert half["split"] == "user2_share0.5"
-    assert half["test"] == every["test"]
-    assert half["rows"][0]["predictions_sha256"] != every["rows"][0]["predictions_sha256"]
+    assert half["test"] == all_users["test"]
+    assert half["rows"][0]["predictions_sha256"] != all_users["rows"][0]["predictions_sha256"]
