@@ -1,8 +1,8 @@
 """Owns the rendering of one release's Triton repository: model folders, their files and their bounded resources.
 
-Model names carry the release id and the Triton version is always 1. The id is the hash of the manifest, so rendered
-files cannot be among those that the manifest lists: export renders them afterwards from files that it does list,
-and lists the rendered ones beside them in `files.json`.
+Model names contain the release id, and the Triton version is always 1. The id is the hash of the manifest, so the
+manifest cannot list rendered files: export renders them afterwards from files that the manifest lists, and lists the
+rendered files in a `files.json` beside them.
 """
 
 import os
@@ -37,13 +37,13 @@ BASE: Final = (
 )
 TOWERS: Final = ("user", "item")
 OPTIONAL: Final = ("user_knowledge", "item_knowledge", "affinity", "item_vector", "history_vector", "history_weight")
-"""What a backbone reads where the size is not 0."""
+"""Inputs of a backbone with knowledge; an input of size 0 is left out."""
 SCORE: Final = ("score",)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of a release's tensors; 0 for what the knowledge model does not read."""
+    """Sizes of a release's tensors; 0 for inputs that the knowledge model does not read."""
 
     history: int
     user_categorical: int
@@ -59,7 +59,7 @@ class Sizes:
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """The adaptor's towers."""
+        """The adaptor's towers: kinds of entities with knowledge vectors."""
         return tuple(name for name in TOWERS if getattr(self, f"{name}_knowledge"))
 
 
@@ -67,7 +67,7 @@ class Sizes:
 class Backbone:
     """A backbone's Triton model name and ONNX file; with `ensemble`, the name of the adaptor -> backbone ensemble.
 
-    One that has an ensemble takes knowledge vectors.
+    A backbone with an ensemble reads knowledge vectors.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Backbone:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one model may use: server instances, threads of each, and microseconds to wait for a fuller batch."""
+    """Resources of one model: server instances, threads per instance, and microseconds to wait for a fuller batch."""
 
     instances: int
     threads: int
@@ -85,7 +85,7 @@ class Resources:
 
     @staticmethod
     def of(target: Target, cores: int) -> "Resources":
-        """Half of the cores on a CPU (the other half is the sidecar's and the server's); one instance on a GPU."""
+        """On a CPU half of the cores, since sidecar and server need the other half; on a GPU one instance."""
         if target == "gpu":
             return Resources(instances=1, threads=1, queue_delay_us=200)
         share = max(1, cores // 2)
@@ -106,9 +106,9 @@ def render(
 ) -> list[Path]:
     """Write the repository `folder` for one target and return its files, sorted.
 
-    Model files are hard links to those of the release where the file system allows, else copies: the folder is
-    complete either way when it is copied to a server. `precision` is the one that the adaptor's file says. `cores`
-    defaults to those that this process may use.
+    Model files are hard links to the release's files or, where the file system has none, copies; either way the folder
+    is complete when it is copied to a server. `precision` must be that of the adaptor's file. `cores` defaults to the
+    number of cores that this process may use.
     """
     resources = Resources.of(target, cores or len(os.sched_getaffinity(0)))
     tensors = _tensors(sizes)
@@ -154,9 +154,9 @@ def render(
 
 
 def is_current(folder: Path) -> bool:
-    """Whether the model code below `folder` is this package's: it runs against the packages that are installed."""
-    own = {(HERE / kind / "model.py").read_bytes() for kind in ("adaptor", "backbone")}
-    return all(path.read_bytes() in own for path in folder.rglob("model.py"))
+    """Whether the model code below `folder` is this package's, which fits the other packages that are installed."""
+    package_code = {(HERE / kind / "model.py").read_bytes() for kind in ("adaptor", "backbone")}
+    return all(path.read_bytes() in package_code for path in folder.rglob("model.py"))
 
 
 def _tensors(sizes: Sizes) -> Mapping[str, tuple[str, tuple[int, ...]]]:

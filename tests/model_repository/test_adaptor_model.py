@@ -124,6 +124,8 @@ def test_it_tells_what_runs_and_tells_anew_when_that_changes(start, monkeypatch)
 
 
 def test_another_precision_than_the_configuration_says_is_refused(start, families):
-    with pytest.raises(ModelError, match=r"adaptor\.safetensors is no adaptor .* precision bfloat16, not float32"):
+    with pytest.raises(
+        ModelError, match=r"adaptor\.safetensors is not an adaptor .* precision is bfloat16, not float32"
+    ):
         start("bfloat16", configured="float32")
     assert families[-1].shown == []

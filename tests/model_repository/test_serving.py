@@ -296,8 +296,8 @@ def with_one_candidate_less(tensors, name):
 @pytest.mark.parametrize(
     ("model", "spoil", "said"),
     [
-        ("dcnv2_knowledge", lambda t: with_one_candidate_less(prestored(t), "item_index"), "send as many"),
-        ("dcnv2_encoded", lambda t: with_one_candidate_less(encoded(t), "item_present"), "send as many"),
+        ("dcnv2_knowledge", lambda t: with_one_candidate_less(prestored(t), "item_index"), "send the same number"),
+        ("dcnv2_encoded", lambda t: with_one_candidate_less(encoded(t), "item_present"), "send the same number"),
         ("dcnv2_knowledge", lambda t: {n: v[:0] if n[0] in "ia" else v for n, v in prestored(t).items()}, "at least"),
         ("dcnv2_knowledge", lambda t: prestored(t) | {"item_index": t["item_index"] + 10**6}, "refuses the input"),
         ("dcnv2_knowledge", lambda t: prestored(t) | {"user_numeric": np.full(1, np.nan, np.float32)}, "not finite"),

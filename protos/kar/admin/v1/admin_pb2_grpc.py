@@ -59,7 +59,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ActivateRelease(self, request, context):
-        """Loads and warms a release, then makes it the active one. The former one stays loaded, so switching back is instant.
+        """Loads and warms a release, then makes it the active one. The former one stays loaded: switching back is instant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

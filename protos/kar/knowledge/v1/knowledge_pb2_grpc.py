@@ -60,8 +60,9 @@ class KnowledgeServiceServicer:
 
     def FindSimilar(self, request, context):
         """Finds the entities with the nearest knowledge vectors, in the index snapshot that is current when the call arrives.
-        NOT_FOUND: the entity has no vector. INVALID_ARGUMENT: another dimension, or a limit out of range.
-        FAILED_PRECONDITION: no snapshot was published. UNAVAILABLE: it cannot be read now.
+        NOT_FOUND: the entity has no vector. INVALID_ARGUMENT: the vector has another dimension, or
+        the limit is out of range.
+        FAILED_PRECONDITION: no snapshot was published. UNAVAILABLE: the snapshot cannot be read now.
         UNIMPLEMENTED: FAISS is not installed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -47,8 +47,8 @@ class RankingServiceServicer:
     """
 
     def Rank(self, request, context):
-        """Scores every candidate of one user. Every well-formed request is answered: when a backend fails, with less
-        knowledge, and if none is left, in the caller's own order.
+        """Scores every candidate of one user. Every well-formed request is answered: when a backend fails, the answer uses
+        less knowledge; when no model can score, it has the caller's own order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
