@@ -143,9 +143,8 @@ def write_docs(report: Mapping[str, Any], page: Path = PAGE) -> None:
     Raises:
         InputError: the page is missing, or has no such block.
     """
-    blocks = {"roofline": roofline_table()}
-    if report["aot"]:
-        blocks["aot"] = kernel_table(report["aot"])
+    blocks = {"aot": kernel_table(report["aot"])} if report["aot"] else {}
+    blocks["roofline"] = roofline_table()
     if "cpu" in report:
         about = f"{report['machine']}, torch {report['torch']}:"
         blocks |= {"cpu": f"{about}\n\n{_markdown(report['cpu'])}", "prestoring": _prestoring(report["prestoring"])}
