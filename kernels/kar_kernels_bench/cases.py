@@ -9,7 +9,7 @@ from kar_kernels.dispatch import takes_pairs
 from kar_kernels.layout import Shape
 from kar_kernels_bench.forms import BASELINES, KERNELS, dtype_name
 
-__all__ = ["CASES", "TINY", "Case", "Direction", "has_form"]
+__all__ = ["CASES", "TINY", "TINY_EXPERTS", "Case", "Direction", "has_form"]
 
 Direction = Literal["forward", "backward", "both"]
 
@@ -57,6 +57,8 @@ TINY: Final = [
     Case(3, 5, 64, torch.float32, TRAINED, ("eager", "concatenated", *KERNELS)),
     Case(0, 9, 64, torch.float16, ("forward",), ("eager", "concatenated", *KERNELS)),
 ]
+TINY_EXPERTS: Final = 1
+"""Shared and dedicated experts of a tiny run's adaptor: the interpreter takes as long for each."""
 
 
 def has_form(name: str, direction: Direction, dtype: torch.dtype, shape: Shape) -> bool:

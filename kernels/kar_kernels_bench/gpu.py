@@ -16,7 +16,7 @@ from torch import Tensor
 from kar_kernels.adaptor import HybridExpertAdaptor
 from kar_kernels.dispatch import choose
 from kar_kernels.layout import Shape
-from kar_kernels_bench.cases import CASES, TINY, Case, Direction, has_form
+from kar_kernels_bench.cases import CASES, TINY, TINY_EXPERTS, Case, Direction, has_form
 from kar_kernels_bench.clock import POOL_BYTES, Clock, Times, measured_chip
 from kar_kernels_bench.forms import Form, OnRow, dtype_name, form
 from kar_kernels_bench.roofline import Chip, Work, forward_work
@@ -76,7 +76,10 @@ def _measure_case(
     case: Case, clock: Clock, chip: Chip, failed: list[str], *, tiny: bool, on_row: OnRow
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    adaptor = HybridExpertAdaptor(case.dim) if not tiny else HybridExpertAdaptor(case.dim, hidden=16, out=16)
+    if tiny:
+        adaptor = HybridExpertAdaptor(case.dim, hidden=16, out=16, shared=TINY_EXPERTS, dedicated=TINY_EXPERTS)
+    else:
+        adaptor = HybridExpertAdaptor(case.dim)
     adaptor.to(device=clock.device, dtype=case.dtype)
     inputs = _pool(case, clock.device, tiny)
     packed = adaptor.packed()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kar_kernels.adaptor import HybridExpertAdaptor
-from kar_kernels_bench.cases import has_form
+from kar_kernels_bench.cases import TINY_EXPERTS, has_form
 from kar_kernels_bench.forms import KERNELS, Form, OnRow, baseline, dtype_name, operator_form
 from kar_kernels_bench.rounding import INPUTS, Units, excesses, rounding_limits, with_sure_signs
 
@@ -22,8 +22,8 @@ def check(device: torch.device, *, tiny: bool = False, on_row: OnRow = lambda te
     for users, items, dim in sizes:
         for dtype in dtypes:
             torch.manual_seed(users + items + dim)
-            adaptor = HybridExpertAdaptor(dim).to(device=device, dtype=dtype)
-            exact = HybridExpertAdaptor(dim).to(device=device, dtype=torch.float64)
+            adaptor = _adaptor(dim, tiny).to(device=device, dtype=dtype)
+            exact = _adaptor(dim, tiny).to(device=device, dtype=torch.float64)
             exact.load_state_dict(adaptor.state_dict())
             x, dy = (_random_rows(users, items, size, dtype, device) for size in (dim, exact.out))
             form = baseline("eager", exact)
@@ -51,6 +51,12 @@ def _random_rows(users: int, items: int, size: int, dtype: torch.dtype, device: 
     """Normal numbers [users, size] and [items, size] in float64, with values that `dtype` has."""
     user, item = (torch.randn(rows, size, device=device).to(dtype).double() for rows in (users, items))
     return user, item
+
+
+def _adaptor(dim: int, tiny: bool) -> HybridExpertAdaptor:
+    if tiny:
+        return HybridExpertAdaptor(dim, shared=TINY_EXPERTS, dedicated=TINY_EXPERTS)
+    return HybridExpertAdaptor(dim)
 
 
 def _results(form: Form, x: tuple[Tensor, Tensor], dy: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
