@@ -84,8 +84,8 @@ class TritonPythonModel:
         encoded, present = tensors["item_encoding"].shape[:2], tensors["item_present"].shape
         if encoded != present or not present[1]:
             return (
-                f"item_encoding has {encoded[1]} candidates, item_present {present[1]}: send the same number in both, at "
-                "least one"
+                f"item_encoding has {encoded[1]} candidates, item_present {present[1]}: send the same number in both, "
+                "at least one"
             )
         return tensors
 

@@ -21,6 +21,6 @@ def demo(
     candidates: Candidates = 100,
     json_file: JsonFile = None,
 ) -> None:
-    """Run every stage from raw ratings to ranked candidates, then send requests, then write the report."""
+    """Run every stage from raw ratings to ranked candidates, send timed requests, and write a report."""
     summary = run_demo(work, users=users, requests=requests, candidates=candidates, console=Console())
     write_json(json_file, summary)

@@ -47,9 +47,9 @@ class _Stage(NamedTuple):
     name: str
     run: Callable[[Reports], StageResult[Any]]
     describe: Callable[[Any], str]
-    """A line about its report."""
+    """Gives the line to print about the report."""
     table: Callable[[Any], RenderableType] | None = None
-    """A table of its report."""
+    """Gives the table to print of the report."""
 
 
 def run_demo(

@@ -20,7 +20,7 @@ PERCENTILES: Final = ("p50_ms", "p95_ms", "p99_ms")
 
 
 def plot_auc(auc: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Test AUC of each arm, grouped by backbone; the axis does not start at 0, as its label says."""
+    """Test AUC of each arm, grouped by backbone; the axis does not start at 0, which its label says."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     values = [value for arms in auc.values() for value in arms.values()]

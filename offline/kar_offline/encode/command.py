@@ -29,10 +29,10 @@ def encode(
     """Turn knowledge texts, and the raw facts for comparison, into vectors."""
     console = Console()
     with console.status("loading the encoder"):
-        chosen = make_encoder(encoder)
+        text_encoder = make_encoder(encoder)
     folder = folder or ("encoding_mpnet" if encoder.name == "mpnet" else "encoding")
     work = work_of(work, config)
-    result = run(work, chosen, folder=folder, kinds=(kind,) if kind else tuple(EntityKind), console=console)
+    result = run(work, text_encoder, folder=folder, kinds=(kind,) if kind else tuple(EntityKind), console=console)
     report = result.report
     table = Table("texts", "count", "imputed")
     for name, count in report.texts.items():

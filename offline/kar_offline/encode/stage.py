@@ -53,7 +53,7 @@ class EncodingInputs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What the stage encoded."""
+    """Counts of the texts that the stage encoded, reused and imputed."""
 
     encoder_id: str
     dim: int
@@ -87,7 +87,7 @@ class _TextTable(NamedTuple):
     texts: Sequence[str | None]
     """Own text of each row."""
     neighbours: Mapping[int, Sequence[_Neighbour]]
-    """Of rows without an own text whose record names neighbours with a text."""
+    """Neighbours of each row that has no text of its own and a record that names neighbours with a text."""
 
 
 class _VectorTable(NamedTuple):
@@ -120,7 +120,7 @@ def encode(
         console: Shows progress; default: no progress is shown.
 
     Raises:
-        InputError: `folder` is no name for vectors.
+        InputError: `folder` is neither `encoding` nor begins with `encoding_`.
         PreconditionError: an earlier stage did not run, or wrote knowledge about another dataset.
     """
     for name, command in (("dataset", "dataset"), ("prompts", "prompts"), ("knowledge", "generate")):
@@ -200,7 +200,7 @@ def encode_inputs(
 
 
 def _text_tables(inputs: EncodingInputs, kinds: Sequence[EntityKind], words: int | None) -> dict[str, _TextTable]:
-    """The rows of each array by its name; kinds that are not wanted have rows without texts."""
+    """The rows of each array, by its name; entities of other kinds than `kinds` have rows without texts."""
 
     def shorten(text: str) -> str:
         return " ".join(text.split()[:words]) if words else text
@@ -208,13 +208,13 @@ def _text_tables(inputs: EncodingInputs, kinds: Sequence[EntityKind], words: int
     tables = {}
     for kind in (ITEM, USER):
         ids = [entity.id for entity in inputs.dataset.entities[kind]]
-        wanted = kind in kinds
-        records = inputs.knowledge.records[kind] if wanted else {}
-        clusters = inputs.knowledge.clusters[kind] if wanted else {}
+        is_encoded = kind in kinds
+        records = inputs.knowledge.records[kind] if is_encoded else {}
+        clusters = inputs.knowledge.clusters[kind] if is_encoded else {}
         entity_texts = {id_: shorten(record.text) for id_, record in records.items()}
         cluster_texts = {id_: shorten(cluster.text) for id_, cluster in clusters.items()}
         raw_texts = {
-            prompt.id: shorten(prompt.raw_text) for prompt in inputs.prompts if prompt.entity == kind and wanted
+            prompt.id: shorten(prompt.raw_text) for prompt in inputs.prompts if prompt.entity == kind and is_encoded
         }
         aligned = _align(entity_texts, ids, "knowledge texts")
         neighbours = _neighbours(records.values(), cluster_texts | entity_texts)
@@ -230,7 +230,7 @@ def _text_tables(inputs: EncodingInputs, kinds: Sequence[EntityKind], words: int
 def _neighbours(
     records: Iterable[records_pb2.KnowledgeRecord], texts: Mapping[str, str]
 ) -> dict[str, list[_Neighbour]]:
-    """Neighbours with a text, of the records without a text, by id; records without such neighbours are left out."""
+    """By id, the neighbours from which a record without a text is imputed: those of its neighbours that have a text."""
     digests = {id_: text_sha256(text) for id_, text in texts.items() if text}
     neighbours = {
         record.id: [_Neighbour(digests[loan.id], loan.weight) for loan in record.loans if loan.id in digests]
@@ -240,9 +240,10 @@ def _neighbours(
     return {id_: entries for id_, entries in neighbours.items() if entries}
 
 
-def _align(texts: Mapping[str, str], ids: Sequence[str], what: str) -> list[str | None]:
+def _align(texts: Mapping[str, str], ids: Sequence[str], label: str) -> list[str | None]:
+    """The text of each id, None without one; `label` names the texts in the error."""
     if unknown := texts.keys() - set(ids):
-        raise PreconditionError(f"{what} are about {min(unknown)!r}, which the dataset lacks: make them again")
+        raise PreconditionError(f"{label} are about {min(unknown)!r}, which the dataset lacks: make them again")
     return [texts.get(entity_id) or None for entity_id in ids]
 
 
@@ -282,7 +283,7 @@ def _impute_by_content(knowledge: _VectorTable, raw_vectors: "np.memmap[Any, np.
     imputed_before = set(header.imputed)
     has_vector = np.array([bool(digest) for digest in header.text_sha256], dtype=bool)
     has_text = has_vector & np.array([id_ not in imputed_before for id_ in header.ids], dtype=bool)
-    # Rows that were imputed from their record's neighbours are nobody's neighbours: they get no content.
+    # Rows that were imputed from their record's neighbours must not serve as neighbours: they get no content.
     content = np.where((has_text | ~has_vector)[:, None], raw_vectors, np.float32(0))  # (rows, D)
     result = impute_from_neighbours(content, has_text, array)
     digests, imputed = list(header.text_sha256), list(header.imputed)

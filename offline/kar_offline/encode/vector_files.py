@@ -1,6 +1,6 @@
 """Owns the files of encoded texts: an array of vectors and a header per text source and kind of entity.
 
-<folder>/{knowledge,raw}_{item,user}.npy     float32 [dataset rows, D]; a row of zeros where there is no vector
+<folder>/{knowledge,raw}_{item,user}.npy     float32 [dataset rows, D]; zeros for an entity without a vector
 <folder>/{knowledge,raw}_{item,user}.json    the header, see `VectorHeader`
 <folder>/knowledge_{item,user}_clusters.*    the same for texts about clusters, if there are any
 """
@@ -19,18 +19,18 @@ from kar_sidecar.errors import PreconditionError
 __all__ = ["SOURCES", "Encoding", "VectorHeader", "create_array", "imputed_ids", "read_header", "write_header"]
 
 SOURCES: Final = ("knowledge", "raw")
-"""Text sources: what the language model wrote, and the facts that its prompts show."""
+"""Text sources: texts of the language model, and the facts that its prompts show."""
 
 
 class VectorHeader(NamedTuple):
-    """What the rows of one array are."""
+    """The origin of each row of one array."""
 
     encoder_id: str
     dim: int
     ids: list[str]
     """Id of each row."""
     text_sha256: list[str | None]
-    """SHA-256 of each row's text; of an imputed row a hash of what it was imputed from; None without a vector."""
+    """SHA-256 of each row's text. An imputed row has the hash of its sources, a row without a vector None."""
     imputed: list[str]
     """Ids of the rows whose vector was imputed. The file's name for this field is `lent`."""
 
@@ -71,7 +71,7 @@ def imputed_ids(folder: Path, source: str, kind: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Encoding:
-    """All vectors of a folder."""
+    """All vectors of a folder; the arrays are opened when they are first needed."""
 
     FOLDER: ClassVar[str] = "encoding"
 
@@ -102,7 +102,7 @@ class Encoding:
         return self._arrays[name]
 
     def vectors_by_text(self, encoder_id: str) -> dict[str, NDArray[np.float32]]:
-        """Vectors [D] by the SHA-256 of their text, if `encoder_id` made them; imputed vectors are left out."""
+        """Vectors [D] of the encoder `encoder_id`, by the SHA-256 of their text; imputed vectors are left out."""
         vectors: dict[str, NDArray[np.float32]] = {}
         for name, header in self.headers.items():
             if header.encoder_id == encoder_id:

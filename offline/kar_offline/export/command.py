@@ -29,7 +29,10 @@ def export(
         ),
     ] = False,
     precision: Annotated[
-        Precision, typer.Option(help="What the adaptor multiplies in, if the device can; its vectors stay float32.")
+        Precision,
+        typer.Option(
+            help="Number format in which the adaptor multiplies, if the device can; its vectors stay float32."
+        ),
     ] = "float32",
     cores: Annotated[
         int | None, typer.Option(min=1, help="Cores that Triton and the sidecar share; default: all of this machine.")
@@ -57,7 +60,7 @@ def export(
         )
     console.print(table)
     for report in reports if precision != "float32" else ():
-        change = f"moves an adapted vector's component by {report.vector_error:.1g} at most"
-        effect = change if report.vector_error else "moves nothing: this processor multiplies float32 instead"
+        change = f"changes no component of an adapted vector by more than {report.vector_error:.1g}"
+        effect = change if report.vector_error else "changes nothing: this processor multiplies in float32"
         console.print(f"{report.backbone}: {precision} {effect}", highlight=False)
     write_json(json_file, reports)

@@ -56,7 +56,7 @@ def manifest_json(manifest: records_pb2.Manifest) -> str:
 
 
 def _vector_space(*content: str, dim: int) -> records_pb2.VectorSpace:
-    """A space whose id is the hash of all that its vectors depend on."""
+    """A space whose id is the hash of `content`, everything that its vectors depend on."""
     space_id = hashlib.sha256("\n".join((*content, DTYPE)).encode()).hexdigest()[:12]
     return records_pb2.VectorSpace(space_id=space_id, dim=dim, dtype=DTYPE)
 
@@ -100,4 +100,4 @@ def _prompt_versions(knowledge: Path) -> dict[str, str]:
             if record.text:
                 name, _, version = record.template.partition("/")
                 versions.setdefault(name, set()).add(version or "unknown")
-    return {name: ",".join(sorted(known)) for name, known in versions.items()}
+    return {name: ",".join(sorted(versions_of_name)) for name, versions_of_name in versions.items()}

@@ -35,7 +35,7 @@ class ExportSources:
     vectors: TextVectors
     """Encoded vectors of all entities."""
     text_source: str
-    """Where their texts come from: "knowledge" or "raw"."""
+    """Source of the encoded texts: "knowledge" or "raw"."""
     imputed_ids: Mapping[Tower, Collection[str]]
     """Ids of entities whose vector was imputed."""
     knowledge_folder: Path
@@ -49,7 +49,7 @@ class ExportSources:
             work: The work folder.
             backbone: A trained backbone.
             arm: The training arm of the knowledge model.
-            precision: What the adaptor multiplies in.
+            precision: The number format in which the adaptor multiplies.
 
         Raises:
             InputError: no such backbone, arm or precision, or an arm without an adaptor.
@@ -103,6 +103,8 @@ def _check_choice(backbone: str, arm: str, precision: str) -> None:
         if recipe.towers and recipe.adaptor != "none" and recipe.texts in SERVED_TEXTS
     ]
     if arm not in arms:
-        raise InputError(f"arm {arm!r} has no adaptor of real texts to release: choose from {', '.join(arms)}")
+        raise InputError(
+            f"arm {arm!r} has no adaptor for real texts, so it cannot be released: choose from {', '.join(arms)}"
+        )
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is not known: choose from {', '.join(PRECISIONS)}")

@@ -1,7 +1,7 @@
 """Owns the stage `export`: two trained models become a release; `kar_sidecar.releases.manifest` has its layout.
 
-The release id is the hash of the manifest, which holds the hash of every file except those below `triton/`: model names
-there carry the id, so they are rendered when it is known and are listed in `triton/files.json`. Nothing that is hashed
+The release id is the hash of the manifest, which holds the hash of every file except the files below `triton/`. Their
+model names contain the id, so they are rendered when it is known, and `triton/files.json` lists them. No hashed content
 depends on the time or on the number of cores, so the same work folder gives the same id.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["ExportReport", "export"]
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What was exported."""
+    """The release that was exported."""
 
     release_id: str
     backbone: str
@@ -57,7 +57,7 @@ def export(
         work: The work folder, with `dataset`, `knowledge`, `encoding` and `training`.
         backbone: A trained backbone, in lower case.
         arm: The training arm of the knowledge model, which has an adaptor. The control model is exported with it.
-        precision: What the adaptor multiplies in, for prestored vectors and in Triton, if the device can.
+        precision: Number format in which the adaptor multiplies if the device can, for prestored vectors and in Triton.
         activate: Serve this release from now on; the first release is activated in any case.
         cores: Cores that the models of the CPU repository may use together; default: the cores of this process.
         now_s: Gives seconds since the epoch, for the creation time of the release.

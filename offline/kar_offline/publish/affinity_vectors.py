@@ -39,7 +39,7 @@ class AffinityVectors:
 
     @staticmethod
     def of(items: ReleasedEntities) -> "AffinityVectors | None":
-        """Those of a release's items; None if the release has no affinity vectors with a text segment.
+        """The affinity vectors of a release's items; None if the release has none with a text segment.
 
         Raises:
             PreconditionError: the release was exported from other encoded vectors than its model was trained on.
@@ -58,7 +58,7 @@ class AffinityVectors:
         with_affinity = items.with_affinity()
         row_of = {id_: row for row, id_ in enumerate(with_affinity.ids)}
         exported = np.array(with_affinity.vectors("affinity"))
-        # An item whose affinity vector is 0 was not exported.
+        # Items whose affinity vector is 0 were not exported.
         rows = [row_of.get(id_, -1) for id_ in items.ids]
         trained = np.pad(exported[:, text_segment], ((0, 1), (0, 0)))[rows]
         if not np.allclose(components.project(encoded).numpy(), trained, atol=TOLERANCE):
@@ -71,9 +71,9 @@ class AffinityVectors:
     def vectors(self, ids: Sequence[str], encoded: NDArray[np.float32]) -> NDArray[np.float32]:
         """Affinity vectors [n, V] of items with encoded vectors [n, D]."""
         vectors = np.zeros((len(ids), self.exported.shape[1]), np.float32)
-        for place, id_ in enumerate(ids):
+        for number, id_ in enumerate(ids):
             if (row := self.row_of.get(id_)) is not None:
-                vectors[place] = self.exported[row]
+                vectors[number] = self.exported[row]
         projected = self.components.project(torch.from_numpy(np.ascontiguousarray(encoded)))  # (n, text components)
         vectors[:, self.text_segment] = projected.numpy()
         return vectors

@@ -1,6 +1,6 @@
 """Owns the checkpoint of a publish: how many records of each part are written, kept in the store itself.
 
-A publish that is started again after a kill reads the checkpoint and does not offer those records to the store again.
+A publish that is started again after a kill reads the checkpoint and skips the records that are written.
 """
 
 import json
@@ -25,7 +25,7 @@ class Checkpoint:
     store: Store
     release_id: str
     identity: Mapping[str, Any]
-    """What is published; the checkpoint of a publish with another identity does not count."""
+    """Identifies the content that is published; a checkpoint with another identity is ignored."""
     rows: dict[str, int]
 
     @staticmethod

@@ -35,7 +35,7 @@ def publish(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Publish again; replace features of another schema.")] = False,
     max_rate: Annotated[
-        int | None, typer.Option(min=1, help="Most records per second, to keep the latency of reads low.")
+        int | None, typer.Option(min=1, help="Maximal number of records per second, to keep the latency of reads low.")
     ] = None,
     index: Annotated[
         Kind | None, typer.Option(help="Kind of index.", show_default=f"flat up to {FLAT_UP_TO:,} vectors, hnsw above")

@@ -1,4 +1,4 @@
-"""Owns feature records: an entity's features, a user's history, and the time at which both were true."""
+"""Owns feature records: an entity's features, a user's history, and the time at which both were valid."""
 
 from collections.abc import Collection
 
@@ -20,8 +20,8 @@ __all__ = ["current_features", "cutoff_features"]
 def cutoff_features(release: Release, dataset: Dataset) -> EntityRecords:
     """Feature records of all users, then of all items, for a release.
 
-    A user's history ends at the cut-off, since later events are samples. The record is as old as its last event; items
-    are as old as the dataset's last event.
+    A user's history ends at the cut-off, since later events are samples. The record has the time of its last
+    event; records of items have the time of the dataset's last event.
     """
     item_ids = _item_ids(dataset)
     for row in range(len(dataset.users)):
@@ -33,10 +33,10 @@ def cutoff_features(release: Release, dataset: Dataset) -> EntityRecords:
 
 
 def current_features(release: Release, dataset: Dataset, keys: Collection[EntityKey]) -> EntityRecords:
-    """Feature records of some items, then of some users, with all that is known now.
+    """Feature records of the items among `keys`, then of the users, with all events until now.
 
-    A user's history holds the last events, as many as a model reads. The record is as old as the last event. Items, and
-    users without events, are as old as the dataset's last event.
+    A user's history holds the last events, at most as many as a model reads. The record has the time of the last event;
+    records of items, and of users without events, have the time of the dataset's last event.
     """
     item_ids = _item_ids(dataset)
     latest_s = int(dataset.event_time.max(initial=0))

@@ -42,7 +42,7 @@ Id = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True, slots=True)
 class FeatureUpdateReport:
-    """What was written of a features file."""
+    """Counts of the records of a features file that were written and kept."""
 
     release_id: str
     store: str
@@ -66,7 +66,7 @@ class FreshEntity(BaseModel):
     history: list[tuple[Id, FiniteFloat]] = Field(default_factory=list)
     """Users only: item id and rating of each event, the oldest first."""
     as_of: AwareDatetime
-    """The time at which this was true; an older record never replaces a newer one."""
+    """The time at which these values were valid; an older record never replaces a newer one."""
 
     @field_validator("as_of")
     @classmethod

@@ -3,7 +3,7 @@
 - `write_part`: all records of a release, resumed after a kill, at a limited rate.
 - `write_changed`: fresh records, compared with what the store holds.
 
-Both leave records alone that are newer in the store.
+Both keep records of the store that are newer.
 """
 
 import time
@@ -100,7 +100,7 @@ def paced(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> EntityRecords:
-    """The same records, at most `rate_per_s`; a delay is caught up by at most `BURST_S` seconds of the rate."""
+    """Yield the records at `rate_per_s` at most; after a delay, at most `BURST_S` seconds are caught up faster."""
     due_s = clock()
     for record in records:
         now_s = clock()
@@ -119,13 +119,13 @@ def write_changed(
 ) -> int:
     """Write the records that the store lacks, or holds with other content; returns the number of written records.
 
-    The time of writing is no content. A record that is newer in the store is kept.
+    Records that differ only in their time of writing count as equal. A record that is newer in the store is kept.
 
     Args:
         store: The store.
         part: Name of the store's part.
         records: The fresh records.
-        restamp: Makes the record to be written from a fresh one and the one that it replaces; see `dated_after`.
+        restamp: Gives the record to write, from a fresh record and the stored one; see `dated_after`.
     """
     written = 0
     for batch in in_batches(records, READ_BATCH):
@@ -142,8 +142,8 @@ def write_changed(
 def dated_after(blob: bytes, stored: bytes) -> bytes:
     """A feature record dated 1 ms after the stored one, if both are of the same second or the stored one is older.
 
-    A feature record is as old as its user's last event. A late event leaves the time of the last event as it is, and
-    the record must replace the stored one all the same.
+    A feature record has the time of its user's last event. An event that arrives late does not change that time, yet
+    the record must replace the stored one.
     """
     try:
         header, stored_header = read_header(blob), read_header(stored)

@@ -1,4 +1,4 @@
-"""Owns the published release that takes fresh knowledge: the checks before anything is paid for, and its entities."""
+"""Owns the published release that takes fresh knowledge: its entities, and the checks before a call is paid for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ class ReleaseTarget:
 
     release: Release
     entities: Mapping[EntityKind, ReleasedEntities]
-    """What the release holds."""
+    """The entities of the release, by kind."""
     affinity: AffinityVectors | None
     """Makes affinity vectors; None if the release has none that texts influence."""
 
     @staticmethod
     def check(release: Release, store: Store, dataset: Dataset, encoding: Encoding) -> "ReleaseTarget":
-        """Check that fresh vectors and features of a work folder belong into a release that is in the store.
+        """Check that fresh vectors and features of a work folder fit a release that is in the store.
 
         Raises:
-            PreconditionError: they do not, or the release is not published; the message says what to do.
+            PreconditionError: they do not fit, or the release is not published; the message says what to do.
             IntegrityError: the release is corrupt.
         """
         manifest = release.manifest
@@ -44,8 +44,8 @@ class ReleaseTarget:
             )
         if (encoder_id := encoding.header("knowledge_item").encoder_id) != manifest.encoder_id:
             raise PreconditionError(
-                f"{encoding.folder} is by {encoder_id}, release {release.release_id} by {manifest.encoder_id}: encode "
-                "with the release's encoder, or export a new release"
+                f"{encoding.folder} has vectors of {encoder_id}, not {manifest.encoder_id} as {release.release_id}: "
+                "encode with the release's encoder, or export a new release"
             )
         if schema_hash(dataset.schema) != manifest.feature_schema_hash:
             raise PreconditionError(

@@ -1,4 +1,4 @@
-"""Owns what a release holds about its entities: texts, vectors, expiry times, as records for a store."""
+"""Owns the entities of a release: their texts, vectors and expiry times, as records for a store."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,14 +44,14 @@ class ReleasedEntities:
 
         Raises:
             PreconditionError: the release holds no knowledge of this kind.
-            IntegrityError: a line is no knowledge record.
+            IntegrityError: a line is not a knowledge record.
         """
         records = {record.id: record for record in read_knowledge(release.folder / "knowledge", kind)}
         clusters = {record.id: record for record in read_clusters(release.folder / "knowledge", kind)}
         ids = (release.folder / "vectors" / f"{kind}_ids.txt").read_text().splitlines()
         imputed_file = release.folder / "vectors" / f"{kind}_lent.txt"
         imputed_ids = frozenset(imputed_file.read_text().splitlines()) if imputed_file.is_file() else frozenset()
-        # Raw texts are an entity's own facts: they stay true when texts of the language model expire.
+        # Raw texts are an entity's own facts and do not expire with texts of the language model.
         reads_raw_texts = any(ARMS[model.recipe].texts == "raw" for model in release.manifest.models if model.recipe)
         expires_at_ms = {} if reads_raw_texts else expiry_times(records, clusters)
         return ReleasedEntities(release, kind, records, ids, imputed_ids, expires_at_ms)

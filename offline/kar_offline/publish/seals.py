@@ -1,4 +1,4 @@
-"""Owns the seals of a publish: meta values of the store, written last, that say what is completely published.
+"""Owns the seals of a publish: meta values of the store, written last, which mark complete parts of a release.
 
 space:<id>       a vector space; the adapted space belongs to one release, the others may be shared
 schema:<hash>    features packed by a schema
@@ -55,7 +55,7 @@ def write_seals(store: Store, release: Release, seal: Seal) -> None:
     for name in _shared_seals(release.manifest):
         store.write_meta(name, value)
     store.write_meta(publish_meta(release.release_id), None)
-    # The adapted space comes last: it belongs to this release only, so its seal says that the whole release is there.
+    # The adapted space belongs to this release alone. Its seal comes last and marks the whole release as complete.
     store.write_meta(space_meta(release.manifest.adapted_space.space_id), value)
 
 

@@ -1,8 +1,8 @@
 """Owns the stage `publish`: a release into the store and the index.
 
 Index snapshots are built first, since an index that misses its recall ends the publish. Then features, texts and
-vectors are written, and the seals last, so that a killed publish is seen as not published. A checkpoint in the store
-lets the next run continue where the killed one was.
+vectors are written, and the seals last: until then the release counts as not published. A checkpoint in the store
+lets the next run continue where a killed one stopped.
 """
 
 import time
@@ -39,7 +39,7 @@ __all__ = ["PublishReport", "publish", "publish_release"]
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """What a store holds of a release."""
+    """The content of a release in a store."""
 
     release_id: str
     users: int

@@ -1,1 +1,1 @@
-"""Owns `kar refresh`: new events and items in, texts that are due rewritten, fresh knowledge published."""
+"""Owns `kar refresh`: it adds new events and items, rewrites the texts that are due, and publishes the result."""

@@ -48,13 +48,16 @@ def refresh(
         int, typer.Option(min=1, help="Events since a user's text was written that make it due.")
     ] = Policy().grown_by,
     reason: Annotated[
-        list[Reason] | None, typer.Option(help="Only texts that are due for this reason, repeatable; default: for any.")
+        list[Reason] | None,
+        typer.Option(help="Only texts that are due for this reason, repeatable; default: all reasons."),
     ] = None,
     kind: Annotated[
         list[EntityKind] | None,
-        typer.Option(help="Only texts about these, repeatable; default: those that the release's model reads."),
+        typer.Option(help="Only texts about this kind, repeatable; default: the kinds that the release's model reads."),
     ] = None,
-    budget_calls: Annotated[int | None, typer.Option(min=0, help="Most questions to the language model.")] = None,
+    budget_calls: Annotated[
+        int | None, typer.Option(min=0, help="Maximal number of questions to the language model.")
+    ] = None,
     facts: Annotated[str | None, typer.Option(help="Facts that texts must not contradict; see `kar generate`.")] = None,
     store: Annotated[
         str | None,

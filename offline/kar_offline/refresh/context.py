@@ -1,4 +1,4 @@
-"""Owns what all phases of a refresh share: the work folder, the store, the provider of texts, the clock."""
+"""Owns the context of a refresh: work folder, store, provider of texts and clock, which all phases share."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +17,7 @@ __all__ = ["RefreshContext"]
 
 @dataclass(frozen=True, slots=True)
 class RefreshContext:
-    """What all phases of a refresh share."""
+    """Work folder, store, provider, clock and console of one refresh."""
 
     work: WorkFolder
     open_store: Callable[[], Store]
@@ -29,7 +29,7 @@ class RefreshContext:
     """Shows progress; None: no progress is shown."""
 
     def status(self, text: str) -> AbstractContextManager[Any]:
-        """Shows `text` until the block ends."""
+        """A context that shows `text` until its block ends."""
         return self.console.status(text) if self.console else nullcontext()
 
     def now_ms(self) -> int:

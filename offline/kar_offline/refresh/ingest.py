@@ -1,6 +1,6 @@
-"""Owns the phase `ingest` of a refresh: files of new entities and events, checked, and the dataset with them.
+"""Owns the phase `ingest` of a refresh: it checks files of new entities and events and adds them to the dataset.
 
-One JSON object per line: a new entity, or an event. A new user needs no line if only events of the user are known.
+One JSON object per line: a new entity, or an event. A user who has events only needs no line of their own.
 {"entity": "item", "id": "i9", "title": "Salt and Lanterns", "features": {"year": 2026}, "facts": {"genres": ["Drama"]}}
 {"user": "u1", "item": "i9", "rating": 4.0, "time": 1764230400}
 """
@@ -46,7 +46,7 @@ class _NewEntity(_Line):
     entity: EntityKind
     id: Id
     title: str = ""
-    """The fact `title`, which may also stand in `facts`."""
+    """The fact `title`, which may be given in `facts` instead."""
     features: dict[str, Any] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
 
@@ -74,7 +74,7 @@ L = TypeVar("L", bound=_Line)
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """The dataset with all that is new in the files."""
+    """The dataset with the new entities and events of the files."""
 
     dataset: Dataset
     """Cut-offs are not moved, except for events before them that arrived late."""
@@ -96,10 +96,10 @@ class Arrivals:
 def read_arrivals(
     dataset: Dataset, title: str, *, events: Path | None = None, entities: Path | None = None, now: datetime
 ) -> Arrivals:
-    """Read and check both files, and add to a dataset what it lacks.
+    """Read and check both files, and add their new entities and events to a dataset.
 
-    An event is identified by its user, item and time, an entity by its id. A line that repeats what is known is
-    skipped; a line that contradicts it is refused.
+    An event is identified by its user, item and time, an entity by its id. A line that repeats a known event or entity
+    is skipped; a line that contradicts one is refused.
 
     Args:
         dataset: The dataset.

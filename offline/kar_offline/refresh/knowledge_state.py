@@ -45,13 +45,13 @@ def knowledge_states(
 ) -> Iterator[KnowledgeState]:
     """The state of every item, then of every user with an event, in row order.
 
-    An entity whose record names neighbours counts as having a text. A text from an unknown template counts as one from
-    the newest.
+    An entity whose record names neighbours counts as having a text. A text from an unknown template
+    counts as a text from the newest template.
 
     Args:
-        dataset: The dataset; its cut-offs are ignored, since records say what their texts were written from.
+        dataset: The dataset; its cut-offs are ignored, since each record has the cut-off of its text.
         records: The records in use.
-        renderer: Names the templates, and the seasons of the day.
+        renderer: Gives the current templates and seasons.
         now: The time.
     """
     traffic = entity_traffic(dataset)

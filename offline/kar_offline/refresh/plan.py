@@ -1,4 +1,4 @@
-"""Owns the phase `plan` of a refresh: which texts are due, and which of them the budget buys. Nothing is sent."""
+"""Owns the phase `plan` of a refresh: it finds the texts that are due and chooses among them; nothing is sent."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Plan:
 
 
 class _Offers(NamedTuple):
-    """What the provider can do for each candidate."""
+    """Candidates by what a new text costs."""
 
     free: list[RefreshCandidate]
     """The ledger or the pack has the answer."""
@@ -90,8 +90,8 @@ def plan_refresh(
         dataset: The dataset with all events until now.
         records: The records in use.
         renderer: Renders the prompts.
-        provider: Would answer them.
-        policy: Says what is due.
+        provider: Its pack or its answers in the ledger are looked up; it is not called.
+        policy: The conditions for a text to be due.
         budget: Limits the calls and their cost.
         now: The time.
     """

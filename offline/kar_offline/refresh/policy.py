@@ -1,9 +1,9 @@
-"""Owns the refresh policy: why knowledge is due, how stale it is, and which texts a budget buys first.
+"""Owns the refresh policy: the reasons for which knowledge is due, its staleness, and the order of rewriting.
 
 value = traffic x staleness
 
-Staleness is the share, from 0 to 1, of what is worth knowing about an entity that its text does not say. Traffic is the
-number of events of the entity in a window of time. Both are given, so the same inputs give the same candidates.
+Staleness estimates, from 0 to 1, the share of useful knowledge about an entity that its text lacks. Traffic is the
+number of events of the entity in a window of time. The functions here are pure: equal inputs give equal candidates.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from kar_sidecar.errors import InputError
 __all__ = ["KnowledgeState", "Policy", "Reason", "RefreshCandidate", "refresh_candidates", "within_budget"]
 
 OLDER_TEMPLATE_STALENESS: Final = 0.25
-"""A text from an older prompt template is true, but a newer template gives a better one."""
+"""A text from an older prompt template is still true, but a newer template gives a better text."""
 
 
 class Reason(StrEnum):
@@ -30,7 +30,7 @@ class Reason(StrEnum):
     EXPIRED = "expired"
     """The text is past its expiry time."""
     SEASON = "season"
-    """The seasons of the day are not those that the text was written for."""
+    """The text was written for other seasons than those of today."""
     TEMPLATE = "template"
     """The text was written from an older version of the prompt template."""
 
@@ -44,7 +44,7 @@ class KnowledgeState:
     traffic: float
     """Number of events in the window of time, not negative."""
     has_text: bool = True
-    """Whether a text is in use, an own one or those of neighbours."""
+    """Whether a text is in use: the entity's own text, or texts of neighbours."""
     events: int = 0
     """Users: number of events until now."""
     cutoff: int = 0
@@ -61,9 +61,9 @@ class Policy:
     grown_by: int = 10
     """Number of a user's events since the text was written."""
     reasons: frozenset[Reason] = frozenset(Reason)
-    """Reasons that count."""
+    """Only these reasons make knowledge due."""
     kinds: frozenset[EntityKind] | None = frozenset(EntityKind)
-    """Kinds of entities that count; None: those whose vectors the release's model reads."""
+    """Only these kinds of entities can be due; None: the kinds whose vectors the release's model reads."""
 
     def __post_init__(self) -> None:
         """Check the conditions.
@@ -72,7 +72,9 @@ class Policy:
             InputError: `grown_by` is less than 1, or no reason or kind counts.
         """
         if self.grown_by < 1 or not self.reasons or self.kinds == frozenset():
-            raise InputError("a policy needs at least 1 event of growth, one reason and one kind: give them")
+            raise InputError(
+                "a refresh needs --grown-by of at least 1, one reason and one kind: give them"
+            )
 
 
 class RefreshCandidate(NamedTuple):
@@ -87,7 +89,7 @@ class RefreshCandidate(NamedTuple):
 
     @property
     def value(self) -> float:
-        """What a new text is worth."""
+        """Value of a new text: traffic times staleness."""
         return self.traffic * self.staleness
 
 

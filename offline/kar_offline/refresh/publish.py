@@ -25,7 +25,7 @@ def publish_fresh(
     Args:
         context: The work folder, the store and the clock.
         target: The release.
-        arrivals: Says whose features changed.
+        arrivals: The entities whose features changed.
         rewritten: The dataset and the texts.
         encoded: The vectors.
 

@@ -30,7 +30,7 @@ class ArrivalCounts:
 
 @dataclass(frozen=True, slots=True)
 class WaitingReport:
-    """Candidates that wait."""
+    """Candidates whose text is not written in this refresh."""
 
     counts: KindCounts
     value: float
@@ -49,7 +49,7 @@ class WaitingReport:
 
 @dataclass(frozen=True, slots=True)
 class RefreshReport:
-    """What a refresh found and did."""
+    """The result of a refresh: new and due entities, calls, cost, and records written."""
 
     arrived: ArrivalCounts
     due: Mapping[Reason, KindCounts]
@@ -57,9 +57,9 @@ class RefreshReport:
     chosen: KindCounts
     waiting: WaitingReport
     calls: int
-    """Questions that were sent; in a dry run, that would be sent."""
+    """Questions that were sent; in a dry run, questions that a refresh would send."""
     cost_usd: float | None
-    """Their cost; None: the price is unknown."""
+    """Cost of these questions; None: the price is unknown."""
     release_id: str
     dry_run: bool
     texts: TextCounts | None = None

@@ -1,6 +1,6 @@
-"""Owns the phase `rewrite` of a refresh: cut-offs move, prompts are rendered again, and the chosen texts are written.
+"""Owns the phase `rewrite` of a refresh: it moves cut-offs, renders prompts again and writes the chosen texts.
 
-Cut-offs move before a text is asked for, so that no kill leaves a text that knows a training sample.
+Cut-offs move before a text is requested: even if the run is killed, no text was written from a training sample.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ __all__ = ["RewrittenKnowledge", "TextCounts", "rewrite"]
 
 @dataclass(frozen=True, slots=True)
 class TextCounts:
-    """What became of the chosen texts."""
+    """Numbers of the chosen texts by outcome."""
 
     written: int = 0
     refused: int = 0
@@ -33,7 +33,7 @@ class TextCounts:
     gates: dict[str, int] | None = None
     """Refused texts by gate; None: no text was chosen."""
     stopped: str = ""
-    """Why the run ended early, such as the budget; empty: it did not."""
+    """Why the run ended early, such as the budget; empty if it did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class RewrittenKnowledge:
     calls: int
     """Questions that were sent."""
     cost_usd: float | None
-    """Their cost; None: the price is unknown."""
+    """Cost of these questions; None: the price is unknown."""
 
 
 def rewrite(
@@ -66,7 +66,7 @@ def rewrite(
 
     Args:
         context: The work folder, the provider and the clock.
-        arrivals: The dataset with all that is new.
+        arrivals: The dataset with the new entities and events.
         plan: The chosen entities.
         knowledge: The knowledge in use.
         renderer: Renders the prompts.
@@ -106,10 +106,10 @@ def rewrite(
 def _move_cutoffs(
     context: RefreshContext, arrivals: Arrivals, chosen: Sequence[RefreshCandidate], records: RecordsByKind
 ) -> None:
-    """Write the dataset with all that is new, if anything changed; chosen users' cut-offs move to their last event.
+    """Write the dataset if it changed; cut-offs of the chosen users move to their last event.
 
-    Cut-offs also move to where the records say that texts were written from: a dataset that was built again from its
-    source does not know about earlier refreshes.
+    A cut-off also moves to the one in the user's record, since a dataset that was built again from its source has lost
+    the cut-offs of earlier refreshes.
     """
     dataset = arrivals.dataset
     row_of = {user.id: row for row, user in enumerate(dataset.users)}

@@ -66,7 +66,7 @@ def refresh(
         open_store: Opens the store in which the release is published.
         events: A file of new events; see `kar_offline.refresh.ingest`.
         entities: A file of new users and items.
-        policy: Says which texts are due.
+        policy: The conditions for a text to be due.
         budget: Limits the calls and their cost.
         facts: Facts that texts must not contradict, beside the dataset's.
         retries: How often to ask again for a text that a gate refuses; default: as the scenario says.
@@ -93,7 +93,7 @@ def refresh(
             policy = replace(policy, kinds=kinds_read(release))
         dataset, rendered = work.read(Dataset), work.read(RenderedPrompts)
         renderer = rendered.renderer(started_at.date())
-        with context.status("reading what is new"):
+        with context.status("reading new entities and events"):
             title = renderer.scenario.item.title
             arrivals = read_arrivals(dataset, title, events=events, entities=entities, now=started_at)
         with context.status("looking for texts that are due"):

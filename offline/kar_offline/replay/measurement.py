@@ -138,12 +138,12 @@ def _rank(client: KarClient, dataset: Dataset, slate: Slate, arm: str = "") -> R
 
 
 def _rank_undegraded(client: KarClient, dataset: Dataset, slate: Slate, arm: str) -> Ranking:
-    """An answer of the best rung: a busy machine may miss a deadline, and a fallback says nothing about quality."""
+    """An answer of the best rung. Degraded answers are requested again: they say nothing about quality."""
     for _ in range(ATTEMPTS):
         ranking = _rank(client, dataset, slate, arm)
         if not ranking.response.reason:
             return ranking
-    raise UnavailableError(f"{ATTEMPTS} requests in a row were degraded, the last one since {ranking.response.reason}")
+    raise UnavailableError(f"{ATTEMPTS} requests in a row were degraded, the last because {ranking.response.reason}")
 
 
 def _triton_inferences(addresses: ServingAddresses) -> int:

@@ -1,6 +1,7 @@
 """Owns the offline scores that online scores are compared with, from the trained torch models and the dataset.
 
-Release, store and sidecar take no part. Only the feature encoder and the affinity formula are the same code online.
+They do not use the release, the store or the sidecar. Only the feature encoder and the affinity formula are code that
+serving uses, too.
 """
 
 import numpy as np

@@ -61,12 +61,12 @@ class ServingMeasurement:
     arms: Mapping[str, int]
     """Requests by arm."""
     triton_inferences: int
-    """Inferences that Triton counted meanwhile."""
+    """Inferences that Triton counted during these requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
-    """What a replay measured."""
+    """The measurements of a replay."""
 
     online: OnlineQuality
     serve: ServingMeasurement

@@ -1,4 +1,4 @@
-"""Owns a `kar serve` that runs while a block of code runs, on free loopback ports."""
+"""Owns a `kar serve` process for the duration of a block of code, on free loopback ports."""
 
 import json
 import signal
@@ -34,13 +34,13 @@ def read_ready_file(path: Path) -> ServingAddresses:
     """Read the addresses that `kar serve --ready-file` wrote.
 
     Raises:
-        InputError: the file does not exist or is no ready file.
+        InputError: the file does not exist or is not a ready file.
     """
     try:
         ready = json.loads(path.read_text())
         return ServingAddresses(ready["grpc"], ready["triton_metrics"])
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is no ready file of a running `kar serve` ({error}): start one") from error
+        raise InputError(f"{path} is not a ready file of a running `kar serve` ({error}): start one") from error
 
 
 @contextmanager

@@ -69,5 +69,5 @@ def test_only_the_kinds_that_count_are_due() -> None:
 
 @pytest.mark.parametrize("choices", [{"grown_by": 0}, {"reasons": frozenset()}, {"kinds": frozenset()}])
 def test_an_empty_policy_is_refused(choices: dict) -> None:
-    with pytest.raises(InputError, match="at least 1 event of growth, one reason and one kind"):
+    with pytest.raises(InputError, match="--grown-by of at least 1, one reason and one kind"):
         Policy(**choices)
