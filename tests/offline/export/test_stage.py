@@ -413,7 +413,7 @@ def test_an_unknown_precision_is_refused_with_those_that_are_known(work):
     assert "'float32', 'bfloat16'" in refused.output
     told = CliRunner().invoke(app, [*options, "bfloat16"], env={"COLUMNS": "200"})
     assert told.exit_code == 0
-    assert "dcnv2: bfloat16 moves" in told.output
+    assert "dcnv2: bfloat16 changes" in told.output
 
 
 def test_missing_stages_are_named(work, tmp_path):
