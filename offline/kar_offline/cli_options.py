@@ -1,4 +1,4 @@
-"""Owns what subcommands share: the work folder, the settings file, settings as options, the JSON report."""
+"""Owns the options that subcommands share: the work folder, the settings file, settings as options, the JSON report."""
 
 import inspect
 import json
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class Offered(NamedTuple):
-    """Marks a command's parameter: only these settings are options, without aliases; the others come from the file."""
+    """Marks a command's parameter: only these settings are options (no aliases); the others are set in the file."""
 
     settings: tuple[str, ...]
 
@@ -103,19 +103,19 @@ def _table_of(annotation: Any) -> tuple[type[OptionTable] | None, Offered | None
 
 
 def command_line(setting: str, field: FieldInfo) -> CommandLine:
-    """How the command line spells a setting."""
+    """The option names and the variable of a setting."""
     spelled = next((mark for mark in field.metadata if isinstance(mark, CommandLine)), CommandLine())
     return spelled if spelled.flags else spelled._replace(flags=(f"--{setting.replace('_', '-')}",))
 
 
 def _option(setting: str, field: FieldInfo, *, aliases: bool) -> Any:
     flags, variable = command_line(setting, field)
-    least = next((mark.ge for mark in field.metadata if isinstance(mark, Ge)), None)
+    minimum = next((mark.ge for mark in field.metadata if isinstance(mark, Ge)), None)
     return typer.Option(
         *(flags if aliases else flags[:1]),
         help=field.description,
         envvar=variable,
-        min=least,  # type: ignore[arg-type]  # a number, as numeric settings declare it
+        min=minimum,  # type: ignore[arg-type]  # a number, as numeric settings declare it
         show_default=False if field.default in (None, False) else str(field.default),
     )
 
@@ -132,7 +132,7 @@ def work_of(work: WorkFolder | None, config: Path | None) -> WorkFolder:
     """The work folder: as given, else as the environment or a settings file says, else the demo's.
 
     Raises:
-        InputError: something in the file is wrong, also in a table that the command does not read.
+        InputError: the file has an error, even in a table that the command does not read.
     """
     if config is None:
         return work or DEFAULT_WORK

@@ -40,7 +40,7 @@ Pooling = Literal["mean", "cls", "last", "weighted"]
 
 
 class CommandLine(NamedTuple):
-    """How the command line and the environment spell a setting, where its name alone does not say it."""
+    """Spelling of a setting on the command line and in the environment, if its name alone does not determine it."""
 
     flags: tuple[str, ...] = ()
     """Option names, the first one in the help text; none: `--` and the setting's name."""
@@ -105,10 +105,10 @@ class ProviderOptions(OptionTable):
 
     provider: Annotated[ProviderKind, CommandLine(("--llm",))] = Field(
         default="pack",
-        description="Who answers. pack: released texts; openai: any OpenAI-compatible endpoint, key in "
+        description="Source of answers. pack: released texts; openai: any OpenAI-compatible endpoint, key in "
         "$KAR_LLM_API_KEY; local: SmolLM2 in this process, a demonstration (extra local-llm).",
     )
-    pack: str = Field(default="ml-100k", description="pack: its name, or its folder.")
+    pack: str = Field(default="ml-100k", description="pack: name or folder of the pack.")
     base_url: Annotated[str | None, CommandLine(variable="KAR_LLM_BASE_URL")] = Field(
         default=None, description="openai: address, such as http://127.0.0.1:8000/v1."
     )
@@ -125,7 +125,7 @@ class ProviderOptions(OptionTable):
         "the scenario allows.",
     )
     concurrency: int | None = Field(
-        default=None, ge=1, description="Requests under way at once; unset: 8 for openai, 4 for local."
+        default=None, ge=1, description="Number of requests under way at once; unset: 8 for openai, 4 for local."
     )
     timeout_s: float = Field(default=120.0, ge=0.1, description="openai: longest time of one attempt, in seconds.")
     price: tuple[float, float] | None = Field(
@@ -140,12 +140,12 @@ class ProviderOptions(OptionTable):
     retries: int | None = Field(
         default=None,
         ge=0,
-        description="How often to ask again where an answer fails a check; unset: as the scenario says.",
+        description="How often to ask again after an answer fails a check; unset: as the scenario says.",
     )
     runner: Runner = Field(default="here", description="Where requests are made: here, or by Ray actors (extra ray).")
     workers: int = Field(default=2, ge=1, description="ray: number of actors, which share the concurrency.")
     ray_address: str | None = Field(
-        default=None, description="ray: address of a running cluster, such as auto; unset: a cluster in this machine."
+        default=None, description="ray: address of a running cluster, such as auto; unset: a cluster on this machine."
     )
 
     @field_validator("parameters", mode="before")
@@ -183,18 +183,22 @@ class EncoderOptions(OptionTable):
         description="openai: characters that the model takes at once; longer texts are cut and their vectors averaged; "
         "unset: 1500.",
     )
-    concurrency: int | None = Field(default=None, ge=1, description="openai: requests under way at once; unset: 8.")
+    concurrency: int | None = Field(
+        default=None, ge=1, description="openai: number of requests under way at once; unset: 8."
+    )
     runtime: Runtime = Field(
         default="onnx",
         description="Not openai: what runs the model; vectors are the same. torch runs some models that onnx cannot.",
     )
     pooling: Pooling | None = Field(
         default=None,
-        description="Not openai: how the vectors of tokens become one; unset: as the encoder was trained.",
+        description="Not openai: how token vectors are combined into one; unset: as the encoder was trained.",
     )
-    threads: int | None = Field(default=None, ge=1, description="Not openai: cores to use; unset: all, on Ray one.")
+    threads: int | None = Field(
+        default=None, ge=1, description="Not openai: cores to use; unset: all cores, or one on Ray."
+    )
     runner: Runner = Field(default="here", description="Where texts are encoded: here, or by Ray Data (extra ray).")
     workers: int = Field(default=2, ge=1, description="ray: number of actors.")
     ray_address: str | None = Field(
-        default=None, description="ray: address of a running cluster, such as auto; unset: a cluster in this machine."
+        default=None, description="ray: address of a running cluster, such as auto; unset: a cluster on this machine."
     )

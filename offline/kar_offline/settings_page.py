@@ -18,10 +18,10 @@ __all__ = ["settings_page"]
 
 HEADER: Final = """# Settings
 
-Every setting, with its default. All of them can stand in one TOML file, which `--config FILE` names: the sidecar's at
-its top and in the tables `[experiment]` and `[aerospike]`, those of language models in `[llm]`, those of text encoders
-in `[encoder]`. Strongest first: command line, environment, file, default. Unknown keys are refused. No file holds the
-key of an endpoint: set `$KAR_LLM_API_KEY`.
+Every setting, with its default. All of them can be in one TOML file, which `--config FILE` names: the sidecar's at the
+top level and in the tables `[experiment]` and `[aerospike]`, those of language models in `[llm]`, those of text
+encoders in `[encoder]`. Strongest first: command line, environment, file, default. Unknown keys are refused. The key
+of an endpoint is never in a file: set `$KAR_LLM_API_KEY`.
 
 ```toml
 work = "var/mine"                 # sidecar and offline commands
@@ -42,7 +42,7 @@ Units are part of the names: `_ms` milliseconds, `_s` seconds, `_usd` US dollars
 from the code: `python -m kar_offline.settings_page > docs/settings.md`.
 """
 ABOUT_SIDECAR: Final = (
-    "`kar sidecar` and `kar serve`; `work`, `store` and `aerospike` also in the offline commands that use a store."
+    "`kar sidecar` and `kar serve` read these; offline commands that use a store read `work`, `store` and `aerospike`."
 )
 
 
@@ -67,7 +67,7 @@ def _sentence(table: type[BaseModel]) -> str:
 
 
 def _sidecar_rows(table: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:
-    """The rows of a table and, in their place, of the tables within it."""
+    """The rows of a table; a nested table is replaced by its rows."""
     for name, field in table.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _sidecar_rows(field.annotation, f"{prefix}{name}.")

@@ -39,13 +39,13 @@ RESERVED: Final = 2
 """Position i of a vocabulary has the index i + RESERVED."""
 
 FeatureValue = float | str | Sequence[str] | None
-FARTHEST: Final = 10.0
+CLIP_DEVIATIONS: Final = 10.0
 """Numbers are clipped to this many standard deviations from the mean, so that no single number decides a score."""
-ABSURD: Final = 1e6
+MISSING_DEVIATIONS: Final = 1e6
 """Numbers that are more than this many standard deviations from the mean count as missing, like NaN."""
 NUMERIC: Final = records_pb2.FEATURE_TYPE_NUMERIC
 MAX_RATING_BUCKET: Final = 20
-LARGEST: Final = float(np.finfo(np.float32).max)
+LARGEST_NUMBER: Final = float(np.finfo(np.float32).max)
 """Largest float32. Numbers that are larger in absolute value count as missing."""
 
 
@@ -147,7 +147,7 @@ class FeatureLayout:
         if feature.type == NUMERIC:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise InputError(f"feature {feature.name!r} is numeric: send a number, not {value!r}")
-            return np.asarray(value if abs(value) <= LARGEST else np.nan, dtype=np.float32)
+            return np.asarray(value if abs(value) <= LARGEST_NUMBER else np.nan, dtype=np.float32)
         strings = [value] if isinstance(value, str) else value
         if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
             raise InputError(f"feature {feature.name!r} is categorical: send strings, not {value!r}")
@@ -277,9 +277,9 @@ class FeatureEncoder:
                 encoding = self._encodings[feature.entity, feature.name]
                 with np.errstate(over="ignore"):
                     standard = (column - encoding.mean) / encoding.scale
-                absent = ~(np.abs(standard) <= ABSURD)
+                absent = ~(np.abs(standard) <= MISSING_DEVIATIONS)
                 missing += int(absent.sum())
-                numbers.append(np.where(absent, 0.0, np.clip(standard, -FARTHEST, FARTHEST))[:, None])
+                numbers.append(np.where(absent, 0.0, np.clip(standard, -CLIP_DEVIATIONS, CLIP_DEVIATIONS))[:, None])
             else:
                 categories.append(self._vocabularies[feature.entity, feature.name].lookup(column))
         zero = np.zeros((len(rows), 1))

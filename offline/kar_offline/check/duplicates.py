@@ -48,15 +48,15 @@ def near_duplicates(
 ) -> dict[Key, tuple[Key, float]]:
     """Find the texts that nearly repeat an earlier text.
 
-    Beside the texts this needs about 400 bytes a text. Texts of fewer than three words are never duplicates.
+    This needs about 400 bytes per text besides the texts. Texts of fewer than three words are never duplicates.
 
     Args:
-        texts: By entity; of two near-duplicates the later one is refused.
+        texts: Texts by entity, in order: of two near-duplicates, the later one is refused.
         subjects: Facts about the entities. An item's own titles are not compared; titles in users' texts are.
         threshold: Jaccard similarity from which a text is a duplicate.
 
     Returns:
-        By entity of a refused text, the entity of the earlier text and the Jaccard similarity, in [0, 1].
+        For each entity with a refused text, the entity of the earlier text and the Jaccard similarity, in [0, 1].
     """
     keys = list(texts)
 
@@ -108,7 +108,7 @@ def _signatures(
     filled = np.zeros(texts, np.bool_)
     for start in range(0, texts, CHUNK):
         hashed = {number: shingles(number) for number in range(start, min(start + CHUNK, texts))}
-        hashed = {number: of_text for number, of_text in hashed.items() if len(of_text)}
+        hashed = {number: text_hashes for number, text_hashes in hashed.items() if len(text_hashes)}
         if hashed:
             numbers = list(hashed)
             all_hashes = np.concatenate(list(hashed.values()))

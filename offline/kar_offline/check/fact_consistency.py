@@ -41,7 +41,7 @@ WINDOW: Final = 16
 OTHERS: Final = frozenset(("starring", "stars", "from", "with", "based", "featuring", "written", "produced"))
 """Words that end a list of people; people with another role follow."""
 RICH_CAST: Final = 10
-"""Fewest people of a cast list that is complete enough to contradict a text whose actors are all missing in it."""
+"""Smallest size of a cast list that can contradict a text: if it has none of the named actors, the text is wrong."""
 ALIKE: Final = 0.78
 """Similarity from which two spellings are the same name: "Djordjadze", "Jorjadze"."""
 SHORT: Final = 3
@@ -49,11 +49,11 @@ SHORT: Final = 3
 PSEUDONYM: Final = "smithee"
 """Pseudonym of directors who disowned their film."""
 
-MADE: Final = range(-1, 2)
-"""Allowed difference between a claimed and the known year of an item: catalogues differ by one."""
-OUT: Final = range(-1, 4)
+YEAR_GAP: Final = range(-1, 2)
+"""Allowed difference between a claimed and the known year of an item, in years: catalogues differ by one."""
+RELEASE_GAP: Final = range(-1, 4)
 """Allowed difference between a claimed year of release and the known year: some films are released late."""
-AWARDED: Final = range(-1, 5)
+AWARD_GAP: Final = range(-1, 5)
 """Allowed difference between the year of an award and the known year."""
 YEAR: Final = r"(?P<year>1[89]\d\d|20\d\d)"
 ANY_YEAR: Final = re.compile(r"1[89]\d\d|20\d\d")
@@ -76,7 +76,7 @@ OTHER_WORK: Final = re.compile(
     r"honorary|lifetime|record)\b|['’]s? $",
     re.IGNORECASE,
 )
-"""Words before a year that belongs to another work, or to another event in a maker's life."""
+"""Words which show that the year after them belongs to another work, or to another event in a maker's life."""
 BEFORE: Final = 60
 """Number of characters before a year that are searched for `OTHER_WORK`."""
 
@@ -156,7 +156,7 @@ def facts(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mention
 def _directors(words: Words, about: Subject) -> Iterator[Claim]:
     explicit = list(DIRECTED.finditer(words.text))
     # These phrases may be about another film's director; the item's own director is then named elsewhere.
-    loose = [match.group() for match in (DIRECTOR.search(words.text),) if match] + _who(words, DIRECTS)
+    loose = [match.group() for match in (DIRECTOR.search(words.text),) if match] + _people_before(words, DIRECTS)
     if explicit or loose:
         window = _after(words, explicit)
         known = about.directors and PSEUDONYM not in window
@@ -168,7 +168,7 @@ def _directors(words: Words, about: Subject) -> Iterator[Claim]:
 
 def _cast(words: Words, about: Subject, mentions: Sequence[Mention]) -> Iterator[Claim]:
     explicit = list(STARRING.finditer(words.text))
-    loose = [match.group() for match in (WITH.search(words.text),) if match] + _who(words, ACTS)
+    loose = [match.group() for match in (WITH.search(words.text),) if match] + _people_before(words, ACTS)
     if explicit or loose:
         named = {mention.name for mention in mentions}
         agrees = any(not named.isdisjoint(person_forms(name)) for name in about.cast)
@@ -179,7 +179,7 @@ def _cast(words: Words, about: Subject, mentions: Sequence[Mention]) -> Iterator
 
 
 def _after(words: Words, matches: Sequence[re.Match[str]]) -> list[str]:
-    """The folded words with capitals from the people of each match on; without matches, all of the text."""
+    """Folded words that begin with a capital: those from the people of each match on, or all without matches."""
     starts = [bisect_left(words.spans, (match.start("who"), 0)) for match in matches]
     numbers: Iterable[int] = range(len(words.folded))
     if matches:
@@ -192,7 +192,7 @@ def _after(words: Words, matches: Sequence[re.Match[str]]) -> list[str]:
     return [words.folded[number] for number in numbers if words.capital(number)]
 
 
-def _who(words: Words, verbs: frozenset[str]) -> list[str]:
+def _people_before(words: Words, verbs: frozenset[str]) -> list[str]:
     """Phrases of two words with capitals before one of the verbs: "Lee Tamahori directs"."""
     if not any(f" {verb} " in words.line for verb in verbs):
         return []
@@ -205,9 +205,9 @@ def _who(words: Words, verbs: frozenset[str]) -> list[str]:
 
 def _names_any(window: Sequence[str], people: Sequence[str]) -> bool:
     """Whether folded words include the last name of one of the people, or two parts of a name."""
-    has = set(window)
+    window_words = set(window)
     names = [person_forms(name)[-1].split() for name in people if person_forms(name)]
-    return any(name[-1] in has or len(has.intersection(name)) > 1 for name in names)
+    return any(name[-1] in window_words or len(window_words.intersection(name)) > 1 for name in names)
 
 
 def _spells_any(window: Sequence[str], people: Sequence[str]) -> bool:
@@ -228,23 +228,27 @@ def _years(words: Words, about: Subject, rules: Rules, mentions: Sequence[Mentio
     def claim(quotation: str, year: int, within: range) -> Claim:
         return Claim(quotation, min(about.years) + within[0] <= year <= max(about.years) + within[-1], known)
 
-    named = []
+    title_claims = []
     for mention in mentions:
-        if mention.name in about.titles and not _inside(words, mention):
+        if mention.name in about.titles and not _ends_longer_name(words, mention):
             start, end = words.spans[mention.first][0], words.spans[mention.after - 1][1]
             if (after := AFTER_TITLE.match(text, end)) and not _other_work(text, start):
-                named.append(claim(text[start : after.end()], int(after["year"]), MADE))
+                title_claims.append(claim(text[start : after.end()], int(after["year"]), YEAR_GAP))
             if before := BEFORE_TITLE.search(text[:start]):
-                named.append(claim(text[before.start() : end], int(before["year"]), MADE))
-    # Where the title also stands with the right year, a different year is that of another version.
-    yield from [of_title for of_title in named if of_title.agrees] or named
-    for pattern, within in ((_made(rules.nouns), MADE), (RELEASED, OUT), (AWARD_YEAR, AWARDED)):
+                title_claims.append(claim(text[before.start() : end], int(before["year"]), YEAR_GAP))
+    # If the text also has the title with the right year, another year beside the title is that of another version.
+    yield from [title_claim for title_claim in title_claims if title_claim.agrees] or title_claims
+    for pattern, within in (
+        (_year_before_noun(rules.nouns), YEAR_GAP),
+        (RELEASED, RELEASE_GAP),
+        (AWARD_YEAR, AWARD_GAP),
+    ):
         for match in pattern.finditer(text):
             year = int(next(filter(None, match.groups())))
             if not _other_work(text, match.start()):
                 yield claim(match.group().strip(" .\n"), year, within)
     for match in _decade(rules.nouns).finditer(text):
-        yield claim(match.group(), int(match["year"]), range(-9 + MADE[0], MADE[-1] + 1))
+        yield claim(match.group(), int(match["year"]), range(-9 + YEAR_GAP[0], YEAR_GAP[-1] + 1))
 
 
 def _other_work(text: str, position: int) -> bool:
@@ -252,7 +256,7 @@ def _other_work(text: str, position: int) -> bool:
     return bool(OTHER_WORK.search(re.split(r"[.!?]\s", text[max(position - BEFORE, 0) : position])[-1]))
 
 
-def _inside(words: Words, mention: Mention) -> bool:
+def _ends_longer_name(words: Words, mention: Mention) -> bool:
     """Whether a mention is only the end of a longer name: "Frankenstein Meets the Wolf Man"."""
     if words.ends_quote(mention):
         return True
@@ -270,7 +274,7 @@ def _kinds(nouns: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=32)
-def _made(nouns: Sequence[str]) -> re.Pattern[str]:
+def _year_before_noun(nouns: Sequence[str]) -> re.Pattern[str]:
     return re.compile(rf"\b(?:an?|[Tt]his) {YEAR} (?:[\w-]+ ){{0,5}}?(?:{_kinds(nouns)})\b")
 
 

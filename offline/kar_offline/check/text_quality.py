@@ -55,7 +55,7 @@ INLINE: Final = re.compile(r"\*\*|```|\{\{|\{%|</?(?:p|br|div|b|i|ul|li|h\d|span
 URL: Final = re.compile(r"https?://|www\.\w")
 LABEL: Final = re.compile(r"(?:^|[\n,;.\"'*-])[ \"'*-]*((?:[\w/]+ ?){1,4})[\"'*]*$")
 LABELS: Final = 2
-"""From this number of labels named like a factor or fact of the prompt on, an answer is a list."""
+"""An answer with at least this number of labels named like a factor or fact of the prompt is a list."""
 META: Final = re.compile(
     r" (?:(?:the|this|your|that) (?:prompt|query|instructions?)|in this (?:example|scenario)|(?:the|this) (?:question|"
     r"answer) (?:is|to|must|should|requires?|asks?|lies|provided)|as (?:you )?(?:requested|asked)) "
@@ -64,7 +64,7 @@ FIRST_PERSON: Final = re.compile(
     r"I(?:['’](?:ve|m|ll|d)| (?:am|have|will|would|can|think|believe|hope|must|need|was|had)) [a-z]"
 )
 BEFORE_I: Final = re.compile(r"(?:[.!?:;,]|\b[a-z]+)\s+$")
-"""Text before a first person, but not in a title such as "But I'm a Cheerleader"."""
+"""Text before an "I" that is not part of a title such as "But I'm a Cheerleader"."""
 QUOTED: Final = re.compile(r"(?<!\w)['\"‘“][^'\"‘’“”]{1,80}['\"’”](?!\w)")
 IN_BRACKETS: Final = re.compile(r"\([^()]*\)")
 END: Final = re.compile(r"[.!?…。！？।؟][)\]\"'”’»]*$")
@@ -78,9 +78,9 @@ LONG_RUN: Final = 8
 FEWEST_SMALL: Final = 6
 """A run with fewer words that begin with a small letter is a long name or a list of names."""
 ECHOED: Final = 2
-"""From this number of `INSTRUCTION`-word runs in common on, an answer repeats the prompt's own lines."""
+"""An answer with at least this number of runs of `INSTRUCTION` words of the prompt's own lines repeats the prompt."""
 ECHOED_FACTORS: Final = 3
-"""From this number of factors in the prompt's own words on, an answer repeats the prompt."""
+"""An answer with at least this number of factors in the prompt's own words repeats the prompt."""
 LONG_FACTOR: Final = 4
 """A factor of this number of words or more, in the prompt's own words, repeats the prompt."""
 
@@ -88,22 +88,22 @@ LANGUAGES: Final = (
     "ar bg ca cs da de el en es et fa fi fr he hi hr hu id it ja ko lt lv ms nl no pl pt ro ru sk sl sr sv th tr uk vi"
     " zh"
 )
-"""The languages to choose from. Among all languages of the model, lists of names would be taken for rare ones."""
+"""The languages to choose from. With all languages of the model, lists of names would count as rare languages."""
 WINDOW: Final = 110
 """Number of characters at both ends of a text by which its language is recognised."""
 SHORTEST_RECOGNISED: Final = 40
 """Fewest characters for which a language is recognised."""
 PLAIN: Final = 0.95
-"""With this confidence in the wanted language for both ends together, neither end is in another language."""
+"""If both ends together are in the wanted language with this confidence, the ends are not examined one by one."""
 SURE: Final = 0.6
-"""With this confidence in another language, the text fails."""
+"""If one end is in another language with this confidence, the text fails."""
 
 
 def refusal(words: Words) -> Finding:
     """Fails a text that declines to answer."""
     for pattern in REFUSALS:
-        if found := pattern.search(words.line):
-            return failed(f"declines to answer: {_around(words.line, found)}")
+        if match := pattern.search(words.line):
+            return failed(f"declines to answer: {_around(words.line, match)}")
     return PASSED
 
 
@@ -182,11 +182,11 @@ def shape(words: Words, rules: Rules) -> Finding:
     text = words.text
     for line in text.split("\n"):
         for pattern, what in ((OPENINGS, "talks as in a chat"), (MARKUP, "has a heading, a list or data")):
-            if found := pattern.match(line):
-                return failed(f"{what}: {_around(line, found)}")
+            if match := pattern.match(line):
+                return failed(f"{what}: {_around(line, match)}")
     for pattern, what in ((TOKENS, "has tokens of a chat"), (INLINE, "has markup"), (URL, "has an address")):
-        if found := pattern.search(text):
-            return failed(f"{what}: {_around(text, found)}")
+        if match := pattern.search(text):
+            return failed(f"{what}: {_around(text, match)}")
     if len(echoed := rules.instructions.intersection(runs(words.folded, INSTRUCTION))) >= ECHOED:
         return failed(f"repeats the prompt: {' '.join(min(echoed))}")
     named = [factor for factor in rules.factors if f" {factor} " in words.line]
@@ -195,12 +195,12 @@ def shape(words: Words, rules: Rules) -> Finding:
     if len(labels := _labels(text, rules)) >= LABELS:
         return failed(f"is a list of labels: {', '.join(labels)}")
     for pattern in (META, CLOSINGS):
-        if found := pattern.search(words.line):
-            return failed(f"talks about the task: {_around(words.line, found)}")
+        if match := pattern.search(words.line):
+            return failed(f"talks about the task: {_around(words.line, match)}")
     bare = QUOTED.sub(" ", text) if FIRST_PERSON.search(text) else ""
-    for found in FIRST_PERSON.finditer(bare):
-        if found.start() == 0 or BEFORE_I.search(bare[max(found.start() - QUOTED_CHARS, 0) : found.start()]):
-            return failed(f"speaks of itself: {_around(bare, found)}")
+    for match in FIRST_PERSON.finditer(bare):
+        if match.start() == 0 or BEFORE_I.search(bare[max(match.start() - QUOTED_CHARS, 0) : match.start()]):
+            return failed(f"speaks of itself: {_around(bare, match)}")
     return PASSED
 
 
@@ -214,5 +214,5 @@ def _cut(text: str) -> str:
     return text if len(text) <= QUOTED_CHARS else text[:QUOTED_CHARS].rstrip() + "..."
 
 
-def _around(text: str, found: re.Match[str]) -> str:
-    return _cut(" ".join(text[found.start() : found.start() + 2 * QUOTED_CHARS].split()))
+def _around(text: str, match: re.Match[str]) -> str:
+    return _cut(" ".join(text[match.start() : match.start() + 2 * QUOTED_CHARS].split()))

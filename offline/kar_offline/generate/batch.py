@@ -1,4 +1,4 @@
-"""Owns batch files of OpenAI-compatible endpoints: questions are sent as files and answered within a day, for less.
+"""Owns batch files of OpenAI-compatible endpoints: questions are sent as files and answered within a day, at less cost.
 
 A batch has our handle in its metadata, and the log has the handle before the batch is created. So after a kill at any
 moment the next run finds the batch and waits for it, or finds none and creates one: no batch is paid for twice.
@@ -31,12 +31,12 @@ from kar_sidecar.errors import BudgetError, InputError, KarError, UnavailableErr
 __all__ = ["OpenAIBatch"]
 
 ROUNDS: Final = 3
-"""The most batches in which a question is sent."""
+"""Largest number of batches in which one question is sent."""
 SILENT_POLLS: Final = 20
-"""This number of polls in a row without an answer, each with all its attempts, ends a run."""
+"""Number of polls in a row without an answer, each with all its attempts, after which a run ends."""
 LARGEST_FILE_BYTES: Final = 1 << 30
 FILE_PATIENCE: Final = 10.0
-"""Longest time to move a file, as a multiple of the longest time for one question."""
+"""Longest time to send or fetch a file, as a multiple of the longest time for one question."""
 GONE: Final = (404, 410)
 """Statuses of a file that the endpoint no longer keeps."""
 FETCHES: Final = 3
@@ -50,8 +50,8 @@ class OpenAIBatch(ChatModel):
         base_url: As for `ChatModel`.
         model: As for `ChatModel`.
         key: As for `ChatModel`.
-        limits: The largest size of one file.
-        at_once: The most batches under way at once.
+        limits: Largest size of one file.
+        at_once: Largest number of batches under way at once.
         poll_s: The longest time between two polls of a batch, in seconds.
         on_poll: Called after each poll, with the numbers of questions answered and under way.
         **options: As for `ChatModel`.
@@ -78,7 +78,7 @@ class OpenAIBatch(ChatModel):
         self.on_poll = on_poll
 
     async def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
-        """See `Provider`. Questions with the same prompt are sent once; the first answer has the tokens.
+        """See `Provider`. Questions with the same prompt are sent once; only the first answer counts the tokens.
 
         Questions that a batch left unanswered are sent again, in at most `ROUNDS` batches. A batch that the endpoint
         did not accept, or that was cancelled, ends the run; the next run sends the questions without an answer.
@@ -213,19 +213,19 @@ class OpenAIBatch(ChatModel):
             data={"purpose": "batch"},
             files={"file": (name, content, "application/jsonl")},
         )
-        order = {
+        batch_request = {
             "input_file_id": uploaded.value.id,
             "endpoint": PATH,
             "completion_window": "24h",
             "metadata": {LABEL: handle},
         }
 
-        async def already_made() -> File | None:
+        async def find_created() -> File | None:
             batch_id = (await self._find([handle])).get(handle)
             return File(id=batch_id) if batch_id else None
 
-        # An order whose answer was lost may have been accepted: before it is sent again, the batch is searched for.
-        created = await self.call("POST", "/batches", reader(File), recover=already_made, json=order)
+        # A request whose answer was lost may have created the batch: look for it before sending the request again.
+        created = await self.call("POST", "/batches", reader(File), recover=find_created, json=batch_request)
         return Job(created.value.id, list(part), False)
 
     def _part(self, waiting: deque[str], by_prompt: Mapping[str, list[Question]]) -> dict[str, bytes]:
@@ -302,7 +302,7 @@ class OpenAIBatch(ChatModel):
         return (await self.call("GET", path, read, largest_bytes=LARGEST_FILE_BYTES, patience=FILE_PATIENCE)).value
 
     def _given_up(self, batch: Batch, job: Job, unanswered: Mapping[str, str], rounds: int) -> KarError | None:
-        """Why the unanswered questions of a batch cannot be sent again in this run; None: they can."""
+        """The error that keeps the unanswered questions of a batch from being sent again in this run; None: none."""
         if batch.status == "failed" and not job.adopted:
             return InputError(
                 f"{self.base_url} did not accept batch {batch.id}: {self._hide(batch.complaint)}; "
@@ -322,6 +322,7 @@ class OpenAIBatch(ChatModel):
 
 
 def _answers(outcome: Reply | Failure, questions: Sequence[Question]) -> Iterator[Answer]:
+    """The outcome for questions with the same prompt; only the first one counts tokens and requests."""
     first, *same_prompt = questions
     yield Answer(first, outcome)
     free = outcome._replace(requests=0, maybe_charged=0)

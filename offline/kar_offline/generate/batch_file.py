@@ -17,12 +17,12 @@ PATH: Final = "/v1/chat/completions"
 LABEL: Final = "kar"
 """The member of a batch's metadata that holds our handle."""
 Result = tuple[str, Reply | Failure | str]
-"""A question's key and its outcome; a text says why the question may be asked again."""
+"""A question's key and its outcome; a str is the reason why there is no answer, and the question may be asked again."""
 Body = TypeVar("Body", bound=BaseModel)
 
 
 class Limits(NamedTuple):
-    """The largest size of one file."""
+    """Largest size of one file."""
 
     lines: int = 50_000
     bytes: int = 100_000_000
@@ -69,7 +69,7 @@ class Batch(BaseModel):
 
     @property
     def took_ms(self) -> float:
-        """Time from the order to the last answer; 0 where the endpoint does not say."""
+        """Time from the batch's creation to its end, in milliseconds; 0 where the endpoint does not say."""
         times = (self.created_at, self.completed_at)
         return max(times[1] - times[0], 0) * 1e3 if all(type(time) is int for time in times) else 0.0
 
@@ -101,7 +101,7 @@ def reader(shape: type[Body]) -> Callable[[bytes], Body]:
         try:
             return shape.model_validate(parse_json(content))
         except ValidationError as error:
-            raise ValueError(f"the answer is not what it should be: {error_message(content)[:80]}") from error
+            raise ValueError(f"the answer has an unexpected form: {error_message(content)[:80]}") from error
 
     return read
 

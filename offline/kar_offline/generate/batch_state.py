@@ -21,21 +21,21 @@ class Job(NamedTuple):
 
 
 Outcome = Reply | Failure | str
-"""The outcome of a question in a batch; a text says why there is no answer."""
+"""The outcome of a question in a batch; a str is the reason why there is no answer."""
 
 
 @dataclass(slots=True)
 class Sending:
-    """The state of one `OpenAIBatch.ask`."""
+    """The state of one call of `OpenAIBatch.ask`."""
 
     jobs: list[Job]
     waiting: deque[str]
     """Hashes of the prompts that are not in a batch."""
     room: int
-    """The most batches under way at once."""
+    """Largest number of batches under way at once."""
     rounds: Counter[str] = field(default_factory=Counter)
     """By prompt hash, the number of batches that left it unanswered."""
     silent_polls: int = 0
     """Polls in a row without an answer."""
     stopped: KarError | None = None
-    """Why no more batches are created; None: they are."""
+    """The error after which no more batches are created; None: none so far."""

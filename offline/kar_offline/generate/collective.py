@@ -5,13 +5,13 @@ knowledge in REKI, Xi et al., arXiv 2408.10520). Similarity is the cosine of con
 through a text encoder.
 
     near-duplicates   almost equal vectors and almost the same words: they share the text of the first of them
-    head              the entities with the most events, with the share `HEAD` of the calls; each has its own prompt
+    head              the entities with the most events; they get the share `HEAD` of the calls, one prompt each
     clusters          spherical k-means over the rest, one prompt a cluster; a cluster of one has its own prompt
     imputation        an entity without a text of its own gets a vector from its nearest neighbours among the head and
                       the clusters, by its cosine to the entity or to the cluster's centre
 
-The constants were chosen on users of one fold that do not test there; docs/results.md has what calls are worth. Results
-are deterministic on one machine, so a killed run that starts again asks the same prompts.
+The constants were chosen on users of one fold that are not its test users; docs/results.md has the quality by calls.
+Results are deterministic on one machine, so a killed run that starts again asks the same prompts.
 """
 
 import re
@@ -41,10 +41,10 @@ SAME_COSINE: Final = 0.98
 SAME_WORDS: Final = 0.95
 """Share of both texts' words that near-duplicates have in common."""
 CANDIDATES: Final = 8
-"""Neighbours of an entity that are compared with it as possible near-duplicates."""
+"""Number of an entity's neighbours that are compared with it as possible near-duplicates."""
 ITERATIONS: Final = 20
 DIRECT: Final = 1024
-"""Above this number of clusters they are found in two steps: clusters, then clusters within each."""
+"""Above this number of clusters, k-means runs in two steps: coarse clusters, then clusters within each."""
 WORD: Final = re.compile(r"\w+")
 
 
@@ -62,7 +62,7 @@ class CallPlan:
     """Which prompts about n entities are asked, and from which records the other entities' vectors are imputed."""
 
     own: NDArray[np.int64]
-    """Rows of the entities that are asked about by themselves, rising."""
+    """Rows of the entities with a prompt of their own, ascending."""
     clusters: Mapping[str, NDArray[np.int64]]
     """Rows that one prompt is about, by record id such as "cluster/12"; the most typical row first."""
     record_ids: Sequence[str]
@@ -74,14 +74,14 @@ class CallPlan:
 
     @property
     def calls(self) -> int:
-        """How many prompts are asked."""
+        """Number of prompts that are asked."""
         return len(self.own) + len(self.clusters)
 
     def neighbour_weights(self, row: int) -> list[records_pb2.Loan]:
-        """The records from which an entity's vector is imputed, with weights that sum to 1; empty where none is.
+        """The records from which an entity's vector is imputed, with weights that sum to 1; empty if there are none.
 
-        Entities that are asked about by themselves have neighbours too, for the case that their own text is refused.
-        Where there are calls for all, only near-duplicates have one.
+        An entity with a prompt of its own has neighbours too, in case its text is refused. If the calls suffice for all
+        entities, only near-duplicates have a neighbour.
         """
         pairs = zip(self.neighbours[row].tolist(), self.weights[row].tolist(), strict=True)
         return [records_pb2.Loan(id=self.record_ids[record], weight=weight) for record, weight in pairs if weight > 0]
@@ -108,18 +108,18 @@ def plan_calls(
 ) -> CallPlan:
     """Share at most `share` x n calls among n entities of one kind.
 
-    Near-duplicates share a text first. Where the calls suffice for the remaining entities, as with a share of 1, each
-    of them is asked about by itself; else there are a head and clusters.
+    First, near-duplicates share a text. If the calls suffice for the remaining entities, as with a share of 1, each of
+    them gets its own prompt; otherwise they are divided into a head and clusters.
 
     Args:
         ids: The entities' ids [n].
         texts: The texts that the vectors were made of [n].
         vectors: Content vectors [n, D] of any length.
-        share: Calls by entities, above 0 and at most 1; one call is made in any case.
+        share: Number of calls divided by number of entities, above 0 and at most 1; at least one call is made.
         counts: The number of events of each entity [n]; None: not known, so there is no head.
-        seed: Of k-means.
-        head: Share of the calls that goes to the entities with the most events, each by itself.
-        neighbours: From how many records a vector is imputed, at most.
+        seed: Seed of k-means.
+        head: Share of the calls for the entities with the most events, one call each.
+        neighbours: Largest number of records from which a vector is imputed.
         threads: Cores to use.
 
     Raises:
@@ -141,13 +141,13 @@ def plan_calls(
     events = np.bincount(first, counts, count) if counts is not None else np.zeros(count)
     head_rows = distinct[np.argsort(-events[distinct], kind="stable")][:head_calls]
     rest = np.setdiff1d(distinct, head_rows)
-    found = cluster(vectors[rest], calls - head_calls, seed=seed, threads=threads)
+    clustering = cluster(vectors[rest], calls - head_calls, seed=seed, threads=threads)
 
     record_ids = [ids[row] for row in head_rows]
     own_record = np.full(count, -1)  # (n,) index into `record_ids` of the entity's own text; -1: it has none
     own_record[head_rows] = np.arange(head_calls)
     clusters = {}
-    for number, members in enumerate(rest[rows] for rows in found.members):
+    for number, members in enumerate(rest[rows] for rows in clustering.members):
         if len(members) == 1:
             own_record[members] = head_calls + number
             record_ids.append(ids[members[0]])
@@ -156,10 +156,10 @@ def plan_calls(
             record_ids.append(f"{CLUSTER_PREFIX}{number}")
     own_record = own_record[first]
 
-    record_vectors = np.concatenate([unit_rows(vectors[head_rows]), found.centres])
+    record_vectors = np.concatenate([unit_rows(vectors[head_rows]), clustering.centres])
     nearest, weights = neighbour_weights(vectors[first], record_vectors, neighbours, threads=threads)
     own = np.flatnonzero((own_record >= 0) & ~is_copy)
-    # An entity is no neighbour of its own; a near-duplicate of an entity with its own text has that text alone.
+    # An entity is not its own neighbour. A near-duplicate of an entity with its own text uses that text alone.
     weights[own] = normalised(np.where(nearest[own] == own_record[own, None], 0, weights[own]))
     copies = np.flatnonzero((own_record >= 0) & is_copy)
     nearest[copies, 0] = own_record[copies]
@@ -206,14 +206,14 @@ def _same_words(left: str, right: str) -> bool:
 
 
 def cluster(vectors: NDArray[np.float32], calls: int, *, seed: int = 0, threads: int = 1) -> Clusters:
-    """Put n vectors [n, D] of any length into at most `calls` clusters by the cosine: fewer where vectors are equal.
+    """Put n vectors [n, D] of any length into at most `calls` clusters by cosine; equal vectors can make fewer.
 
     With at least as many calls as vectors, each vector is a cluster of its own.
 
     Args:
         vectors: Content vectors.
-        calls: At least 1.
-        seed: Of the first centres.
+        calls: Largest number of clusters, at least 1.
+        seed: Seed of the first centres.
         threads: Cores to use.
     """
     rows = unit_rows(vectors)
@@ -248,7 +248,7 @@ def _centres(faiss: Any, rows: NDArray[np.float32], k: int, seed: int) -> NDArra
 
 
 def _k_means(faiss: Any, rows: NDArray[np.float32], k: int, seed: int) -> NDArray[np.float32]:
-    # Clusters of few points are wanted here; by default FAISS warns of them.
+    # Clusters of few points are intended here; by default FAISS warns about them.
     k_means = faiss.Kmeans(rows.shape[1], k, niter=ITERATIONS, spherical=True, seed=seed, min_points_per_centroid=1)
     k_means.train(rows)
     centres: NDArray[np.float32] = k_means.centroids

@@ -41,7 +41,7 @@ WARNING: Final = (
 
 
 class DatasetName(StrEnum):
-    """Data sets that are fetched by name."""
+    """Datasets that are fetched by name."""
 
     ML_100K = "ml-100k"
 
@@ -52,7 +52,7 @@ def generate(
     work: OptionalWork = None,
     dataset: Annotated[
         DatasetName | None,
-        typer.Option(help="If WORK has no prompts yet: first run `kar dataset` and `kar prompts` for this data set."),
+        typer.Option(help="If WORK has no prompts yet: first run `kar dataset` and `kar prompts` for this dataset."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the records; default: WORK/knowledge, or WORK/knowledge-LLM.")
@@ -61,7 +61,7 @@ def generate(
         bool, typer.Option("--dry-run", help="Print calls, tokens and money that a run would take; send nothing.")
     ] = False,
     kind: Annotated[EntityKind | None, typer.Option(help="Only prompts about items, or about users.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only this number of prompts, from the first.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts, up to this number.")] = None,
     share: Annotated[
         float | None,
         typer.Option(
@@ -72,7 +72,7 @@ def generate(
     facts: Annotated[
         str | None,
         typer.Option(
-            help="Facts that texts must not contradict, beside the dataset: wikidata (films), or a CSV or JSONL file."
+            help="Facts that texts must not contradict, besides the dataset: wikidata (films), or a CSV or JSONL file."
         ),
     ] = None,
     show: Annotated[
@@ -87,7 +87,7 @@ def generate(
     if dataset is not None:
         _prepare(work, dataset, console)
     provider = make_provider(llm, partial(read_scenario, work.prompts))
-    known = facts_table(facts) if facts else None
+    known_facts = facts_table(facts) if facts else None
     sharing = _sharing(share, provider) if share is not None else None
     if dry_run:
         estimate = estimate_run(work, provider, kind=kind, limit=limit, sharing=sharing)
@@ -104,7 +104,7 @@ def generate(
         out=out,
         kind=kind,
         limit=limit,
-        facts=known,
+        facts=known_facts,
         sharing=sharing,
         retries=llm.retries,
         budget_usd=llm.budget_usd,
@@ -133,7 +133,7 @@ def _prepare(work: WorkFolder, dataset: DatasetName, console: Console) -> None:
 def _sharing(share: float, provider: Provider) -> Sharing:
     if isinstance(provider, Pack):
         raise InputError("--share is for language models: a pack has a text for each entity that it knows")
-    from kar_offline.encoders.packaged import mini_lm  # torch takes its time
+    from kar_offline.encoders.packaged import mini_lm  # importing torch takes seconds
 
     return Sharing(share, mini_lm())
 

@@ -10,9 +10,9 @@ from kar_offline.generate.task import GenerationTask
 __all__ = ["Estimate", "estimate"]
 
 TOKENS_PER_CHAR: Final = 0.25
-"""Of English prompts, for a model without answers in the ledger."""
+"""For English prompts to a model without answers in the ledger."""
 TOKENS_PER_WORD: Final = 1.35
-"""Of English answers, for a model without answers in the ledger."""
+"""For English answers of a model without answers in the ledger."""
 
 
 class Estimate(NamedTuple):

@@ -1,4 +1,4 @@
-"""Owns how answers are judged: each by the gates of `check`, then all of one kind for near-duplicates."""
+"""Owns the judging of answers: each by the gates of `check`, then all of one kind for near-duplicates."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ def judge_tasks(tasks: Sequence[GenerationTask], fresh: Sequence[GenerationTask]
 
     Args:
         tasks: All tasks whose texts must differ from each other.
-        fresh: Those of them with a new answer, which each gate judges.
+        fresh: The tasks with a new answer; every gate judges these.
     """
     for task in fresh:
         if task.last.answer is not None:

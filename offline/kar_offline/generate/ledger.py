@@ -142,14 +142,14 @@ class Ledger:
 
     def costs(self, by: Sequence[Column]) -> list[Spending]:
         """Calls, tokens and money, grouped by columns, in the order of the columns."""
-        chosen = [COLUMNS[column] for column in by]
-        groups = ", ".join(chosen)
+        sql_columns = [COLUMNS[column] for column in by]
+        groups = ", ".join(sql_columns)
         rows = self._database.execute(
-            f"SELECT {''.join(f'{column}, ' for column in chosen)} count(*), sum(state = 'answered'),"
+            f"SELECT {''.join(f'{column}, ' for column in sql_columns)} count(*), sum(state = 'answered'),"
             " sum(state = 'failed'), sum(state = 'sent'), sum(state = 'uncertain'), sum(requests), sum(input_tokens),"
             " sum(output_tokens), CASE WHEN sum(state = 'answered' AND cost_usd IS NULL) THEN NULL ELSE"
             " coalesce(sum(cost_usd), 0.0) END, coalesce(sum(risk_usd), 0.0), avg(latency_ms)"
             " FROM requests JOIN sources ON sources.id = source"
-            + (f" GROUP BY {groups} ORDER BY {groups}" if chosen else "")
+            + (f" GROUP BY {groups} ORDER BY {groups}" if sql_columns else "")
         )
         return [Spending(tuple(map(str, row[: len(by)])), *row[len(by) :]) for row in rows if row[len(by)]]

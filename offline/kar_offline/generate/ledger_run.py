@@ -1,4 +1,4 @@
-"""Owns what one run writes into the ledger: questions before they leave, their answers, its budget."""
+"""Owns one run's entries in the ledger: questions before they are sent, their answers, and the budget of the run."""
 
 import json
 import sqlite3
@@ -72,12 +72,12 @@ class Run:
             left_usd, next_usd = self._budget_usd - self.spent_usd, sum(risk or 0.0 for risk in risks)
             if next_usd > left_usd:
                 raise BudgetError(
-                    f"the budget of ${self._budget_usd:g} has ${max(left_usd, 0):.4f} left and what comes next could "
-                    f"cost ${next_usd:.4f}: run this again to go on with a new budget"
+                    f"the budget of ${self._budget_usd:g} has ${max(left_usd, 0):.4f} left and the next questions "
+                    f"could cost ${next_usd:.4f}: run this again to go on with a new budget"
                 )
         sent_at = self._time()
         with self._database:
-            # Questions of a batch that the provider does not know leave again; their first sending stays uncertain.
+            # Questions of a batch that the provider does not know are sent again; their first row becomes uncertain.
             self._database.executemany(
                 "UPDATE requests SET state = 'uncertain' WHERE state = 'sent' AND source = ? AND prompt_sha256 = ?",
                 [(self._source, question.prompt_sha256) for question in questions],

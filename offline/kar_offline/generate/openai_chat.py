@@ -31,7 +31,7 @@ class Price(NamedTuple):
 
 
 class ChatModel(Endpoint):
-    """A chat model at an endpoint, without a way to ask it; each prompt is one user message.
+    """Base of the chat models at an endpoint; a subclass implements `ask`. Each prompt is one user message.
 
     Args:
         base_url: As for `Endpoint`.
@@ -96,7 +96,7 @@ class OpenAIChat(ChatModel):
         return self._retry.attempts
 
     def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
-        """See `Provider`. A question that the endpoint refuses by itself becomes a `Failure`."""
+        """See `Provider`. If the endpoint refuses only this question, the outcome is a `Failure`."""
         return each(self._outcome, questions, log, self.concurrency)
 
     async def _outcome(self, question: Question) -> Reply | Failure:
@@ -117,7 +117,7 @@ class OpenAIChat(ChatModel):
 
     async def complete(self, question: Question) -> Reply | Failure:
         """Answer one question, with retries; errors as for `Endpoint.call`."""
-        began = time.perf_counter()
+        started_s = time.perf_counter()
         outcome, requests, maybe_charged = await self.call(
             "POST",
             "/chat/completions",
@@ -127,7 +127,7 @@ class OpenAIChat(ChatModel):
         )
         outcome = outcome._replace(requests=requests, maybe_charged=outcome.maybe_charged + maybe_charged)
         if isinstance(outcome, Reply):
-            return outcome._replace(latency_ms=(time.perf_counter() - began) * 1e3)
+            return outcome._replace(latency_ms=(time.perf_counter() - started_s) * 1e3)
         return outcome
 
 
@@ -154,7 +154,7 @@ def _checked(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def read_completion(answer: Any, prompt: str) -> Reply | Failure:
     """The outcome of a prompt from the body of a chat completion.
 
-    Where the endpoint gives no plausible number of tokens, it is estimated as one for each four characters.
+    If the endpoint gives no plausible number of tokens, one token for each four characters is assumed.
 
     Raises:
         ValueError: the body is not a chat completion.

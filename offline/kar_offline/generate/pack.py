@@ -61,7 +61,7 @@ class Pack:
     name: str
     header: _Header
     lines: Mapping[tuple[str, str], _Line]
-    """By kind and entity id."""
+    """Lines by kind and entity id."""
     sha256: str
     """Content hash."""
 
@@ -78,9 +78,9 @@ class Pack:
         folder: Traversable = shipped / name if name in known else Path(name)
         if not folder.is_dir():
             raise NotFoundError(f"no pack {name!r} (known: {', '.join(known)}): name one of them, or a pack's folder")
-        described = _text(folder / "pack.toml") if (folder / "pack.toml").is_file() else ""
+        header_text = _text(folder / "pack.toml") if (folder / "pack.toml").is_file() else ""
         try:
-            header = _Header.model_validate(tomllib.loads(described))
+            header = _Header.model_validate(tomllib.loads(header_text))
         except ValueError as error:
             raise IntegrityError(f"{folder / 'pack.toml'} does not describe a pack: {error}") from error
         paths = {kind: path for kind in EntityKind if (path := _file(folder, kind, header))}
@@ -100,7 +100,7 @@ class Pack:
                 if (kind, line.id) in lines:
                     raise IntegrityError(f"{place} is about {kind} {line.id!r} for the second time: keep one")
                 lines[kind, line.id] = line
-        digest = hashlib.sha256("\0".join((described, *(texts.get(kind, "") for kind in EntityKind))).encode())
+        digest = hashlib.sha256("\0".join((header_text, *(texts.get(kind, "") for kind in EntityKind))).encode())
         return Pack(folder.name, header, lines, digest.hexdigest())
 
     @property
@@ -115,7 +115,7 @@ class Pack:
 
     @property
     def concurrency(self) -> int:
-        """One: nothing has to be waited for."""
+        """One: no answer has to be waited for."""
         return 1
 
     def cost_usd(self, input_tokens: int, output_tokens: int) -> float:
@@ -171,8 +171,8 @@ class Pack:
 def _file(folder: Traversable, kind: str, header: _Header) -> Traversable | None:
     """The file about a kind; None where there is none and `pack.toml` names no template for it."""
     names = (f"{stem}.jsonl{suffix}" for stem in (kind, f"{kind}_knowledge") for suffix in ("", ".xz"))
-    found = next((path for name in names if (path := folder / name).is_file()), None)
-    return folder / f"{kind}.jsonl" if found is None and kind in header.templates else found
+    file = next((path for name in names if (path := folder / name).is_file()), None)
+    return folder / f"{kind}.jsonl" if file is None and kind in header.templates else file
 
 
 def _text(path: Traversable) -> str:

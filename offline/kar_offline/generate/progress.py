@@ -47,6 +47,6 @@ class GenerationProgress:
 
 @contextmanager
 def shown_progress(console: Console | None) -> Iterator[GenerationProgress]:
-    """A progress bar on a console for as long as this is entered; None: nowhere."""
+    """Show a progress bar on a console inside the block; None: show nothing."""
     with Progress(*COLUMNS, console=console, disable=console is None, transient=True) as progress:
         yield GenerationProgress(progress, progress.add_task("generating", total=None, spent=""))

@@ -32,7 +32,7 @@ class Question(NamedTuple):
     prompt: str
     prompt_sha256: str
     history_cutoff: int = 0
-    """The number of first events of a user that the prompt shows; 0 for items."""
+    """Number of the user's events up to the prompt's cut-off; 0 for items."""
 
 
 class Origin(NamedTuple):
@@ -64,7 +64,7 @@ class Reply(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """No answer to one question, while others may have one: too long, or blocked by a content filter."""
+    """One question without an answer, such as one that is too long or was blocked; others may have answers."""
 
     reason: str
     requests: int = 1
@@ -98,14 +98,14 @@ class Log(Protocol):
     """Notes what a provider sends. Each note is on disk when the call returns."""
 
     def sending(self, questions: Sequence[Question], handle: str = "") -> None:
-        """Note that questions are about to leave; must be called before they do.
+        """Note that questions are about to be sent; must be called before they are.
 
         Args:
             questions: The questions.
             handle: The name under which the provider finds them again after a crash; empty: it cannot.
 
         Raises:
-            BudgetError: the questions could cost more than is left; nothing was noted, and nothing may be sent.
+            BudgetError: the questions could cost more than the rest of the budget; nothing was noted or may be sent.
         """
 
     def pending_batches(self) -> Sequence[PendingBatch]:
@@ -133,11 +133,11 @@ class Provider(Protocol):
 
     @property
     def concurrency(self) -> int:
-        """How many questions may be under way at once."""
+        """Largest number of questions under way at once."""
 
     @property
     def attempts(self) -> int:
-        """The most attempts at one question, each of which may be charged for."""
+        """Largest number of attempts at one question; each may be charged for."""
 
     async def __aenter__(self) -> Self:
         """Connect."""
@@ -150,12 +150,12 @@ class Provider(Protocol):
     def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:
         """Answer questions, each once, in any order, as answers come.
 
-        Those of `questions` that are in `log.pending_batches()` are waited for and not sent again.
+        Questions that are already in `log.pending_batches()` are not sent again; their answers are waited for.
 
         Raises:
             UnavailableError: no answer after all attempts.
             InputError: the endpoint refuses all requests (wrong key, model or parameters).
-            BudgetError: the log refused to let a question leave; the answers under way came first.
+            BudgetError: the log refused a question; the answers under way were given before.
         """
 
     def cost_usd(self, input_tokens: int, output_tokens: int) -> float | None:
@@ -171,7 +171,7 @@ async def each(
     log: Log,
     concurrency: int,
 ) -> AsyncGenerator[Answer, None]:
-    """Ask for each question by itself, `concurrency` at once: how a provider without batches implements `ask`.
+    """Ask single questions, `concurrency` at once; providers without batches implement `ask` with this function.
 
     When the log refuses a question because of the budget, the answers under way are awaited first: they may cost less
     than was reserved for them. When `complete` raises, nothing more is sent; the answers under way come first, then
@@ -182,19 +182,19 @@ async def each(
         return Answer(question, await complete(question))
 
     unsent = iter(questions)
-    following = next(unsent, None)
+    next_question = next(unsent, None)
     running: set[asyncio.Task[Answer]] = set()
     stopped: KarError | None = None
     try:
         while True:
-            while stopped is None and following is not None and len(running) < concurrency:
+            while stopped is None and next_question is not None and len(running) < concurrency:
                 try:
-                    log.sending([following])
+                    log.sending([next_question])
                 except BudgetError as error:
                     stopped = None if running else error
                     break
-                running.add(asyncio.create_task(answer(following)))
-                following = next(unsent, None)
+                running.add(asyncio.create_task(answer(next_question)))
+                next_question = next(unsent, None)
             if not running:
                 break
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)

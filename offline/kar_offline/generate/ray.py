@@ -77,15 +77,15 @@ class OnRay:
         """
         import ray
 
-        self._own = not ray.is_initialized()
-        if self._own:
+        self._started_cluster = not ray.is_initialized()
+        if self._started_cluster:
             try:
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # this cluster reports to nobody
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # this cluster sends no usage reports
                 ray.init(self._address, **QUIET)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UnavailableError(f"no Ray cluster at {self._address!r} ({error}): start it first") from error
-        share = -(-self.concurrency // self._workers)
-        make = ray.remote(_Asker).options(max_concurrency=share, max_restarts=0, max_task_retries=0)
+        questions_per_actor = -(-self.concurrency // self._workers)
+        make = ray.remote(_Asker).options(max_concurrency=questions_per_actor, max_restarts=0, max_task_retries=0)
         self._actors = [make.remote(self._inner) for _ in range(self._workers)]
         await asyncio.gather(*(_result(actor.start.remote()) for actor in self._actors))
         return self
@@ -101,7 +101,7 @@ class OnRay:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-        if self._own:
+        if self._started_cluster:
             ray.shutdown()
 
     def ask(self, questions: Sequence[Question], log: Log) -> AsyncGenerator[Answer, None]:

@@ -1,4 +1,4 @@
-"""Owns what a generation reports: the contents of the folder that it wrote, and the run."""
+"""Owns the reports of a generation: the contents of the folder that it wrote, and its run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -16,9 +16,9 @@ class FolderReport:
     source: str
     """The pack, or the model and its parameters."""
     records: int
-    """Texts, including refused ones and those about clusters."""
+    """Number of texts, including refused texts and texts about clusters."""
     kinds: Mapping[str, int]
-    """The same by kind of entity."""
+    """Number of these texts by kind of entity."""
     clusters: int
     """Texts about clusters that are in use."""
     lent: int
@@ -49,7 +49,7 @@ class RunReport:
     cost_usd: float | None
     """None: the price is not known."""
     stopped: str
-    """Why the run ended before all questions were asked; empty: it did not."""
+    """Why the run ended before all questions were asked; empty: all were asked."""
 
     @classmethod
     def of(cls, tally: Tally) -> Self:
@@ -59,7 +59,7 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True)
 class RegenerationReport:
-    """What became of the entities that were written about again."""
+    """The result of asking again about chosen entities."""
 
     written: int
     """Records that changed."""

@@ -1,7 +1,7 @@
-"""Owns the run of generation tasks: unanswered questions leave, answers are judged, refused ones are asked for again.
+"""Owns the run of generation tasks: it sends unanswered questions, judges answers, and asks again after refused ones.
 
-Everything that happens here is replayed from the ledger: started again after a kill, the same tasks reach the same
-state, and no question that was answered is asked again.
+The answers of earlier runs come from the ledger: started again after a kill, the same tasks reach the same state, and
+no question that was answered is sent again.
 """
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ class Tally:
     cost_usd: float | None = 0.0
     """None: the price is not known."""
     stopped: str = ""
-    """Why the run ended before all questions were asked; empty: it did not."""
+    """Why the run ended before all questions were asked; empty: all were asked."""
 
     def add(self, outcome: Reply | Failure, cost_usd: float | None) -> None:
         """Count an answer and its cost."""
@@ -49,7 +49,7 @@ class Tally:
 
 
 class _CountingLog:
-    """The log of a run that also counts the questions that leave, and lets at most `limit` of them leave."""
+    """The log of a run that also counts the questions that are sent, and refuses more than `limit` of them."""
 
     def __init__(self, run: Run, tally: Tally, limit: int | None) -> None:
         self._run, self._tally, self._limit = run, tally, limit
@@ -77,7 +77,7 @@ class _SilentLog:
 def first_questions(
     tasks: Iterable[GenerationTask], answers: Mapping[str, CachedAnswer], now: datetime
 ) -> list[Question]:
-    """The questions that would leave first, each prompt once: no answer is cached, or it is too old.
+    """The questions that would be sent first, each prompt once: those without a cached answer, or with an old one.
 
     Args:
         tasks: The tasks.
@@ -100,17 +100,17 @@ def _valid_answer(task: GenerationTask, answers: Mapping[str, CachedAnswer], now
 
 
 async def take_from_pack(
-    tasks: Sequence[GenerationTask], pack: Pack, at: datetime, *, existing: Sequence[GenerationTask] = ()
+    tasks: Sequence[GenerationTask], pack: Pack, answered_at: datetime, *, existing: Sequence[GenerationTask] = ()
 ) -> None:
     """Answer tasks with the texts of a pack and judge them; nothing is sent, so no ledger is involved.
 
-    `existing` is as for `work_through`.
+    `answered_at` becomes the time of the answers; `existing` is as for `work_through`.
     """
     by_entity = {(task.prompt.entity, task.prompt.id): task for task in tasks}
     async with aclosing(pack.ask([task.last.question for task in tasks], _SilentLog())) as answers:
         async for question, outcome in answers:
             if isinstance(outcome, Reply):
-                by_entity[question.entity, question.id].last.answer = CachedAnswer(outcome, at)
+                by_entity[question.entity, question.id].last.answer = CachedAnswer(outcome, answered_at)
     judge_tasks([*existing, *tasks], tasks)
 
 
@@ -132,9 +132,9 @@ async def work_through(
         tasks: The tasks, each at its first attempt.
         provider: The language model that answers.
         ledger: Has the answers of earlier runs, and notes what is sent.
-        retries: The most further attempts at a task.
-        budget_usd: The most that this run may cost; None: no limit.
-        budget_calls: The most questions that may leave now; None: no limit.
+        retries: Largest number of further attempts at a task.
+        budget_usd: Highest cost of this run, in US dollars; None: no limit.
+        budget_calls: Largest number of questions that may be sent now; None: no limit.
         existing: Tasks whose texts are in use and stay; no new text may be nearly the same as one of theirs.
         on_round: Called before a round of questions, with the number of the attempt, from 0, and of questions.
         on_answer: Called after each answer.
@@ -186,8 +186,8 @@ async def _checked_for_replies(
     """Pass answers on; hold failures back until a reply shows that some requests succeed.
 
     Raises:
-        InputError: the first `FIRST_FAILURES` answers are failures. They are not passed on, so a run after the endpoint
-            was mended asks again.
+        InputError: the first `FIRST_FAILURES` answers are failures. They are not passed on, so they are not in the
+            ledger, and the next run asks these questions again.
     """
     held_back: list[Answer] = []
     any_reply = any(isinstance(cached.outcome, Reply) for cached in answers.values())

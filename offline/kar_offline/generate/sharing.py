@@ -1,4 +1,4 @@
-"""Owns how a run shares calls among entities: content vectors, prompts about clusters, neighbours."""
+"""Owns the sharing of a run's calls among entities: content vectors, prompts about clusters, neighbours."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,10 +24,10 @@ __all__ = ["Shared", "Sharing", "share_calls"]
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How many calls to make, and by what entities are compared."""
+    """The share of calls to make, and the encoder that compares entities."""
 
     share: float
-    """Calls by entities, above 0 and at most 1."""
+    """Number of calls divided by number of entities, above 0 and at most 1."""
     encoder: TextEncoder
     """Encodes the facts that prompts show."""
 
@@ -37,11 +37,11 @@ class Shared:
     """The prompts that are asked instead of one for each entity."""
 
     own: Sequence[Prompt]
-    """About entities by themselves."""
+    """Prompts about single entities."""
     clusters: Sequence[Prompt]
-    """About clusters of entities."""
+    """Prompts about clusters of entities."""
     neighbours: Mapping[tuple[EntityKind, str], Sequence[records_pb2.Loan]]
-    """By kind and id, the neighbours of an entity, for where it has no text of its own or its text is refused."""
+    """Neighbours of an entity by its kind and id; they are used if the entity has no text in use."""
 
 
 def share_calls(work: WorkFolder, prompts: Sequence[Prompt], sharing: Sharing, on: date) -> Shared:
@@ -50,8 +50,8 @@ def share_calls(work: WorkFolder, prompts: Sequence[Prompt], sharing: Sharing, o
     Args:
         work: The work folder; content vectors are kept in `work`/content.
         prompts: Prompts about single entities.
-        sharing: How many to ask.
-        on: The day whose seasons enter the prompts about clusters.
+        sharing: The share of calls, and the encoder.
+        on: Prompts about clusters mention the seasons of this day.
 
     Raises:
         InputError: the share is out of range.

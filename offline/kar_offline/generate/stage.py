@@ -70,12 +70,13 @@ def generation_tasks(
 
 def _task_maker(work: WorkFolder, scenario: Scenario, facts: FactsTable | None) -> Callable[[Prompt], GenerationTask]:
     """Makes the task of a prompt, with the facts about its entity and the rules for its text."""
-    known = subjects(work.read(Dataset), scenario, facts)
+    known_subjects = subjects(work.read(Dataset), scenario, facts)
     rules = {kind: Rules.of(scenario, kind) for kind in EntityKind}
 
     def task_of(prompt: Prompt) -> GenerationTask:
+        key = prompt.entity, prompt.id
         # There are no facts about a cluster that a text could contradict.
-        subject = Subject(prompt.entity, prompt.id) if is_about_cluster(prompt) else known[prompt.entity, prompt.id]
+        subject = Subject(*key) if is_about_cluster(prompt) else known_subjects[key]
         return GenerationTask(prompt, subject, rules[prompt.entity])
 
     return task_of
@@ -97,20 +98,20 @@ def generate(
 ) -> StageResult:
     """Run the stage `generate`: have the prompts of `work`/prompts answered, judge the answers, write the records.
 
-    The answers of a language model are kept in `work`'s ledger and never asked for twice. The folder is written anew
-    where answers, gates or facts changed.
+    The answers of a language model are kept in `work`'s ledger and never asked for twice. The folder is written anew if
+    answers, gates or facts changed.
 
     Args:
         work: The work folder.
         provider: Answers the prompts: a language model, or a pack of released texts.
         out: The folder for the records; default: `work`/knowledge.
         kind: Only prompts about items, or about users; default: both.
-        limit: Only this number of prompts, from the first.
+        limit: Only the first prompts, up to this number.
         facts: Facts about items beside the dataset, with which the gate `facts` compares texts.
-        sharing: How entities share calls; None: each one is asked about by itself.
+        sharing: How entities share calls; None: each has its own prompt.
         retries: How often to ask again for an answer that a gate refuses; default: as the scenario says.
-        budget_usd: The most that this run may cost; None: no limit.
-        now: Tells the time.
+        budget_usd: Highest cost of this run, in US dollars; None: no limit.
+        now: Returns the time.
         console: Where progress is shown; default: nowhere.
 
     Returns:
@@ -174,7 +175,7 @@ def regenerate(
 ) -> StageResult:
     """Have texts about some entities of `work`/knowledge written again; every other record stays as it is.
 
-    An entity whose new text is refused, or does not come, keeps its record.
+    An entity keeps its record if its new text is refused or missing.
 
     Args:
         work: The work folder.
@@ -183,8 +184,8 @@ def regenerate(
         facts: As for `generate`.
         retries: As for `generate`.
         budget_usd: As for `generate`.
-        budget_calls: The most questions that may leave; None: no limit.
-        now: Tells the time.
+        budget_calls: Largest number of questions that may be sent; None: no limit.
+        now: Returns the time.
         console: Where progress is shown; default: nowhere.
 
     Returns:
@@ -248,7 +249,7 @@ def estimate_run(
     sharing: Sharing | None = None,
     now: Callable[[], datetime] = utc_now,
 ) -> Estimate:
-    """What `generate` with these arguments would take; nothing is sent. Errors as for `generate`."""
+    """Calls, tokens and cost that `generate` would need with these arguments; nothing is sent. Errors as for it."""
     tasks, _ = generation_tasks(work, kind, limit, None, sharing, now().date())
     if isinstance(provider, Pack):
         return Estimate(0, 0, 0, 0.0, 0.0, True)
@@ -260,7 +261,7 @@ def estimate_run(
 
 
 class _Answering(NamedTuple):
-    """How a run of tasks went."""
+    """The result of a run of tasks."""
 
     report: RunReport
     uncertain: int

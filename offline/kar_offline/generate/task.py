@@ -1,4 +1,4 @@
-"""Owns generation tasks: an entity that a text is wanted about, the questions asked for it, and their answers."""
+"""Owns generation tasks: an entity that needs a text, the questions asked about it, and their answers."""
 
 import hashlib
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class GenerationTask:
-    """An entity that a text is wanted about: its prompt, the context of the gates, and the attempts so far."""
+    """An entity that needs a text: its prompt, the context of the gates, and the attempts so far."""
 
     prompt: Prompt
     subject: Subject
@@ -41,14 +41,14 @@ class GenerationTask:
     attempts: list[Attempt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Begin with the prompt as it is."""
+        """Begin the first attempt, with the prompt itself."""
         prompt = self.prompt
         question = Question(prompt.entity, prompt.id, prompt.prompt, prompt.prompt_sha256, prompt.history_cutoff)
         self.attempts.append(Attempt(question))
 
     @property
     def last(self) -> Attempt:
-        """The attempt that counts."""
+        """The latest attempt, whose answer and verdicts count."""
         return self.attempts[-1]
 
     def ask_again(self) -> None:
@@ -59,6 +59,6 @@ class GenerationTask:
 
 
 def _complaint(gates: Sequence[str], attempt: int) -> str:
-    # The names of gates are ours: no text of a model or a stranger may enter a prompt here.
+    # Only the names of gates, which are ours: no text of a model or of a stranger may enter a prompt here.
     names = ", ".join(gates)
     return f"Attempt {attempt + 1}: an earlier answer was refused by these checks: {names}. Write a better one."

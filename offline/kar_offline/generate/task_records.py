@@ -1,4 +1,4 @@
-"""Owns how generation tasks become knowledge records: texts with provenance and verdicts, and imputed ones."""
+"""Owns the records of generation tasks: texts with provenance and verdicts, and records of imputed vectors."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def task_record(task: GenerationTask, provenance: str) -> records_pb2.KnowledgeR
     """The record of a task; None where there is no answer yet.
 
     Args:
-        task: Answered and judged.
+        task: A task that was judged if it has an answer.
         provenance: The model and its parameters.
     """
     prompt, last = task.prompt, task.last
@@ -73,7 +73,7 @@ def imputed_records(
     clusters: Sequence[records_pb2.KnowledgeRecord],
     provenance: str,
 ) -> list[records_pb2.KnowledgeRecord]:
-    """A record for each entity without a text in use whose neighbours have one: their ids and weights.
+    """Records with neighbours and weights, for entities that have no text in use but neighbours with one.
 
     Args:
         neighbours: By kind and id, the neighbours of an entity.

@@ -71,7 +71,7 @@ def show(
     record = records.get(entity_id) or refused.get(entity_id)
     prompt = next((p for p in read_prompts(work.prompts) if (p.entity, p.id) == (kind, entity_id)), None)
     if record is None and prompt is None:
-        raise NotFoundError(f"{work} knows no {kind} {entity_id!r}: name one of its dataset")
+        raise NotFoundError(f"{work} has no {kind} {entity_id!r}: name one in its dataset")
     if prompt is not None:
         console.print(Panel(Text(prompt.prompt), title=f"prompt · {prompt.template}"))
     if record is None:
@@ -108,9 +108,9 @@ def _provenance(record: records_pb2.KnowledgeRecord, prompt: Prompt | None) -> T
     table.add_row("template", record.template)
     prompt_cell = record.prompt_sha256[:12]
     if record.retries:
-        prompt_cell += f", which names what was wrong with {record.retries} earlier answer{'s' * (record.retries > 1)}"
+        prompt_cell += f", which names the faults of {record.retries} earlier answer{'s' * (record.retries > 1)}"
     elif prompt and record.prompt_sha256 not in ("unknown", prompt.prompt_sha256):
-        prompt_cell += ", another than the one above: it has changed since"
+        prompt_cell += ", not the prompt above, which has changed since"
     table.add_row("prompt", prompt_cell)
     if record.entity == records_pb2.ENTITY_KIND_USER:
         table.add_row("written from", f"the first {record.history_cutoff} interactions")
@@ -136,7 +136,7 @@ def _verdicts(record: records_pb2.KnowledgeRecord) -> Table:
 def _neighbours(
     work: WorkFolder, encoding: str, kind: EntityKind, entity_id: str, number: int
 ) -> list[tuple[str, float]]:
-    """The entities whose texts' vectors have the largest cosine with this text's; none where nothing is encoded."""
+    """The entities whose text vectors have the largest cosine with this entity's; empty if nothing is encoded."""
     path = work.root / encoding / f"knowledge_{kind}.npy"
     if not (path.is_file() and number):
         return []

@@ -62,7 +62,7 @@ class TextStatus:
 
 @dataclass(frozen=True, slots=True)
 class ServedVectors:
-    """Counts and ages of the vectors that a store serves of one kind of entity."""
+    """Counts and ages of the vectors that a store serves for one kind of entity."""
 
     vectors: str
     """"adapted" or "encoded"."""
@@ -111,7 +111,7 @@ def _events_since(entity_states: Iterable[KnowledgeState]) -> dict[str, int]:
 def served_status(dataset: Dataset, release: Release, store: Store, now_ms: int) -> dict[EntityKind, ServedVectors]:
     """Counts and ages of the vectors of a release in a store, by kind of entity, from the headers of all records.
 
-    Adapted vectors are read of kinds that pass through the adaptor, encoded vectors of the others.
+    For kinds with a tower in the adaptor these are the adapted vectors, for other kinds the encoded ones.
 
     Raises:
         UnavailableError: the store does not answer.
@@ -136,7 +136,7 @@ def served_status(dataset: Dataset, release: Release, store: Store, now_ms: int)
 
 
 def _headers(store: Store, kind: EntityKind, entities: Sequence[Entity], part: str) -> NDArray[np.void]:
-    """The headers [parts], of type `HEADER`, of the parts that exist."""
+    """The headers [m], of dtype `HEADER`, of the m parts that exist."""
     headers = []
     for start in range(0, len(entities), BATCH_ENTITIES):
         keys = [EntityKey(kind, entity.id) for entity in entities[start : start + BATCH_ENTITIES]]
@@ -145,7 +145,7 @@ def _headers(store: Store, kind: EntityKind, entities: Sequence[Entity], part: s
 
 
 def _histogram(values: Sequence[int | None], bounds: Sequence[int]) -> dict[str, int]:
-    """The number of values between each two bounds, at or above the last bound, and not known (None)."""
+    """Number of values from each bound to the next one, at or above the last bound, and unknown (None)."""
     known = [value for value in values if value is not None]
     counts = np.bincount(np.searchsorted(bounds, known, side="right"), minlength=len(bounds) + 1)
     names = [*(f"<{bound}" for bound in bounds), f"{bounds[-1]}+"]

@@ -32,7 +32,7 @@ __all__ = [
 NEIGHBOURS: Final = 8
 TEMPERATURE: Final = 0.1
 EXACT_SEARCH: Final = 1 << 14
-"""Up to this number of vectors the search is exact; above, it looks into the nearest `PROBES` of 4 x sqrt(n) lists."""
+"""Largest number of vectors for an exact search; with more, it reads the nearest `PROBES` of 4 x sqrt(n) lists."""
 PROBES: Final = 8
 LIST_POINTS: Final = 64
 """Number of vectors per list from which the lists' centres are learned."""
@@ -44,7 +44,7 @@ class Imputation(NamedTuple):
     """Knowledge vectors of n entities after imputation."""
 
     vectors: NDArray[np.float32]
-    """[n, D]; the imputed ones have unit length, the others are as they were."""
+    """[n, D]; imputed vectors have unit length, the others are unchanged."""
     imputed: NDArray[np.bool_]
     """[n] True where the vector was imputed."""
 
@@ -73,8 +73,8 @@ def impute_from_neighbours(
             imputed, and it is not a neighbour of others.
         has_knowledge: [n] whether an entity has a knowledge vector of its own.
         vectors: Knowledge vectors [n, D2]; rows of entities without knowledge are ignored.
-        neighbours: The most neighbours of one entity.
-        temperature: Of the softmax over cosines.
+        neighbours: Largest number of neighbours of one entity.
+        temperature: Temperature of the softmax over cosines.
     """
     vectors = np.array(vectors, dtype=np.float32)
     has_content = np.any(content, axis=1)
@@ -109,9 +109,9 @@ def neighbour_weights(
     Args:
         content: The entities' content vectors [n, D] of any length.
         known_content: Content vectors [k, D], of unit length, of the entities that can be neighbours.
-        neighbours: The most neighbours of one entity.
+        neighbours: Largest number of neighbours of one entity.
         threads: Cores to use.
-        temperature: Of the softmax over cosines.
+        temperature: Temperature of the softmax over cosines.
     """
     with faiss_threads(threads) as faiss:
         cosine, rows = nearest_by_cosine(faiss, known_content, unit_rows(content), neighbours)
@@ -123,7 +123,10 @@ def neighbour_weights(
 def nearest_by_cosine(
     faiss: Any, base: NDArray[np.float32], queries: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Cosines and rows [n, k] of the nearest of `base` [b, D] to unit vectors [n, D], best first; -1 where none."""
+    """Cosines and rows [n, k] of the vectors of `base` [b, D] nearest to `queries` [n, D], best first; row -1: none.
+
+    All vectors have unit length.
+    """
     dim = base.shape[1]
     index = faiss.IndexFlatIP(dim)
     if len(base) > EXACT_SEARCH:

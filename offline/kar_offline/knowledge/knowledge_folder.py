@@ -34,7 +34,7 @@ class Knowledge:
 
         Raises:
             PreconditionError: there are no records.
-            IntegrityError: a line is no record; the message names it.
+            IntegrityError: a line is not a record; the text names it.
         """
         return Knowledge(
             {kind: {record.id: record for record in read_knowledge(folder, kind)} for kind in EntityKind},

@@ -1,7 +1,7 @@
 """Owns knowledge records on disk, one kar.records.v1.KnowledgeRecord a line.
 
 {item,user}.jsonl             one record an entity: its own text, or the neighbours (`loans`) to impute its vector from
-{item,user}_clusters.jsonl    texts about clusters of entities, which can be such neighbours; only if there are any
+{item,user}_clusters.jsonl    texts about clusters of entities, which can be neighbours too; only if there are any
 quarantine.jsonl              records that a quality gate refused, with their verdicts
 """
 

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 LARGEST_ANSWER_BYTES: Final = 4 << 20
-"""A longer answer is broken, unless a call allows more."""
+"""Largest accepted answer, unless a call allows more; a longer answer counts as broken."""
 T = TypeVar("T")
 
 
@@ -46,7 +46,7 @@ class Verdict(Enum):
 
 
 def verdict_of(status: int) -> Verdict:
-    """The one table of HTTP statuses."""
+    """The meaning of an HTTP status; no other code interprets statuses."""
     if 200 <= status < 300:
         return Verdict.GOOD
     if status in (400, 413, 422):
@@ -55,13 +55,13 @@ def verdict_of(status: int) -> Verdict:
 
 
 CUT_SHORT: Final = (408, 502, 504)
-"""Statuses of a proxy that gave up on a model; the model may have gone on, and may charge for it."""
+"""Statuses of a proxy that stopped waiting for the model; the model may have gone on, and may charge for the answer."""
 
 
 class Retry(NamedTuple):
     """How often to send a request, and how long to wait in between: random, up to `base_s` * 2**attempt.
 
-    A server's `Retry-After` is waited for by all requests, in addition. Each of the two waits is at most `longest_s`.
+    In addition, all requests wait as long as a server's `Retry-After` says. Each wait is at most `longest_s` seconds.
     """
 
     attempts: int = 6
@@ -76,7 +76,7 @@ class CallResult(NamedTuple, Generic[T]):
     requests: int
     """Number of attempts."""
     maybe_charged: int
-    """Number of attempts that may have been charged for without an answer."""
+    """Number of attempts without an answer that may have been charged for."""
 
 
 class RefusedError(InputError):
@@ -88,7 +88,7 @@ class RefusedError(InputError):
 
 
 class _TransientError(Exception):
-    """An attempt failed that may be repeated: the reason, and whether it may have been charged for."""
+    """A failed attempt that may be repeated: the reason, and whether it may have been charged for."""
 
     def __init__(self, reason: str, *, maybe_charged: bool) -> None:
         super().__init__(reason)
@@ -101,12 +101,12 @@ class Endpoint:
     Args:
         base_url: Address including the version, such as "http://127.0.0.1:8000/v1".
         key: Bearer token; never logged, and removed from error texts.
-        connections: The most connections at once.
+        connections: Largest number of connections at once.
         timeout_s: Longest time of one attempt, in seconds.
-        retry: For statuses 429 and 5xx, broken answers and timeouts.
+        retry: How to repeat attempts after statuses 429 and 5xx, broken answers and timeouts.
         rng: Draws the waiting times.
-        sleep: Waits.
-        clock: Monotonic time, in seconds.
+        sleep: Waits a number of seconds.
+        clock: Returns a monotonic time, in seconds.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Endpoint:
 
     async def __aenter__(self) -> Self:
         """Open the connection pool."""
-        # A compressed answer can unpack to any size, so none is asked for.
+        # A compressed answer can unpack to any size, so compression is not requested.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         self._client = httpx.AsyncClient(
             headers=headers,
@@ -174,12 +174,12 @@ class Endpoint:
 
         Args:
             method: HTTP method.
-            path: Below the base address.
-            read: Reads the body; for a broken one it raises ValueError, and the request is sent again.
-            largest_bytes: A longer body is broken.
+            path: Path below the base address.
+            read: Reads the body; raises ValueError if it is broken, and the request is then sent again.
+            largest_bytes: Largest accepted body; a longer one counts as broken.
             patience: Longest time of one attempt, as a multiple of `timeout_s`.
-            recover: Called before each further attempt; the result of an earlier one whose answer was lost, or None.
-            **request: As for `httpx.AsyncClient.stream`.
+            recover: Called before each further attempt; returns the result of an attempt with a lost answer, or None.
+            **request: Further arguments of `httpx.AsyncClient.stream`.
 
         Raises:
             UnavailableError: no answer after all attempts.

@@ -19,14 +19,15 @@ __all__ = ["prompts"]
 def prompts(
     work: Work = DEFAULT_WORK,
     scenario: Annotated[
-        str | None, typer.Option(help="movies, books, news or music, or a scenario file (TOML); default: movies.")
+        str | None,
+        typer.Option(help="Scenario: movies, books, news or music, or a scenario file (TOML); default: movies."),
     ] = None,
     date: Annotated[
         datetime | None,
-        typer.Option(formats=["%Y-%m-%d"], help="The day whose seasons enter prompts; default: today, UTC."),
+        typer.Option(formats=["%Y-%m-%d"], help="Prompts mention the seasons of this day; default: today in UTC."),
     ] = None,
     show: Annotated[
-        int, typer.Option(min=0, help="Print this number of rendered prompts, items and users in turn.")
+        int, typer.Option(min=0, help="Print this number of rendered prompts, about items and users in turn.")
     ] = 0,
     json_file: JsonFile = None,
 ) -> None:

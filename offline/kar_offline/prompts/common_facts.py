@@ -10,25 +10,25 @@ from kar_offline.prompts.untrusted import WITHHELD, Part, plain, quoted
 __all__ = ["MOST_TITLES", "CountedTitle", "Opinions", "common_facts", "counted", "opinions"]
 
 MOST_TITLES: Final = 20
-"""The most titles that a prompt about a cluster shows, of each kind."""
+"""Largest number of titles in one list (items, liked or disliked) of a prompt about a cluster."""
 MOST_VALUES: Final = 5
-"""The most values of one fact that it shows."""
+"""Largest number of values of one fact in a prompt about a cluster."""
 
 CountedTitle = tuple[str, int]
 """A title, or a value of a fact, and the number of members."""
 
 
 class Opinions(NamedTuple):
-    """Titles and how many users liked, or disliked, each; the largest numbers first."""
+    """Titles with the number of users who liked, or disliked, each; largest numbers first."""
 
     liked: list[CountedTitle]
     disliked: list[CountedTitle]
 
 
 def common_facts(members: Sequence[Mapping[str, Sequence[Part]]], allowed: Sequence[str]) -> dict[str, str]:
-    """What members have in common, by fact: values with the number of members, numbers as a range.
+    """Values of facts that members have in common, by fact: texts with the number of members, numbers as a range.
 
-    A value is shown if at least two and a quarter of all members have it.
+    A text is shown if at least two members, and at least a quarter of all members, have it.
 
     Args:
         members: The parts of each member's facts.
@@ -49,24 +49,26 @@ def common_facts(members: Sequence[Mapping[str, Sequence[Part]]], allowed: Seque
 
 
 def opinions(histories: Sequence[Sequence[tuple[str, float]]]) -> Opinions:
-    """Titles that most of their raters liked or disliked: rated at or above the mean of all ratings, or below it.
+    """Titles that more users liked than disliked, and titles that more users disliked than liked.
+
+    A rating at or above the mean of all ratings is a like, a lower rating a dislike.
 
     Args:
-        histories: Of each user the titles rated and the ratings.
+        histories: For each user, the rated titles with their ratings.
     """
     ratings = [rating for history in histories for _, rating in history]
-    middle = mean(ratings) if ratings else 0.0
+    mean_rating = mean(ratings) if ratings else 0.0
     likes: Counter[str] = Counter()
     dislikes: Counter[str] = Counter()
     for history in histories:
         for title, rating in history:
-            (likes if rating >= middle else dislikes)[title] += 1
-    return Opinions(_outnumbering(likes, dislikes), _outnumbering(dislikes, likes))
+            (likes if rating >= mean_rating else dislikes)[title] += 1
+    return Opinions(_more_frequent(likes, dislikes), _more_frequent(dislikes, likes))
 
 
-def _outnumbering(own: Counter[str], other: Counter[str]) -> list[CountedTitle]:
-    """The titles that have a larger count in `own` than in `other`."""
-    titles = [(title, n) for title, n in own.most_common() if n > other[title] and title != WITHHELD]
+def _more_frequent(counts: Counter[str], other_counts: Counter[str]) -> list[CountedTitle]:
+    """The titles that have a larger count in `counts` than in `other_counts`."""
+    titles = [(title, n) for title, n in counts.most_common() if n > other_counts[title] and title != WITHHELD]
     return titles[:MOST_TITLES]
 
 

@@ -1,4 +1,4 @@
-"""Owns the forms of a text that searches see: visible characters only, and without case, accents and look-alikes."""
+"""Owns the forms of text that searches read: visible characters only; folded, without case, accents or look-alikes."""
 
 import re
 import unicodedata
@@ -8,7 +8,7 @@ from typing import Final
 __all__ = ["LOOK_ALIKES", "fold_with_positions", "visible"]
 
 READ_CHARS: Final = 20_000
-"""Only this number of characters is read: prompts show less, and searches must end."""
+"""Number of characters of a text that are read: prompts show fewer, and the number bounds the time of a search."""
 
 # Invisible characters that Unicode calls letters, marks or symbols: fillers, variation selectors, empty Braille.
 INVISIBLE: Final = re.compile(
@@ -35,7 +35,7 @@ def _replacement(character: str) -> str:
     return " " if character.isspace() or unicodedata.category(character) == "Cc" else ""
 
 
-# Letters of other scripts that look like Latin letters, and digits that stand for letters, each before its letter.
+# Pairs: a letter of another script, or a digit, then the Latin letter that it looks like or stands for.
 _PAIRS: Final = (
     "аa вb сc ԁd еe ғf һh нh іi јj кk ӏl мm ոn пn оo рp ԛq гr ѕs тt ѵv ԝw хx уy "
     "αa βb εe ηn ιi κk μu νv οo ρp τt υu χx ωw օo սu հh ցg "
@@ -50,7 +50,7 @@ LOOK_ALIKES: Final = str.maketrans(
 
 
 def fold_with_positions(text: str) -> tuple[str, Sequence[int]]:
-    """Text without case, accents and compatibility forms, and the position in `text` of each of its characters."""
+    """Text without case, accents and compatibility forms, and for each of its characters the position in `text`."""
     if text.isascii():
         return text.lower(), range(len(text) + 1)
     folded, positions = [], []

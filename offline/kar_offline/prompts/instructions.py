@@ -1,7 +1,8 @@
-"""Owns the search for text that speaks to a language model: phrases, markers of roles, tokens of chat templates.
+"""Owns the search for text that addresses a language model: phrases, markers of roles, tokens of chat templates.
 
-A heuristic: text that it lets pass is still only data between quotes. Searches see through disguises: look-alike
-letters of other scripts, accents, full-width forms, invisible characters, digits for letters, spaced letters.
+The search is a heuristic: text that it misses enters prompts, but only as quoted data. It also finds disguised phrases:
+look-alike letters of other scripts, accents, full-width forms, invisible characters, digits for letters, spaced
+letters.
 """
 
 import re
@@ -12,15 +13,15 @@ from kar_offline.prompts.folded_text import LOOK_ALIKES, fold_with_positions, vi
 
 __all__ = ["MARKUP", "Finding", "find_instruction"]
 
-# Patterns look at folded text. Every repetition has an end or a border, so that none takes long on any text.
+# Patterns are for folded text. Every repetition is bounded or ends at a border, so no search takes long on any text.
 SEP: Final = r"[\W_]+"
 GAP: Final = rf"(?:{SEP}[^\W_]+){{0,4}}?{SEP}"
 
 
 def _phrases(*phrases: str) -> re.Pattern[str]:
-    """One pattern of several: a space stands for anything between two words, `~` also for up to four words."""
-    whole = "|".join(phrase.replace("~", GAP).replace(" ", SEP) for phrase in phrases)
-    return re.compile(rf"(?<![^\W_])(?:{whole})(?![^\W_])")
+    """One pattern for several phrases. A space matches any separator of two words; `~` also up to four words."""
+    alternatives = "|".join(phrase.replace("~", GAP).replace(" ", SEP) for phrase in phrases)
+    return re.compile(rf"(?<![^\W_])(?:{alternatives})(?![^\W_])")
 
 
 CHAT_TOKEN: Final = re.compile(
@@ -155,7 +156,7 @@ SPACED_WORDS: Final = re.compile("ignore|disregard|instruction|prompt|previous")
 
 
 class Finding(NamedTuple):
-    """A phrase that looks like an instruction: its start in the visible text, and what it does."""
+    """A phrase that looks like an instruction: its start in the visible text, and the reason."""
 
     start: int
     why: str

@@ -21,14 +21,14 @@ class Prompt:
     prompt: str
     prompt_sha256: str
     history_cutoff: int
-    """The number of the user's events up to now, of which the prompt shows the latest; 0 for items and clusters."""
+    """Number of the user's events when the prompt was rendered; it shows the latest. 0 for items and clusters."""
     raw_text: str
     """The facts that the prompt shows, without the instruction."""
     title: str
     """An item's name as shown; empty for users and clusters, and where it is withheld."""
     context: dict[str, str]
-    """The seasons that entered the prompt: "season", "about" and "events"; empty outside of seasons."""
+    """The seasons that the prompt mentions, under "season", "about" and "events"; empty if it mentions none."""
     expires_after_days: int | None
-    """Age at which an answer is stale; None: never."""
+    """Age in days from which an answer is stale; None: never."""
     expires_on: str | None
-    """ISO date: last day of the season that entered; None: no season did."""
+    """ISO date of the last day of the mentioned season that ends first; None if no season is mentioned."""

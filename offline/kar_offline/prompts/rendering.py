@@ -44,25 +44,26 @@ class Renderer:
     """Renders the prompts of one scenario.
 
     The variables of templates are `words`, `factors`, `language`, `wanted`, `least` and `most` (numbers of words),
-    `season` (None, or its `about` and `events`; a template must name it itself, not include another that does) and
-    `facts` by name. Templates about users also have `history`, pairs of title and rating. Templates about clusters have
-    `size`, and `titles` or `liked` and `disliked`, pairs of title and number. Text from outside is quoted already.
+    `season` (None, or a mapping with `about` and `events`; a template must use it in its own text, not only through an
+    include) and `facts` by name. Templates about users also have `history`, pairs of title and rating. Templates about
+    clusters have `size`, and `titles` or `liked` and `disliked`, pairs of title and number. Text from the dataset is
+    already quoted.
 
     Attributes:
-        scenario: What is asked.
+        scenario: The scenario.
         seasons: The seasons of the day, with their last days.
         names: The names of the templates by entity kind.
-        withheld: The number of values that were not shown, or not whole, because they look like instructions: by entity
-            kind and fact, and as "title elsewhere" for titles in the prompts of other entities.
+        withheld: Number of values that were left out or cut because they look like instructions, by entity kind and
+            fact; "title elsewhere" counts titles in the prompts of other entities.
     """
 
     def __init__(self, scenario: Scenario, on: date | None = None, templates: Path | None = None) -> None:
         """Load the scenario's templates.
 
         Args:
-            scenario: What is asked.
-            on: The day whose seasons enter prompts; None: no season does.
-            templates: A folder with templates that come before the product's own.
+            scenario: The scenario.
+            on: Prompts mention the seasons of this day; None: they mention no season.
+            templates: Folder with templates that replace the product's templates of the same name.
 
         Raises:
             InputError: a template does not exist, or is not valid.
@@ -131,7 +132,7 @@ class Renderer:
         return shown
 
     def _facts(self, kind: EntityKind, entity: Entity) -> dict[str, list[Part]]:
-        """The allowed facts of an entity, without an item's title, in parts as they may be shown."""
+        """The allowed facts of an entity as lists of parts that may be shown; an item's title is left out."""
         facts = {}
         for name in self.scenario.questions[kind].allowed:
             value = entity.facts.get(name)
@@ -173,7 +174,7 @@ class Renderer:
             user: The user.
             items: The items that the user rated, oldest first.
             ratings: The ratings of these items.
-            cutoff: The number of all the user's events until now; default: as many as `items`.
+            cutoff: Number of all events of the user so far; default: the number of `items`.
 
         Raises:
             InputError: an item has no title, or the template cannot ask about a user.
@@ -197,14 +198,14 @@ class Renderer:
     ) -> Prompt:
         """The question about a cluster of similar items, or of similar users: what they have in common.
 
-        It shows the facts of `common_facts`; of items the titles of the first members, of users the titles of
-        `opinions`.
+        The prompt shows the facts of `common_facts`, and for items the titles of the first members, for users the
+        titles of `opinions`.
 
         Args:
             kind: The members' kind.
             cluster_id: The id of the prompt.
             members: The members; the first ones' titles are shown.
-            histories: Of each user the history that prompts may show; empty for items.
+            histories: For each user, the history that prompts may show; empty for items.
 
         Raises:
             InputError: an item has no title, or the template cannot ask about a cluster.
@@ -244,7 +245,7 @@ class Renderer:
         return self.reasoning(dataset.users[row], items, ratings, int(dataset.cutoff[row]))
 
     def season(self, kind: EntityKind) -> str:
-        """The seasons that enter prompts about one kind, as in `Prompt.context`; empty: no season does."""
+        """Names of the seasons that prompts about one kind mention, as in `Prompt.context`; empty: none."""
         return "; ".join(season.name for season, _ in self._seasons(kind, self.names[kind]))
 
     def _seasons(self, kind: EntityKind, template: str) -> list[tuple[Season, date]]:

@@ -53,7 +53,7 @@ class Question(_Strict):
     words: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (20, 200)
     """The fewest and the most words of an acceptable answer."""
     expires_after_days: Annotated[int, Field(ge=1)] | None = None
-    """Age at which an answer is stale; None: never."""
+    """Age in days from which an answer is stale; None: never."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -76,7 +76,7 @@ class ItemQuestion(Question):
 
 
 class Season(_Strict):
-    """Context that enters prompts on some days of each year, and makes their answers expire with it."""
+    """A period of each year that prompts mention while it lasts; the answers to these prompts expire with it."""
 
     name: Word
     begins: MonthDay
@@ -84,11 +84,11 @@ class Season(_Strict):
     ends: MonthDay
     """Last day; before `begins` where the season spans the turn of the year."""
     about: Word
-    """Its name in prompts, such as "the weeks before Christmas"."""
+    """The season's name in prompts, such as "the weeks before Christmas"."""
     events: tuple[Word, ...] = ()
     """Events of the season."""
     kinds: Annotated[tuple[EntityKind, ...], Field(min_length=1)] = (USER,)
-    """The kinds of entities whose prompts it enters."""
+    """The kinds of entities whose prompts mention the season."""
 
     @model_validator(mode="after")
     def _real_days(self) -> Self:
@@ -108,16 +108,16 @@ class Season(_Strict):
 
 
 class Limits(_Strict):
-    """How much text from outside enters a prompt, and how much comes back."""
+    """Limits of the dataset's text in a prompt, and of the answers."""
 
     title_chars: Annotated[int, Field(ge=8)] = 200
-    """The most characters of an item's title; longer ones are cut."""
+    """Largest number of characters of an item's title; a longer title is cut."""
     value_chars: Annotated[int, Field(ge=8)] = 600
-    """The most characters of any other fact."""
+    """Largest number of characters of any other fact."""
     output_tokens: Annotated[int, Field(ge=1)] = 400
-    """The most tokens that a model may write for one answer."""
+    """Largest number of tokens that a model may write for one answer."""
     retries: Annotated[int, Field(ge=0)] = 0
-    """How often to ask again for an answer that fails a quality gate; each time is another call."""
+    """How often to ask again after an answer fails a quality gate; each time is another call."""
 
 
 class Scenario(_Strict):
@@ -165,7 +165,7 @@ def load_scenario(name: str | Path | None = None) -> Scenario:
 
 
 def own_templates(name: str | Path | None) -> Path | None:
-    """The folder `templates` beside a scenario file, which may hold its own templates; None: there is none."""
+    """The folder `templates` beside a scenario file, with the scenario's own templates; None if there is none."""
     folder = Path(name).parent / "templates" if name and str(name) not in known_scenarios() else None
     return folder if folder and folder.is_dir() else None
 

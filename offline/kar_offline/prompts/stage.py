@@ -2,7 +2,7 @@
 
 prompts.jsonl     one `Prompt` a line: items, then users with a history
 scenario.json     the scenario
-templates/        the templates, as they were used
+templates/        copies of the templates that were used
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class KindReport:
     facts: Mapping[str, Sequence[str]]
     """Names of facts: "shown", "withheld" (in the data, not allowed) and "absent" (allowed, not in the data)."""
     suspicious: Mapping[str, int]
-    """Values that were not shown, or not whole, by fact."""
+    """Number of values that were left out or cut because they look like instructions, by fact."""
 
 
 class RenderedPrompts:
@@ -58,7 +58,7 @@ class RenderedPrompts:
     FOLDER: ClassVar[str] = "prompts"
 
     def __init__(self, folder: Path, prompts: Sequence[Prompt] | None = None) -> None:
-        """Name the folder, and the prompts if they are in memory already."""
+        """Take the folder, and the prompts if they are already in memory."""
         self._folder, self._prompts = folder, prompts
         self._scenario: Scenario | None = None
 
@@ -94,7 +94,7 @@ def render_prompts(work: WorkFolder, scenario: str | Path | None = None, on: dat
     Args:
         work: The work folder.
         scenario: The name of a scenario or a scenario file; None: movies.
-        on: The day whose seasons enter prompts; None: no season does.
+        on: Prompts mention the seasons of this day; None: they mention no season.
 
     Raises:
         PreconditionError: there is no dataset.
@@ -161,7 +161,7 @@ def _kind_report(
             "withheld": [name for name in in_data if name not in allowed],
             "absent": [name for name in allowed if name not in in_data],
         },
-        suspicious={name: number for (of, name), number in renderer.withheld.items() if of == kind and number},
+        suspicious={name: count for (entity, name), count in renderer.withheld.items() if entity == kind and count},
     )
 
 

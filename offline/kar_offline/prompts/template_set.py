@@ -1,4 +1,4 @@
-"""Owns a scenario's prompt templates: found, checked, and filled in."""
+"""Owns a scenario's prompt templates: it finds them, checks them and fills them in."""
 
 from pathlib import Path
 from typing import Final
@@ -56,7 +56,7 @@ class TemplateSet:
 
         Args:
             scenario: Names a template for each kind of entity.
-            folder: A folder with templates that come before the product's own.
+            folder: Folder with templates that replace the product's templates of the same name.
 
         Raises:
             InputError: a template does not exist, or is not valid.
@@ -92,12 +92,12 @@ class TemplateSet:
         return name in self._seasonal
 
     def fill(self, name: str, kind: EntityKind, context: dict[str, str] | None, **variables: object) -> str:
-        """The prompt that a template makes of values.
+        """Fill in a template and return the prompt.
 
         Args:
             name: The template's name.
             kind: The kind of entity that is asked about.
-            context: The seasons that enter; None: no season does.
+            context: The seasons to mention, as in `Prompt.context`; None: none.
             **variables: Further variables of the template.
 
         Raises:

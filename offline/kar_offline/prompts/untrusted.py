@@ -1,11 +1,11 @@
-"""Owns text from outside: titles, descriptions and reviews may say anything, and are shown as data or not at all.
+"""Owns text from outside (titles, descriptions, reviews), which may say anything: prompts show it only as data.
 
-There are three lines of defence, and none is relied on alone:
+There are three lines of defence, because none is sufficient alone:
 
 - `clean` makes any text one short line without markup, template syntax or special tokens, and `quoted` puts it between
   double quotes that it cannot close. So no text changes the structure of a prompt.
-- `find_instruction` finds text that speaks to a model. A title is shown up to there, another fact is not shown
-  (`own_title`, `own_fact`).
+- `find_instruction` finds text that addresses a model. A title is cut before such text (`own_title`); any other fact
+  with such text is left out (`own_fact`).
 - `suspicious` text is never shown in the prompts of other entities (`title_elsewhere`).
 """
 
@@ -46,7 +46,7 @@ NOT_SHOWN: Final = re.compile(f"{MARKUP.pattern}|{ADDRESS.pattern}|{BLOB.pattern
 
 
 def suspicious(text: str) -> str | None:
-    """Why text must not be shown in the prompts of other entities; None: nothing speaks against it.
+    """Why text must not be shown in the prompts of other entities; None: it may be shown.
 
     Reasons are an instruction to a model, an address, or encoded data.
     """
@@ -107,15 +107,15 @@ def own_fact(value: object, chars: int) -> Shown:
     A list is cut, with an ellipsis, where its parts together have more than `chars` characters.
     """
     parts: list[Part] = []
-    withheld, left = 0, chars
+    withheld, left_chars = 0, chars
     for part in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(part, int | float):
             if find_instruction(text := str(part)):
                 withheld += 1
                 continue
             part = clean(text, chars)
-        left -= len(str(part))
-        if left < 0:
+        left_chars -= len(str(part))
+        if left_chars < 0:
             parts.append("…")
             break
         if part != "":
