@@ -86,7 +86,7 @@ def test_show_of_an_entity_without_a_text_says_so(work: WorkFolder) -> None:
 
 def test_show_says_when_a_prompt_has_changed_since(work: WorkFolder) -> None:
     render_prompts(work, "books")
-    assert "it has changed since" in run(work, "show", "item", "1").output
+    assert "which has changed since" in run(work, "show", "item", "1").output
 
 
 def test_show_refuses_who_is_not_there(work: WorkFolder) -> None:
