@@ -1,6 +1,6 @@
 """Owns the hybrid-expert adaptor as a module: weights, neutral vectors, its safetensors file.
 
-Formula and source: `kar_kernels.reference`; what computes it: `kar_kernels.operator`. Experts lie in memory as
+Formula and source: `kar_kernels.reference`. `kar_kernels.operator` computes it. Experts lie in memory as
 [user's P | shared S | item's P], so that the S + P experts of either tower are one contiguous slice. An adaptor of one
 tower has that tower's experts and gate only.
 """
@@ -129,7 +129,7 @@ class HybridExpertAdaptor(nn.Module):
 
     def adapt(self, encodings: Encoded) -> dict[Tower, Tensor]:
         """Knowledge vectors [B, K] of each tower given: its own where `present` [B] bool is True, else the neutral."""
-        # What an absent encoding holds, NaN even, must not reach a gradient.
+        # The numbers of an absent encoding, which may be NaN, must not reach a gradient.
         known = {tower: x.masked_fill(~present.unsqueeze(1), 0.0) for tower, (x, present) in encodings.items()}
         neutral = {tower: self.neutral(tower) for tower in encodings}
         return _known_or_neutral(_towers(self.packed(), self.towers, known), neutral, encodings)
@@ -145,14 +145,14 @@ class HybridExpertAdaptor(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> "HybridExpertAdaptor":
-        """Read what `save` wrote, in the dtype it has, in evaluation mode.
+        """Read a file written by `save`, in its dtype; the module is in evaluation mode.
 
         Raises:
             ValueError: not an adaptor of this format; the text names the file.
         """
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get("format")
-            precision = next((one for one, format_ in FORMATS.items() if format_ == about), None)
+            precision = next((precision for precision, name in FORMATS.items() if name == about), None)
             if precision is None:
                 raise ValueError(f"{path} does not hold an adaptor of format {FORMAT}: export the release again")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -176,7 +176,7 @@ class HybridExpertAdaptor(nn.Module):
 
 
 class FrozenAdaptor:
-    """A trained adaptor for inference: weights packed once, in the dtype that they are multiplied in.
+    """A trained adaptor for inference, with weights packed once, in the dtype of their products.
 
     Bfloat16 is used where the adaptor's `precision` allows it and the device multiplies it: any GPU that has kernels,
     and processors with AMX or AVX512-BF16. Elsewhere the same weights are multiplied in float32.
@@ -203,7 +203,7 @@ class FrozenAdaptor:
 
 
 def _towers(weights: PackedWeights, towers: Sequence[Tower], x: Mapping[Tower, Tensor]) -> dict[Tower, Tensor]:
-    """Vectors of each tower given; the operator takes two, of which one may be empty or not exist."""
+    """Vectors of each tower given. The operator takes two towers: one that is missing gets no rows."""
     if missing := [tower for tower in x if tower not in towers]:
         raise ValueError(NO_TOWER.format(missing[0]))
     if not x:

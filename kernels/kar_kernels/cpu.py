@@ -1,8 +1,8 @@
 """Owns the implementation for processors: few, large matrix products by oneDNN, rows in chunks that stay in the cache.
 
 All first layers of a tower are one product with ReLU fused into it, all second layers one batched product. torch's own
-`linear` goes to MKL in float32, which on an AMD processor reaches under half of what oneDNN does with the same AVX-512
-instructions (docs/kernels.md); in bfloat16 both are oneDNN.
+`linear` goes to MKL in float32, which on an AMD processor reaches less than half of oneDNN's speed with the same
+AVX-512 instructions (docs/kernels.md); in bfloat16 both are oneDNN.
 """
 
 from typing import Final
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor
 def cpu_forward(
     user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape, *, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Vectors [users + items, K] in `user`'s dtype and, with `save`, what `cpu_backward` reads."""
+    """Vectors [users + items, K] in `user`'s dtype and, with `save`, the tensors that `cpu_backward` reads."""
     result = user.new_empty(user.shape[0] + item.shape[0], shape.out)
     saved: list[Tensor] = []
     for tower, (x, out) in enumerate(zip((user, item), result.split([user.shape[0], item.shape[0]]), strict=True)):

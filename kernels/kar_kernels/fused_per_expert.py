@@ -7,7 +7,7 @@ Formula, of Xi et al. (RecSys 2024, arXiv 2306.10933), for a tower's row x and i
 Forward. Program (row block, expert k) loops over D once, with two tensor-core dots a step: the expert's 128 columns of
 W1 and the 16 of the gate, which every program computes for itself. h_k never leaves the registers. It writes
 partial[k] = g_k v_k in float32, and a second, tiny launch adds the partials in gate order: no atomics, so results
-repeat bit for bit. The row blocks of both towers are one grid. With few rows, the axis of experts is what fills the
+repeat bit for bit. The row blocks of both towers are one grid. With few rows, the axis of experts fills the
 chip: 601 rows are 11 row blocks, but 77 programs.
 
 Backward. Let dy be the gradient of out. Program (block of D, expert e or gate t) loops over the rows of all towers that
@@ -255,7 +255,7 @@ def fused_per_expert_backward_kernel(
 ):
     """Grid (blocks of D, one more for small gradients; EXPERTS, then the two gates).
 
-    Reads grad [users + items, OUT] and what the forward saved.
+    Reads grad [users + items, OUT] and the tensors that the forward saved.
     """
     block, e = tl.program_id(0), tl.program_id(1)
     small = block == tl.cdiv(dim, BLOCK_DIM)
@@ -392,7 +392,7 @@ def fused_per_expert_backward_kernel(
 def fused_per_expert_forward(
     user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape, *, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Vectors [users + items, K] in `user`'s dtype and, with `save`, what the backward reads."""
+    """Vectors [users + items, K] in `user`'s dtype and, with `save`, the tensors that the backward reads."""
     tiles = FORWARD[arithmetic(weights.first.dtype)]
     total = user.shape[0] + item.shape[0]
     partial = user.new_empty(

@@ -232,7 +232,7 @@ def _chunks(x: Tensor) -> Iterator[slice]:
 def gemm_then_fused_forward(
     user: Tensor, item: Tensor, weights: PackedWeights, shape: Shape, *, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Vectors [users + items, K] in `user`'s dtype and, with `save`, what `gemm_then_fused_backward` reads."""
+    """Vectors [users + items, K] in `user`'s dtype and, with `save`, the tensors that the backward reads."""
     result = user.new_empty(user.shape[0] + item.shape[0], shape.out)
     saved: list[Tensor] = []
     for tower, (x, out) in enumerate(zip((user, item), result.split([user.shape[0], item.shape[0]]), strict=True)):
@@ -249,7 +249,7 @@ def gemm_then_fused_forward(
 
 
 def gemm_then_fused_saved(x: Tensor, first: Tensor, shape: Shape) -> list[Tensor]:
-    """Room for what is saved of a tower: first-layer outputs [rows, W] and values [rows, G, K]."""
+    """Empty tensors like those saved of a tower: first-layer outputs [rows, W] and values [rows, G, K]."""
     if x.shape[0] > SAVED_ROWS:
         return []
     return [first.new_empty(x.shape[0], shape.width), first.new_empty(x.shape[0], shape.seen, shape.out)]

@@ -1,7 +1,7 @@
 """Owns the packed layout of an adaptor's weights, which every implementation of the operator reads.
 
-First layers and gates of both towers lie in one matrix, so that what a tower multiplies its encodings by is one block
-of rows, without a copy of the experts that both share:
+First layers and gates of both towers lie in one matrix, so that a tower multiplies its encodings by one block of
+rows, and the shared experts exist once:
 
     user gate | user's P experts | S shared experts | item's P experts | item gate
     `------------ user: W rows -------------------'

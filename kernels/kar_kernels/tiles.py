@@ -1,4 +1,4 @@
-"""Owns what the Triton kernels share: sizes of their blocks, masked loads, the gates' softmax, the precision of dots.
+"""Owns the parts that the kernels share: sizes of blocks, masked loads, the gates' softmax, the precision of dots.
 
 Names of constants in every kernel: SEEN experts G of a tower, EXPERTS of both; BLOCK_HIDDEN, BLOCK_OUT and BLOCK_GATES,
 the padded H, K and G, which a block always holds whole; BLOCK_ROWS and BLOCK_DIM, the rows and the columns of D that it

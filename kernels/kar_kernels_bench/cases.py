@@ -16,7 +16,7 @@ Direction = Literal["forward", "backward", "both"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Rows of both towers, D, the weights' and encodings' dtype, and what is computed."""
+    """Rows of both towers, D, the weights' and encodings' dtype, the directions and the forms."""
 
     users: int
     items: int
@@ -27,7 +27,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """In a few words."""
+        """The case in a few words."""
         return f"{self.users:,} + {self.items:,} rows, D = {self.dim}, {dtype_name(self.dtype)}"
 
 

@@ -1,4 +1,4 @@
-"""Owns measuring time on a device: quantiles of repeated calls, CUDA graphs, peak memory, and what a chip sustains."""
+"""Owns measurements on a device: quantiles of call times, CUDA graphs, peak memory, a chip's bandwidth and speed."""
 
 import contextlib
 import statistics
@@ -97,7 +97,7 @@ class Clock:
 
 
 def measured_chip(clock: Clock, dtype: torch.dtype, tiny: bool) -> Chip:
-    """Bandwidth of a copy and throughput of a large product, measured here: what the roofline is drawn with."""
+    """Bandwidth of a copy and throughput of a large product, measured here; the plots draw the roofline from them."""
     rows, side = (1 << 16, 256) if tiny else (1 << 28, 8192)
     source = torch.randn(rows, device=clock.device)
     target = torch.empty_like(source)

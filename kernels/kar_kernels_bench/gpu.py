@@ -97,7 +97,7 @@ def _measure_case(
             made = form(name, adaptor, train=training)
             try:
                 taken = list(_times(made, direction, inputs, clock))
-            except Exception as error:  # A rare machine is lent for minutes: the other forms must still be measured.
+            except Exception as error:  # Minutes of a GPU are dear: the other forms must still be measured.
                 failed.append(f"{case.label}, {direction}, {name}: {type(error).__name__}: {error}")
                 continue
             for graphed, times, peak in taken:
@@ -200,7 +200,7 @@ def _bare_products(
     work: Work,
     chip: Chip,
 ) -> list[dict[str, Any]]:
-    """The library's products alone, without bias, ReLU, gates and sum: what no unfused form can beat."""
+    """The library's products alone, without bias, ReLU, gates and sum: no unfused form can be faster."""
     weights = adaptor.packed().to(case.dtype)
     blocks = [weights.first[shape.tower(number)].t() for number in (0, 1)]
     calls = min(CALLS, len(inputs))

@@ -1,4 +1,4 @@
-"""Owns what a benchmark says of the machine it ran on."""
+"""Owns a benchmark's facts about its machine: cores, processor, and how busy other processes keep it."""
 
 import os
 import platform

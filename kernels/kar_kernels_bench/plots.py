@@ -24,7 +24,7 @@ COLORS: Final = {
 
 
 def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """`speedup.png` and `roofline.png`; what is not measured is not drawn."""
+    """`speedup.png` and `roofline.png`; rows without a measurement are left out."""
     rows = [row for row in report["cuda"] if row["direction"] == "forward"]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     found = [_speedup([row for row in rows if row["dtype"] == dtypes[0]], report["device"], folder / "speedup.png")]
@@ -65,7 +65,7 @@ def _speedup(rows: list[dict[str, Any]], device: str, path: Path) -> Path:
 
 
 def _roofline(rows: list[dict[str, Any]], report: Mapping[str, Any], path: Path) -> Path:
-    """Points: achieved TFLOP/s over operations a byte; lines: what this chip was measured to allow."""
+    """Points: achieved TFLOP/s over operations a byte; lines: the measured limits of this chip."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     for style, (dtype, chip) in zip(("-", "--", ":"), report["chip"].items(), strict=False):

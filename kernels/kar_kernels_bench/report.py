@@ -1,4 +1,4 @@
-"""Owns the benchmark's report: what the compiler makes of the kernels, tables, and their blocks in docs/kernels.md."""
+"""Owns the benchmark's report: figures of the compiled kernels, tables, and their blocks in docs/kernels.md."""
 
 import importlib.util
 import json
@@ -54,13 +54,13 @@ def compile_report(on_line: Callable[[str], None] = lambda text: None) -> list[d
         process = subprocess.Popen(
             [sys.executable, "-m", "kar_kernels.aot", path], env=environment, stderr=subprocess.PIPE, text=True
         )
-        said = []
+        lines = []
         assert process.stderr is not None
         for line in process.stderr:
-            said.append(line.strip())
-            on_line(said[-1])
+            lines.append(line.strip())
+            on_line(lines[-1])
         if process.wait():
-            raise RuntimeError(f"compiling the kernels failed: {said[-1] if said else 'without a word'}")
+            raise RuntimeError(f"compiling the kernels failed: {lines[-1] if lines else 'it printed nothing'}")
         return list(json.loads(path.read_text()))
 
 

@@ -1,4 +1,4 @@
-"""Owns the work of one forward as a model: floating-point operations, bytes that must move, and what a chip allows."""
+"""Owns a model of one forward's work: floating-point operations, bytes that must move, and the least time."""
 
 from dataclasses import dataclass
 

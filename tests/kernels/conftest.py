@@ -1,4 +1,4 @@
-"""Owns what every kernel test runs under: the interpreter, memory full of NaN, one thread, checked launches."""
+"""Owns the surroundings of every kernel test: the interpreter, memory full of NaN, one thread, checked launches."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ def interpreter_variable(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """New memory holds NaN, so that a test sees what a kernel leaves unwritten."""
     before = torch.are_deterministic_algorithms_enabled()
-    # On a GPU, torch would also refuse what it cannot repeat bit for bit.
+    # On a GPU, torch would also refuse operators without a repeatable implementation.
     torch.use_deterministic_algorithms(not request.node.get_closest_marker("gpu"))
     yield
     torch.use_deterministic_algorithms(before)

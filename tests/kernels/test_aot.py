@@ -1,4 +1,4 @@
-"""The compile gate: what the assembler makes of every kernel, without a GPU."""
+"""The compile gate: registers, spills and instructions of every kernel, without a GPU."""
 
 import fcntl
 import hashlib
@@ -34,7 +34,7 @@ def run(*arguments, **environment):
 
 
 def source_hash():
-    """Hash of everything that decides what the compiler makes: the package's modules and Triton's version."""
+    """Hash of everything that the compiler's result depends on: the package's modules and Triton's version."""
     hashed = hashlib.sha256(importlib.metadata.version("triton").encode())
     for path in sorted(Path(aot.__file__).parent.glob("*.py")):
         hashed.update(path.read_bytes())
@@ -63,7 +63,7 @@ def names(compiled):
 
 def test_no_register_is_spilled(compiled):
     assert names(one for one in compiled if one.spill_bytes) == []
-    # 255 is what an instruction can name: a wrong reading of the tools would give more, or nothing.
+    # An instruction can name 255 registers: a wrong reading of the tools would give more, or nothing.
     assert names(one for one in compiled if not 16 <= one.registers <= 255) == []
 
 

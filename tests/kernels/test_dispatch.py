@@ -214,7 +214,7 @@ def test_an_override_that_would_spill_is_refused(monkeypatch, precision):
 
 
 def test_a_choice_is_logged_once(monkeypatch, caplog):
-    # A choice that no other test makes: what was said is remembered for the process.
+    # A choice that no other test makes: a process logs each choice once.
     with caplog.at_level(logging.INFO, "kar_kernels"):
         for _ in range(3):
             chosen(gate_rows=4096)

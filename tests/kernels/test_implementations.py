@@ -69,7 +69,7 @@ def test_fused_expert_pairs_equal_the_reference(make_problem, case):
 
 
 LAYOUTS = {
-    # Users' and items' rows are as far apart as those of other tensors, or not, or as those of each other, or not.
+    # Strides of users' and items' rows: equal to each other or not, equal to those of other tensors or not.
     "rows of 80 and 96": lambda x, tower: F.pad(x, (0, 16 * (1 + tower)))[:, :64],
     "rows of 65": lambda x, _: F.pad(x, (0, 1))[:, :64],
     "rows of 80, from the third": lambda x, _: F.pad(x, (3, 13))[:, 3:67],
@@ -170,7 +170,7 @@ def test_the_same_bits_each_time(make_problem, path, dtype):
         assert torch.equal(one, second[name]), name
 
 
-# Numpy, by which Triton's interpreter computes, tells of each NaN.
+# Triton's interpreter computes with numpy, which warns of each NaN.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("path", [*PATHS, pytest.param("fused_expert_pairs", marks=interpreted)])
 def test_a_row_does_not_depend_on_others(make_problem, path):

@@ -68,7 +68,7 @@ def test_loop_launches_more_than_a_hundred(make_problem):
 
 @interpreted
 def test_operator_adds_nothing_to_the_kernels_launches(make_problem, launches):
-    """Packed weights in, aligned encodings in, no padding: what a server runs."""
+    """Packed weights in, aligned encodings in, no padding: the case of a server."""
     user, item, weights, _ = make_problem(**DEFAULT).packed()
     with Counting() as counting:
         hybrid_expert_adaptor(user, item, weights, path="fused_per_expert")
@@ -78,7 +78,7 @@ def test_operator_adds_nothing_to_the_kernels_launches(make_problem, launches):
 
 @interpreted
 def test_operator_adds_little_to_the_backward(make_problem, launches):
-    """Packed weights that need gradients, aligned encodings that do not: what training runs, without packing."""
+    """Packed weights that need gradients, aligned encodings that do not: the case of training, without packing."""
     problem = make_problem(**DEFAULT)
     user, item, weights, _ = problem.packed()
     tensors = {name: getattr(weights, name).requires_grad_() for name in ("first", "bias1", "weight2", "bias2")}

@@ -1,4 +1,4 @@
-"""The operator as torch sees it: its schema, its shapes without data, `torch.compile`, and what it refuses."""
+"""The operator as torch sees it: its schema, its shapes without data, `torch.compile`, and refusals."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ SMALL = {"users": 3, "items": 6, "hidden": 16, "dedicated": 1}
 PER_EXPERT = [f"fused_per_expert_{step}_kernel" for step in ("forward", "reduce", "backward")]
 GEMM = [f"gemm_then_fused_{step}_kernel" for step in ("forward", "forward", "backward", "backward")]
 LAUNCHED = {"fused_per_expert": PER_EXPERT, "gemm_then_fused": GEMM, "fused": PER_EXPERT, "tail": GEMM}
-"""By what KAR_ADAPTOR may name; "fused" is the kernel that suits the rows, "tail" the former name of a kernel."""
+"""Kernels launched, by values of KAR_ADAPTOR: "fused" suits the rows, "tail" is gemm_then_fused's former name."""
 
 
 def arguments(problem, path, *, save):
@@ -82,7 +82,7 @@ def adaptor(path):
 
 @pytest.fixture
 def compiler():
-    """`torch.compile`, without what it remembers of other tests."""
+    """`torch.compile`, without the code that it compiled in other tests."""
     torch._dynamo.reset()
     yield torch.compile
     torch._dynamo.reset()
@@ -94,7 +94,7 @@ def test_compiled_equals_eager(make_problem, compiler, path):
     problem.assert_exact(problem.solve(compiler(adaptor(path), fullgraph=True, backend="aot_eager"), FP64, FP64))
 
 
-# Torch's own compiler uses what torch deprecates.
+# Torch's own compiler uses deprecated parts of torch.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="inductor needs a C++ compiler")
 @torch._inductor.config.patch(cpp_cache_precompile_headers=False)  # Four compilations do not repay it.

@@ -1,4 +1,4 @@
-"""The adaptor's Triton model, without a server: what it tells of the implementation that runs, and what it refuses."""
+"""The adaptor's Triton model, without a server: its metrics about the implementation that runs, and its refusals."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ DIM, KNOWLEDGE, CANDIDATES = 12, 4, 3
 
 
 class ModelError(Exception):
-    """What the backend makes of a model that does not load."""
+    """The backend's error for a model that does not load."""
 
 
 @dataclass
@@ -108,17 +108,17 @@ def encodings():
     }
 
 
-def test_it_tells_what_runs_and_tells_anew_when_that_changes(start, monkeypatch):
+def test_metrics_show_the_implementation_and_follow_its_changes(start, monkeypatch):
     one = start()
-    told = {"model": "adaptor_r", "instance": "adaptor_r_0_0", "device": "cpu", "dtype": "float32"}
-    first = told | {"path": "cpu", "reason": "tensors are on the processor"}
+    labels = {"model": "adaptor_r", "instance": "adaptor_r_0_0", "device": "cpu", "dtype": "float32"}
+    first = labels | {"path": "cpu", "reason": "tensors are on the processor"}
     assert one.family.name == "kar_adaptor_info"
     assert one.family.shown == [first]
     one.model._vectors([encodings(), encodings()])
     assert one.family.shown == [first]
     monkeypatch.setenv("KAR_ADAPTOR", "eager")
     one.model._vectors([encodings()])
-    assert one.family.shown == [told | {"path": "eager", "reason": "KAR_ADAPTOR says so"}]
+    assert one.family.shown == [labels | {"path": "eager", "reason": "KAR_ADAPTOR says so"}]
     one.model.finalize()
     assert one.family.shown == []
 

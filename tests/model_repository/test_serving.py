@@ -1,4 +1,4 @@
-"""A real Triton server scores as the torch models do, whatever it batches and whoever sends nonsense."""
+"""A real Triton server scores as the torch models do, in any batch, also beside requests that it refuses."""
 
 import asyncio
 import re
@@ -198,7 +198,7 @@ def score_all(server, calls, *, together):
 
 
 def executions_since(server, model, before, answers):
-    """How often a model ran since `before` for so many answers; Triton counts a little after it answers."""
+    """Executions of a model since `before`, once Triton has counted `answers`, which it does after it answers."""
     deadline = time.monotonic() + 30
     while True:
         now = server.metrics()
@@ -294,7 +294,7 @@ def with_one_candidate_less(tensors, name):
 
 
 @pytest.mark.parametrize(
-    ("model", "spoil", "said"),
+    ("model", "spoil", "reason"),
     [
         ("dcnv2_knowledge", lambda t: with_one_candidate_less(prestored(t), "item_index"), "send the same number"),
         ("dcnv2_encoded", lambda t: with_one_candidate_less(encoded(t), "item_present"), "send the same number"),
@@ -307,7 +307,7 @@ def with_one_candidate_less(tensors, name):
     ],
     ids=["misaligned", "misaligned raw", "empty", "bad index", "not a number", "width", "dtype", "missing"],
 )
-def test_a_bad_request_is_refused_alone(model, spoil, said, models, server):
+def test_a_bad_request_is_refused_alone(model, spoil, reason, models, server):
     rng = np.random.default_rng(6)
     good = [request(rng, candidates) for candidates in range(3, 23)]
     good = [tensors | models.knowledge(tensors) for tensors in good]
@@ -326,7 +326,7 @@ def test_a_bad_request_is_refused_alone(model, spoil, said, models, server):
     answers = asyncio.run(run())
     refused = answers.pop(10)
     assert isinstance(refused, InputError)
-    assert said in str(refused)
+    assert reason in str(refused)
     for tensors, scores in zip(good, answers, strict=True):
         np.testing.assert_allclose(scores, models.score("dcnv2_knowledge", tensors), rtol=0, atol=1e-5)
 
@@ -383,18 +383,18 @@ def test_a_model_is_added_to_a_running_server_and_loading_it_again_does_nothing(
     np.testing.assert_allclose(scores, models.score("dcnv2_control", tensors), rtol=0, atol=1e-5)
 
 
-def told_of(server, model):
+def adaptor_labels(server, model):
     """Labels of every `kar_adaptor_info` of a model on the server's Prometheus page; each must be 1."""
     with urlopen(f"http://127.0.0.1:{server.ports.metrics}/metrics") as answer:
         page = answer.read().decode()
     found = re.findall(r"^kar_adaptor_info\{(.*)\} (\S+)$", page, flags=re.MULTILINE)
     assert all(value == "1" for _, value in found)
-    labels = [dict(re.findall(r'(\w+)="([^"]*)"', text)) for text, _ in found]
-    return [one for one in labels if one["model"] == model]
+    all_labels = [dict(re.findall(r'(\w+)="([^"]*)"', text)) for text, _ in found]
+    return [labels for labels in all_labels if labels["model"] == model]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_server_tells_which_adaptor_runs_while_it_is_loaded(precision, models, server, live, tmp_path):
+def test_metrics_show_the_implementation_while_the_adaptor_is_loaded(precision, models, server, live, tmp_path):
     name = f"adaptor_of_{precision}"
     adaptor = HybridExpertAdaptor.load(models.repository / ADAPTOR / "1" / "adaptor.safetensors")
     adaptor.precision = precision
@@ -405,10 +405,10 @@ def test_the_server_tells_which_adaptor_runs_while_it_is_loaded(precision, model
         "cpu", repository, adaptor=name, adaptor_weights=files, backbones=[], sizes=SIZES, precision=precision, cores=4
     )
     link_models(repository, live)
-    assert told_of(server, name) == []
+    assert adaptor_labels(server, name) == []
     with InferenceServerClient(server.grpc_target) as client:
         client.load_model(name)
-        told = {
+        labels = {
             "model": name,
             "device": "cpu",
             "path": "cpu",
@@ -416,8 +416,8 @@ def test_the_server_tells_which_adaptor_runs_while_it_is_loaded(precision, model
             "dtype": "bfloat16" if precision == "bfloat16" and has_bfloat16() else "float32",
         }
         instances = [f"{name}_0_0", f"{name}_0_1"]
-        assert sorted(told_of(server, name), key=lambda one: one["instance"]) == [
-            told | {"instance": instance} for instance in instances
+        assert sorted(adaptor_labels(server, name), key=lambda one: one["instance"]) == [
+            labels | {"instance": instance} for instance in instances
         ]
         assert client.get_model_config(name).config.parameters["precision"].string_value == precision
         log = server.log_file.read_text()
@@ -425,7 +425,7 @@ def test_the_server_tells_which_adaptor_runs_while_it_is_loaded(precision, model
             assert log.count(f"{instance}: adaptor runs cpu: tensors are on the processor") == 1
         tensors = request(np.random.default_rng(8), 50)
         result = infer(server, name, {one: tensors[one][None] for one in ADAPTOR_INPUTS})
-        dtype = getattr(torch, told["dtype"])
+        dtype = getattr(torch, labels["dtype"])
         with torch.no_grad():
             for parameter in adaptor.parameters():
                 parameter.copy_(parameter.to(dtype))
@@ -439,10 +439,10 @@ def test_the_server_tells_which_adaptor_runs_while_it_is_loaded(precision, model
         absent = ~tensors["item_present"]
         neutral = models.adaptor.item_neutral.detach().expand(int(absent.sum()), -1)
         np.testing.assert_array_equal(result.as_numpy("item_knowledge")[0][absent], neutral)
-        assert len(told_of(server, name)) == len(instances)
+        assert len(adaptor_labels(server, name)) == len(instances)
         client.unload_model(name)
     deadline = time.monotonic() + 30
-    while told_of(server, name):
+    while adaptor_labels(server, name):
         assert time.monotonic() < deadline, "a model that is unloaded is still on the metrics page"
         time.sleep(0.1)
-    assert told_of(server, ADAPTOR)
+    assert adaptor_labels(server, ADAPTOR)

@@ -34,11 +34,11 @@ if INTERPRETS:
 
 
 class MemoryFault(AssertionError):
-    """A kernel read or wrote what it must not."""
+    """A kernel read or wrote memory that it must not."""
 
 
 class Launch:
-    """The memory that one launch may access, and what it reads and writes of it."""
+    """The memory that one launch may access, and its reads and writes of it."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         spans = sorted(
@@ -66,18 +66,18 @@ class Launch:
         return addresses, set(np.unique(tensors).tolist())
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, item_bytes: int) -> None:
-        """Note what a program reads."""
+        """Note a read."""
         self.read |= self.accessed(pointers, mask, item_bytes)[1]
 
     def store(self, pointers: np.ndarray, mask: np.ndarray, item_bytes: int) -> None:
-        """Note what a program writes."""
+        """Note a write."""
         addresses, tensors = self.accessed(pointers, mask, item_bytes)
         self.written.append(addresses)
         if tensors & self.read:
             raise MemoryFault("a tensor is read and written: another program may do so at the same time")
 
     def end(self) -> None:
-        """Check what all programs wrote together."""
+        """Check the writes of all programs together."""
         written = np.concatenate([np.empty(0, np.int64), *self.written])
         if len(np.unique(written)) < len(written):
             raise MemoryFault("two programs write the same place: which is last is not defined")
@@ -99,7 +99,7 @@ def checked_launches() -> Iterator[list[str]]:
         kind = np.dtype(interpreter._get_np_dtype(ptrs.get_element_ty()))
         running[-1].load(ptrs.data, mask.data, kind.itemsize)
         if other is None:
-            # The interpreter gives 0 where nothing is loaded, a GPU whatever the register held.
+            # Where nothing is loaded, the interpreter gives 0 and a GPU the old contents of a register.
             other = interpreter.TensorHandle(np.full(ptrs.data.shape, np.nan, kind), ptrs.get_element_ty())
         return load(self, ptrs, mask, other, *rest)
 
