@@ -39,7 +39,7 @@ def kar(monkeypatch, capsys):
     return run
 
 
-def test_the_installed_command_helps_and_names_every_stage():
+def test_the_help_of_the_installed_command_names_every_stage():
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
     answer = subprocess.run([KAR, "--help"], capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert answer.returncode == 0
@@ -73,7 +73,7 @@ def test_the_installed_command_helps_and_names_every_stage():
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_what_is_missing_or_wrong_is_one_line(arguments, words, code, kar, tmp_path, monkeypatch):
+def test_a_missing_or_wrong_input_gives_one_line(arguments, words, code, kar, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answer = kar(*arguments)
     assert answer.returncode == code
@@ -82,7 +82,7 @@ def test_what_is_missing_or_wrong_is_one_line(arguments, words, code, kar, tmp_p
     assert words in answer.stderr
 
 
-def test_a_path_that_cannot_be_used_is_one_line(kar, tmp_path):
+def test_an_unusable_path_gives_one_line(kar, tmp_path):
     (tmp_path / "file").touch()
     answer = kar("dataset", "--work", str(tmp_path / "file"), "--limit", "3")
     assert answer.returncode == 1
@@ -91,7 +91,7 @@ def test_a_path_that_cannot_be_used_is_one_line(kar, tmp_path):
     assert str(tmp_path / "file") in answer.stderr
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_an_interrupted_command_says_how_to_continue(tmp_path):
     program = (
         "import os, signal, sys, threading, kar_sidecar.cli as cli\n"
         # Started in the background, a process ignores interrupts.

@@ -58,7 +58,7 @@ def test_the_client_ranks_and_reads_knowledge(world):
     with_sidecar(world, body)
 
 
-def test_the_client_says_when_nobody_answers(world):
+def test_the_client_raises_when_no_server_answers(world):
     async def body(sidecar, channel):
         return sidecar.addresses.grpc
 

@@ -1,4 +1,4 @@
-"""A status on the wire stands for one error, so that the client raises what the server raised."""
+"""Each status on the wire stands for one error, so the client raises the error that the server raised."""
 
 import grpc
 import pytest
@@ -13,7 +13,7 @@ CLASSES = [getattr(errors, name) for name in errors.__all__ if name.endswith("Er
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_status_gives_back_the_error_that_it_was_made_from(kind):
-    # What a batch did read does not travel: such a read is unavailable to the client.
+    # The records of a partial read are not sent, so the client sees an unavailable store.
     assert ERROR_OF_STATUS[kind.status] is (UnavailableError if kind is IncompleteError else kind)
 
 

@@ -1,4 +1,4 @@
-"""Features survive packing, storing and encoding; what does not belong is refused."""
+"""Features survive packing, storing and encoding; wrong values and records are refused."""
 
 import hashlib
 import math
@@ -136,7 +136,7 @@ def test_a_user_record_gives_back_what_was_packed(
 
 
 @given(layouts(), st.lists(st.booleans(), max_size=6))
-def test_item_records_keep_their_places_and_absent_ones_are_missing(
+def test_item_records_keep_their_order_and_absent_ones_are_missing(
     packed: tuple[FeatureLayout, dict[str, Any]], present: list[bool]
 ) -> None:
     layout, values = packed
@@ -148,7 +148,7 @@ def test_item_records_keep_their_places_and_absent_ones_are_missing(
     ]
 
 
-def test_an_absent_user_has_nothing() -> None:
+def test_an_absent_user_has_neither_features_nor_history() -> None:
     read = USERS.decode_user(None)
     assert (read.history.item_ids, len(read.history.ratings), read.written_at_ms) == ((), 0, 0)
     assert math.isnan(read.row["age"][0])
@@ -182,7 +182,7 @@ def test_values_that_do_not_fit_are_refused(values: dict[str, Any], complaint: s
     assert complaint in str(raised.value)
 
 
-def test_histories_are_aligned_and_can_be_stored() -> None:
+def test_misaligned_and_unstorable_histories_are_refused() -> None:
     with pytest.raises(InputError, match="2 items but 1 ratings"):
         History(("a", "b"), np.ones(1, np.float32))
     with pytest.raises(InputError, match="NUL"):
@@ -198,7 +198,7 @@ def test_records_of_another_schema_are_refused() -> None:
         ITEMS.decode_items([items.encode(items.missing, written_at_ms=1)])
 
 
-def test_an_item_record_is_no_user_record() -> None:
+def test_an_item_record_is_refused_as_a_user_record() -> None:
     with pytest.raises(IntegrityError, match="corrupt"):
         USERS.decode_user(USERS.encode(USERS.missing, written_at_ms=1))
     with pytest.raises(IntegrityError, match="wrong size"):
@@ -236,7 +236,7 @@ def test_rows_become_indices_and_standardised_numbers() -> None:
     ("year", "standard", "missing"),
     [(2010, 4.0, 0), (2040, 10.0, 0), (1e6, 10.0, 0), (-1e6, -10.0, 0), (1e30, 0.0, 1), (float("inf"), 0.0, 1)],
 )
-def test_no_number_lies_far_from_the_others(year: float, standard: float, missing: int) -> None:
+def test_standardised_numbers_are_bounded(year: float, standard: float, missing: int) -> None:
     _, numbers, absent = encoder().rows(ITEMS, ITEMS.row({"year": year}))
     assert (numbers.tolist(), absent) == ([[standard]], missing)
 

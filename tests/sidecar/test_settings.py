@@ -17,17 +17,17 @@ def test_defaults_listen_on_loopback_and_follow_the_work_folder():
     assert settings.max_candidates == 1000
 
 
-def test_every_knob_has_a_sentence():
+def test_every_setting_has_a_description():
     fields = {**Settings.model_fields, **ExperimentSettings.model_fields}
     assert [name for name, field in fields.items() if not (field.description or "").endswith(".")] == []
 
 
-def test_milliseconds_and_seconds_are_in_the_names():
+def test_durations_have_their_unit_in_the_name():
     named = {name for name in Settings.model_fields if name.endswith(("_ms", "_s"))}
     assert {name for name, field in Settings.model_fields.items() if "seconds" in (field.description or "")} == named
 
 
-def test_arguments_beat_environment_beats_file(tmp_path, monkeypatch):
+def test_arguments_override_the_environment_which_overrides_the_file(tmp_path, monkeypatch):
     file = tmp_path / "kar.toml"
     file.write_text("grpc_port = 1\nmetrics_port = 2\nmax_candidates = 3\n[experiment]\nseed = 's'\ncoverage = 0.25\n")
     monkeypatch.setenv("KAR_METRICS_PORT", "20")
@@ -45,7 +45,7 @@ def test_an_unknown_variable_is_refused_by_name(monkeypatch, name):
         Settings.read()
 
 
-def test_variables_of_other_parts_are_left_alone(monkeypatch):
+def test_variables_of_other_parts_are_ignored(monkeypatch):
     before = Settings.read().model_dump()
     monkeypatch.setenv("KAR_CACHE", "/somewhere")
     monkeypatch.setenv("KAR_LLM_API_KEY", "secret")
@@ -82,6 +82,6 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
         Settings.read(tmp_path / "nothing.toml")
 
 
-def test_the_experiment_is_built_as_set():
+def test_the_experiment_is_built_from_its_settings():
     experiment = Settings.read(experiment={"key": "k", "coverage": 0.5, "weights": [0.9, 0.1]}).experiment.build()
     assert (experiment.key, experiment.coverage, experiment.weights) == ("k", 0.5, (0.9, 0.1))

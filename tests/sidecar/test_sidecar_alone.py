@@ -36,13 +36,13 @@ def slim(tmp_path_factory) -> Path:
     return python
 
 
-def test_it_has_no_torch(slim):
+def test_the_environment_has_no_torch(slim):
     program = f"import importlib.util as u, json; print(json.dumps([n for n in {HEAVY} if u.find_spec(n)]))"
     found = subprocess.run([slim, "-c", program], capture_output=True, text=True, check=True, cwd="/").stdout
     assert json.loads(found) == ["kar_sidecar"]
 
 
-def test_it_serves_vectors_and_answers_in_the_callers_order_without_triton(slim, world, fill_store, tmp_path):
+def test_the_sidecar_serves_vectors_and_answers_in_the_callers_order_without_triton(slim, world, fill_store, tmp_path):
     store_url = f"lmdb:{tmp_path / 'store'}"
     store = open_store(store_url)
     fill_store(store)

@@ -14,16 +14,16 @@ from kar_kernels.reference import Expert, hybrid_expert_reference
 from kar_kernels_bench.rounding import INPUTS, Units, excesses, rounding_limits, rows_with_sure_signs
 
 Result = dict[str, Tensor]
-"""Vectors as "user" and "item" and gradients as "gradient of " each of `INPUTS`, all float64."""
+"""By name, all float64: vectors ("user", "item") and gradients ("gradient of " and a name of `INPUTS`)."""
 Operator = Callable[..., tuple[Tensor, Tensor]]
 PARAMETERS = INPUTS[2:]
 CANDIDATES = 100
-"""Rows made for each that is kept, where a problem has only rows whose ReLUs have sure signs."""
+"""Rows drawn for each row that is kept, if a problem has only rows whose ReLUs have sure signs."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """An adaptor: D, H, K, S, P, how many towers it has, and whether they share a gate."""
+    """Sizes of an adaptor: D, H, K, S, P, the number of towers, and whether the towers share a gate."""
 
     dim: int = 50
     hidden: int = 32
@@ -51,7 +51,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Problem:
-    """Raw weights, encodings and gradients of the vectors, all float64, with values that `dtype` has exactly."""
+    """Raw weights, encodings and gradients of the vectors; all are float64, with values that `dtype` holds exactly."""
 
     sizes: Sizes
     dtype: torch.dtype
@@ -114,7 +114,7 @@ class Problem:
         )
 
     def vectors_by(self, path: str | None) -> Result:
-        """The operator's vectors where nothing needs a gradient."""
+        """The operator's vectors without gradients."""
         user, item, *raw = (leaf.detach() for leaf in self.leaves(self.x_dtype, self.dtype))
         vectors = hybrid_expert_adaptor(user, item, pack(*raw), path=path)
         return {name: out.double() for name, out in zip(("user", "item"), vectors, strict=True)}
@@ -134,13 +134,13 @@ class Problem:
         return F.pad(upstream, (0, self.packed()[3].out - self.sizes.out))
 
     def unpack_vectors(self, out: Tensor) -> Result:
-        """Both towers' vectors in what an implementation returns."""
+        """Both towers' vectors, from the padded output of an implementation."""
         assert out.dtype == self.x_dtype
         users, items = out[:, : self.sizes.out].detach().double().split(self.rows)
         return {"user": users, "item": items}
 
     def unpack_gradients(self, gradients: Sequence[Tensor]) -> Result:
-        """Gradients of the raw weights for those of the packed ones."""
+        """Gradients of the raw weights, from gradients of the packed weights."""
         raw = self.leaves(self.x_dtype, self.dtype)[2:]
         weights = pack(*raw)
         packed = (weights.first, weights.bias1, weights.weight2, weights.bias2)
@@ -158,7 +158,7 @@ class Problem:
         return self.limits(torch.float64, torch.float64)
 
     def assert_exact(self, result: Result) -> None:
-        """Fail unless it is the answer to float64's precision."""
+        """Fail unless `result` is the answer to float64's precision."""
         assert excesses(result, self.expected, self.exact_limits) == []
 
     def assert_within_rounding(self, result: Result, *, tf32: bool = False) -> None:
@@ -188,7 +188,7 @@ def random_problem(
 
     gates = 1 if adaptor.one_gate or adaptor.towers == 1 else 2
     experts, dim, hidden, out = adaptor.experts, adaptor.dim, adaptor.hidden, adaptor.out
-    # Scaled so that no gate is near 0: with one expert of all weight, errors of the others would not be seen.
+    # Scaled so that no gate is near 0: if one expert had all the weight, errors of the others would stay hidden.
     raw = (
         normal(experts, hidden, dim, scale=dim**-0.5),
         normal(experts, hidden, scale=0.5),
@@ -218,7 +218,7 @@ def adaptor_excesses(
     dtype = dtype or adaptor.weight1.dtype
     inputs = {name: adaptor.get_parameter(name).detach().double() for name in PARAMETERS}
     nothing = torch.zeros(0, adaptor.dim, dtype=torch.float64)
-    if len(adaptor.towers) == 1:  # Both towers of the operator are then the one that the adaptor has.
+    if len(adaptor.towers) == 1:  # The operator then uses the adaptor's only tower for both.
         (x,) = encodings.values()
         inputs |= {"user": x.double(), "item": nothing}
         vectors = {"user": vectors[adaptor.towers[0]]}

@@ -1,4 +1,4 @@
-"""Owns how tests ask a provider: questions, a log in memory, a clock that stands still."""
+"""Owns the means to ask a provider in tests: questions, a log in memory, a clock that only `sleep` moves."""
 
 import asyncio
 import hashlib
@@ -19,7 +19,7 @@ def questions(*prompts: str) -> list[Question]:
 
 
 def ask(provider: Provider, questions: Sequence[Question], notes: "Notes | None" = None) -> list[Answer]:
-    """The answers of a provider, which is opened and closed."""
+    """The answers of a provider, which is opened and closed here."""
 
     async def main() -> list[Answer]:
         async with provider:

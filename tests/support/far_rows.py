@@ -1,4 +1,4 @@
-"""Owns runs of kernels on row 2 ** 30 without the memory that it takes: which addresses they read and write there."""
+"""Owns runs of kernels at row 2 ** 30 without that much memory: it records the addresses that they read and write."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ COLUMNS = {"first_expert": 0, "logit_column": 0, "hidden_column": SIZE}
 
 
 class Accesses(NamedTuple):
-    """Addresses that a launch reads, but for the small weights, and that it writes."""
+    """Addresses that a launch reads (without those of the small weights) and writes."""
 
     read: set[int]
     written: set[int]
@@ -32,7 +32,7 @@ class Accesses(NamedTuple):
 def accesses(
     kernel: Any, tensors: Mapping[str, torch.Tensor], grid: tuple[int, ...], sizes: Mapping[str, int], **more: Any
 ) -> Accesses:
-    """Run the program of the block of row `FIRST`, with memory that only exists in name."""
+    """Run the program of the block at row `FIRST`, without memory behind the addresses."""
     assert INTERPRETS
     interpreter = importlib.import_module("triton.runtime.interpreter")
     tiles = importlib.import_module("kar_kernels.tiles")
@@ -60,7 +60,7 @@ def accesses(
         kernel[grid](**tensors, **sizes, **fixed, **more, BLOCK_ROWS=BLOCK)
     weights = [tensors[name].data_ptr() for name in WEIGHTS if name in tensors]
     weight_bytes = 8 * (2 * SIZE + EXPERTS * SIZE) * DIM
-    read = {at for at in read if not any(start <= at < start + weight_bytes for start in weights)}
+    read = {address for address in read if not any(start <= address < start + weight_bytes for start in weights)}
     return Accesses(read, written)
 
 
@@ -75,5 +75,5 @@ def places(tensor: torch.Tensor, rows: Sequence[int], columns: range) -> set[int
 
 
 def last_rows(numbers: int) -> list[int]:
-    """Where the rows of the last block begin, if a row has `numbers` numbers."""
+    """Offsets at which the rows of the last block begin, if a row has `numbers` numbers."""
     return [row * numbers for row in range(FIRST, ROWS)]

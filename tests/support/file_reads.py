@@ -1,4 +1,4 @@
-"""Owns a count of the files that are read: an audit hook sees every `open`, whichever library calls it."""
+"""Owns the count of files that are read: an audit hook sees every `open` of every library."""
 
 import os
 import sys
@@ -43,7 +43,7 @@ _RECORDER: _Recorder | None = None
 def count_reads(root: Path) -> Iterator[Counter[str]]:
     """Count how often each file below `root` is opened for reading, by its path relative to `root`.
 
-    A file that was replaced is another file: the largest count of the files that had a path is reported.
+    A file that replaces another is counted by itself; the largest count of all files at a path is reported.
     """
     global _RECORDER
     _RECORDER = _RECORDER or _Recorder()

@@ -1,9 +1,9 @@
 """Owns the hostile endpoint: an OpenAI-compatible server for chat, files and batches that misbehaves on request.
 
-It runs in a thread of the test's process, so its counts can be read while a subprocess talks to it. A way to answer is
-an act (`hostile_acts`): `hang`, `reset`, `reply(429, headers={"retry-after": "1"})` and so on. A request gets the next
-act in the script of its route. Without one, a chat request gets the act that `mischief` chooses, and others the right
-answer.
+It runs in a thread of the test's process, so tests can read its counts while a subprocess talks to it. An act
+(`hostile_acts`) is a way to answer: `hang`, `reset`, `reply(429, headers={"retry-after": "1"})` and so on. A request
+gets the next act in the script of its route. Without a script, a chat request gets the act that `mischief` chooses, and
+any other request gets the right answer.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ LIFE = ("validating", "in_progress", "finalizing", "completed")
 
 
 def echo(prompt: str) -> str:
-    """The default answer, which only this prompt can have."""
+    """The default answer, different for every prompt."""
     return f"About {sha256(prompt)}: it is told well."
 
 
@@ -35,7 +35,7 @@ class Plan:
     """The course of a batch."""
 
     life: tuple[str, ...] = LIFE
-    """Its states, one further at each poll; the last one stays."""
+    """Its states: each poll moves to the next one, and the last one stays."""
     results: Callable[[list[str]], tuple[list[str], list[str]]] = lambda lines: (lines, [])
     """Makes the lines of the output and of the error file from the right lines."""
     errors: Any = None
@@ -46,9 +46,9 @@ class Hostile:
 
     Args:
         answers: Makes the answer to a prompt.
-        mischief: What to do at chat requests that no script covers.
-        hold_s: How long the right answer to a chat request takes.
-        together: This number of chat requests must be under way before any is answered.
+        mischief: Chooses the act for a chat request without a script.
+        hold_s: Seconds that the right answer to a chat request takes.
+        together: Number of chat requests that must be under way before any is answered.
     """
 
     def __init__(
@@ -61,23 +61,23 @@ class Hostile:
     ) -> None:
         self.answers, self.mischief, self.hold_s, self.together = answers, mischief, hold_s, together
         self.scripts: defaultdict[str, list[Act]] = defaultdict(list)
-        """By route: what to do at the next requests; `answer` does what is asked for."""
+        """By route: the acts of the next requests; the act `answer` gives the right answer."""
         self.plans: list[Plan] = []
         """The courses of the next batches."""
         self.page = 100
-        """The most batches that a page of the list holds."""
+        """Maximal number of batches on a page of the list."""
         self.blind = 0
-        """This number of further requests for the list get an empty one."""
+        """Number of further requests for the list that get an empty list."""
         self.requests: list[Exchange] = []
         self.prompts: Counter[str] = Counter()
-        """Requests by prompt: of chat, and lines of batches that were made."""
+        """Requests by prompt: chat requests, and lines of created batches."""
         self.answered: Counter[str] = Counter()
-        """Right answers by prompt that were sent whole."""
+        """Right answers that were sent completely, by prompt."""
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        """As the API shows them, in the order in which they were made."""
+        """Batches as the API shows them, in the order of their creation."""
         self.running = self.most = 0
-        """Chat requests under way, now and at most."""
+        """Chat requests under way: now, and the largest number so far."""
         self.faults: list[Exception] = []
         """Errors of the server, such as a request that no client may send; raised at exit."""
         self._lives: dict[str, tuple[str, ...]] = {}
@@ -225,10 +225,10 @@ class Hostile:
             "request_counts": {"total": len(lines), "completed": 0, "failed": 0},
             "errors": plan.errors,
         }
-        for name, found in (("output", output), ("error", errors)):
-            if found:
+        for name, result_lines in (("output", output), ("error", errors)):
+            if result_lines:
                 batch[f"{name}_file_id"] = f"{identity}-{name}"
-                self.files[f"{identity}-{name}"] = "".join(line + "\n" for line in found).encode()
+                self.files[f"{identity}-{name}"] = "".join(line + "\n" for line in result_lines).encode()
         self.batches[identity], self._lives[identity] = batch, plan.life
         return self._shown(batch)
 
@@ -247,7 +247,7 @@ class Hostile:
     def _list(self, query: dict[str, str]) -> Body:
         newest = [] if self.blind else list(reversed(self.batches.values()))
         self.blind = max(self.blind - 1, 0)
-        after = next((at for at, batch in enumerate(newest, 1) if batch["id"] == query.get("after")), 0)
+        after = next((number for number, batch in enumerate(newest, 1) if batch["id"] == query.get("after")), 0)
         size = min(int(query.get("limit", 20)), self.page)
         shown = newest[after : after + size]
         return {

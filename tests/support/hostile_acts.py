@@ -17,7 +17,7 @@ async def answer(exchange: Exchange) -> None:
 
 
 def reply(status: int, text: str | bytes = "", headers: Mapping[str, str] | None = None) -> Act:
-    """Answer with this, whatever the request."""
+    """Answer every request with this status and text."""
 
     async def act(exchange: Exchange) -> None:
         exchange.send(status, text if isinstance(text, bytes) else text.encode(), headers)
@@ -26,7 +26,7 @@ def reply(status: int, text: str | bytes = "", headers: Mapping[str, str] | None
 
 
 def body(value: Any) -> Act:
-    """Answer with this JSON, where floats may be infinite."""
+    """Answer with this JSON value; floats may be infinite."""
     return reply(200, json.dumps(value))
 
 
@@ -47,14 +47,14 @@ async def drip(exchange: Exchange) -> None:
     """Send a byte at a time: each read is quick, the whole answer takes long."""
     content = exchange.right()
     exchange.begin(200, {"content-length": str(len(content))})
-    for at in range(len(content)):
-        exchange.writer.write(content[at : at + 1])
+    for start in range(len(content)):
+        exchange.writer.write(content[start : start + 1])
         if await exchange.leaves(0.05):
             return
 
 
 async def truncate(exchange: Exchange) -> None:
-    """Announce more bytes than are sent."""
+    """Announce the whole answer, send half of it, and close the connection."""
     content = exchange.right()
     exchange.begin(200, {"content-length": str(len(content))})
     exchange.writer.write(content[: len(content) // 2])
@@ -103,12 +103,12 @@ PASSING: Mapping[str, Act] = {
 """Misbehaviour after which the same request may succeed."""
 
 
-def seeded(seed: int, kinds: Mapping[str, Act] = PASSING, share: float = 0.6, most: int = 3) -> Mischief:
-    """A share of the prompts get one to `most` acts before their answer; the same in every run."""
+def seeded(seed: int, kinds: Mapping[str, Act] = PASSING, share: float = 0.6, limit: int = 3) -> Mischief:
+    """Give a share of the prompts one to `limit` acts before their answer; the same in every run."""
 
     def act_at(prompt: str, nth: int) -> Act | None:
         rng = random.Random(f"{seed} {prompt}")
-        plan = rng.choices(list(kinds.values()), k=rng.randint(1, most)) if rng.random() < share else []
+        plan = rng.choices(list(kinds.values()), k=rng.randint(1, limit)) if rng.random() < share else []
         return plan[nth] if nth < len(plan) else None
 
     return act_at

@@ -1,4 +1,4 @@
-"""Owns one request to the hostile endpoint, with the connection on which it is answered."""
+"""Owns one request to the hostile endpoint, and the connection on which it is answered."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Body = dict[str, Any] | bytes
 Act = Callable[["Exchange"], Awaitable[None]]
 Mischief = Callable[[str, int], Act | None]
-"""What to do at the nth request, from 0, with a prompt; None: answer it."""
+"""Chooses the act for the nth request (from 0) with a prompt; None: the right answer."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Exchange:
     headers: dict[str, str]
     body: bytes
     done: bool = False
-    """No longer counted as under way."""
+    """Whether the request no longer counts as under way."""
 
     @property
     def route(self) -> str:
@@ -60,7 +60,7 @@ class Exchange:
         return self.json["messages"][0]["content"]
 
     def end(self) -> None:
-        """The client may send its next request from now on."""
+        """Count the request as no longer under way: the client may send its next one."""
         if not self.done and self.route == "chat":
             self.server.running -= 1
         self.done = True
@@ -86,7 +86,7 @@ class Exchange:
         self.writer.write("\r\n".join(lines).encode())
 
     def right(self) -> bytes:
-        """Do what the request asks for; the body of the right answer."""
+        """Do what the request asks for; returns the body of the right answer."""
         content = self.server.answer_to(self)
         return content if isinstance(content, bytes) else json.dumps(content).encode()
 

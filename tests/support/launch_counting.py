@@ -1,4 +1,4 @@
-"""Owns counts of the operators that would launch a kernel on a GPU."""
+"""Owns the count of operators that would launch a kernel on a GPU."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
 DEFAULT = {"users": 3, "items": 4, "dim": 64, "hidden": 128, "out": 32}
-"""A problem of the product's default sizes, but for D."""
+"""A problem of the product's default sizes, except D."""
 
 
 class Counting(TorchDispatchMode):

@@ -19,7 +19,7 @@ def write_encoder(folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    # What a tokenizer of the hub may bring along, and would cut texts.
+    # A tokenizer of the hub may come with these settings, which would cut texts.
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=5)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -27,7 +27,7 @@ def write_encoder(folder: Path) -> Path:
 
 
 def token_vectors(folder: Path, words: str) -> np.ndarray:
-    """Token vectors [T + 2, 8] of one text alone: no batch, no padding, no tokenizer of ours."""
+    """Token vectors [T + 2, 8] of one text, computed without our code: no batch, no padding, no tokenizer."""
     model = BertModel.from_pretrained(folder, attn_implementation="eager").eval()
     ids = torch.tensor([[2, *(WORDS.index(word) for word in words.split()), 3]])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Owns mutants: implementations with one wrong line, which the comparison with the reference must tell from the right.
+"""Owns mutants: implementations with one wrong line, which the comparison with the reference must detect.
 
 A test file has a table of mutants for the module that it tests: the name of a fault, the line, the wrong line.
 """
@@ -33,14 +33,14 @@ def load_mutant(name: str, folder: Path, right: str = "", wrong: str = "") -> Mo
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if name == "gemm_then_fused":
-        module.CHUNKS = 2  # of which the items' first has two blocks of rows
+        module.CHUNKS = 2  # the first chunk of the items has two blocks of rows
     return module
 
 
 def assert_right(problem: Problem, name: str, module: ModuleType) -> None:
-    """Fail unless the module's functions compute what the reference does."""
+    """Fail unless the module's functions compute the result of the reference."""
     user, item, weights, shape = problem.packed()
-    # Rows are as far apart as those of no other tensor.
+    # Each tensor has another distance between its rows.
     user, item = F.pad(user, (0, 16))[:, :-16], F.pad(item, (0, 32))[:, :-32]
     forward: Callable = getattr(module, f"{name}_forward")
     if name == "fused_expert_pairs":
@@ -55,6 +55,6 @@ def assert_right(problem: Problem, name: str, module: ModuleType) -> None:
 
 
 def assert_wrong(problem: Problem, name: str, module: ModuleType) -> None:
-    """Fail if the comparison takes the module for right."""
+    """Fail if the comparison does not detect that the module is wrong."""
     with pytest.raises(AssertionError):
         assert_right(problem, name, module)

@@ -1,4 +1,4 @@
-"""A process that can open no further file, as under a too small limit."""
+"""Owns a block of code in which the process cannot open another file, as under a limit that is too small."""
 
 import resource
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_file_left() -> Iterator[None]:
-    """Have this process open no file: EMFILE."""
+    """Make every `open` of this process fail with EMFILE while the block runs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:

@@ -1,4 +1,4 @@
-"""Where the repository and its documents lie."""
+"""Owns the paths of the repository and of its documents."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ def schema_of(history_length: int = 4) -> records_pb2.FeatureSchema:
 
 
 def make_dataset(work: WorkFolder, schema: records_pb2.FeatureSchema) -> None:
-    """ann rated heat (100 s), alien (200 s), ran (300 s): two may be shown; bob rated ran (900 s)."""
+    """ann rated heat (100 s), alien (200 s), ran (300 s), and prompts may show the first two; bob rated ran (900 s)."""
     work.dataset.mkdir(exist_ok=True)
     Dataset(
         name="tiny",
@@ -74,7 +74,7 @@ def make_release(
 ) -> str:
     """ann, bob, heat and alien have knowledge; heat's expires at 50 s. Vectors are multiples of `scale`.
 
-    With `loans` alien borrows from those records, and cluster/0's expires at 40 s, cluster/1's never.
+    With `loans`, alien's vector is imputed from those records; cluster/0's text expires at 40 s, cluster/1's never.
     """
     draft = work.releases / "draft"
     for name in ("vectors", "knowledge"):
@@ -90,7 +90,7 @@ def make_release(
                 if identity == "heat":
                     record.expires_at.FromSeconds(50)
                 if identity == "alien" and loans:
-                    shares = [records_pb2.Loan(id=lender, weight=1 / len(loans)) for lender in loans]
+                    shares = [records_pb2.Loan(id=neighbour, weight=1 / len(loans)) for neighbour in loans]
                     record = records_pb2.KnowledgeRecord(id=identity, loans=shares)
                 file.write(record_line(record) + "\n")
     if loans:

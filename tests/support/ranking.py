@@ -1,4 +1,4 @@
-"""Answers of a ranker and of the knowledge service on the tiny world, whose release is loaded and warm."""
+"""Owns calls of a ranker and of the knowledge service on the tiny world, whose release is loaded and warm."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ from kar_sidecar.telemetry import Telemetry
 
 
 class Clock:
-    """Seconds that pass only when told to; every look at it costs `tick`."""
+    """A clock in seconds, which only the test and each reading (by `tick`) move."""
 
     def __init__(self, tick: float = 0.0) -> None:
         self.now, self.tick = 100.0, tick

@@ -54,7 +54,7 @@ __all__ = [
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 NOON_S = int(NOON.timestamp())
 LATER = NOON + timedelta(hours=1)
-"""When refreshes run: after the release was made."""
+"""Time of the refreshes, after the release was made."""
 DAY_S = 86_400
 TITLES = (
     *("Amber Road", "Blue Harbour", "Crooked Mile", "Distant Bells"),
@@ -93,7 +93,7 @@ def at(time: datetime) -> Callable[[], datetime]:
 
 
 def model(**options: Any) -> ScriptedModel:
-    """Writes about the first title that a prompt shows, another text for every prompt."""
+    """A model that writes about the first title in a prompt, a different text for every prompt."""
     return ScriptedModel(lambda prompt: prose(prompt.split('"')[1], prompt), **options)
 
 
@@ -103,7 +103,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def _dataset() -> Dataset:
-    """Each viewer rated six of eight films on the six days before noon; three may be shown."""
+    """Each viewer rated six of eight films on the six days before noon; prompts may show three of them."""
     features = [
         records_pb2.Feature(name="age", entity=USER.number, type=records_pb2.FEATURE_TYPE_NUMERIC),
         records_pb2.Feature(name="genres", entity=ITEM.number, type=records_pb2.FEATURE_TYPE_CATEGORICAL, width=2),
@@ -135,12 +135,12 @@ class _Films:
 
 
 def build_dataset(work: WorkFolder) -> None:
-    """Write the dataset as it comes from its source, whatever was there."""
+    """Write the dataset as it comes from its source, in place of the one that is there."""
     build_dataset_of(work, _Films(), history_length=3)
 
 
 def _train(work: WorkFolder) -> None:
-    """Two models with weights of chance; the knowledge model has the item tower and affinity of texts."""
+    """Two models with random weights; the knowledge model has the item tower and affinity of texts."""
     torch.manual_seed(1)
     dataset = work.read(Dataset)
     data = encode_dataset(dataset)
@@ -148,18 +148,16 @@ def _train(work: WorkFolder) -> None:
     components = principal_components(texts.item, texts.item_present, WIDTH)
     affinity = AffinityInput((("text", WIDTH),), components, torch.zeros(COLUMNS), torch.ones(COLUMNS))
     adaptor = {"dim": texts.dim, "hidden": 5, "out": KNOWLEDGE, "shared": 1, "dedicated": 2, "towers": ("item",)}
-    for arm, made in (("control", None), ("knowledge", adaptor)):
-        sizes = {"item_knowledge": KNOWLEDGE, "affinity": COLUMNS} if made else {}
+    for arm, arguments in (("control", None), ("knowledge", adaptor)):
+        sizes = {"item_knowledge": KNOWLEDGE, "affinity": COLUMNS} if arguments else {}
         spec = type(data.spec).from_json(data.spec.to_json() | sizes)
-        built = build_model(BACKBONE, spec, data.categories, made)
+        weights = build_model(BACKBONE, spec, data.categories, arguments).state_dict()
         folder = run_folder(work, BACKBONE, arm)
         folder.mkdir(parents=True)
-        identity = {"backbone": BACKBONE, "arm": arm, "spec": spec.to_json(), "adaptor": made}
-        identity |= {"encoder_id": texts.encoder_id if made else "", "settings": {"seed": 0}}
-        known = affinity if made else None
-        save_trained(
-            folder, built.state_dict(), data.features, known, identity=identity, metrics={"validation_loss": 1}
-        )
+        identity = {"backbone": BACKBONE, "arm": arm, "spec": spec.to_json(), "adaptor": arguments}
+        identity |= {"encoder_id": texts.encoder_id if arguments else "", "settings": {"seed": 0}}
+        model_affinity = affinity if arguments else None
+        save_trained(folder, weights, data.features, model_affinity, identity=identity, metrics={"validation_loss": 1})
 
 
 def make_work(work: WorkFolder) -> str:

@@ -1,4 +1,4 @@
-"""A sidecar on the tiny world: a real gRPC server in this process, on loopback ports of the system's choice."""
+"""Owns a sidecar on the tiny world: a real gRPC server in this process, on free loopback ports."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""A tiny hand-made world: two users, four items, a release, a filled store, and models that are plain functions."""
+"""Owns a tiny hand-made world: two users, four items, a release, a filled store, and models that are functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -166,7 +166,7 @@ def models(*release_ids: str) -> dict:
 
 
 class StubbornStore(MemoryStore):
-    """A store in memory that can fail, with `fault`, and wait, with `gate` (it leaves the event loop then)."""
+    """A store in memory that can fail with `fault`, and wait in `gate` (then it counts as blocking)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class StubbornStore(MemoryStore):
 
 @dataclass
 class World:
-    """What a sidecar needs, with an active release."""
+    """The release folder, store and scorer of a sidecar, with an active release."""
 
     folder: Path
     release_id: str = ""
@@ -216,7 +216,7 @@ class World:
         return Releases(self.folder, self.store, self.scorer, mode, probe_tensors=probe_tensors, warm_timeout_s=30)
 
     def settings(self, **changes) -> Settings:
-        # Generous, so that a busy machine degrades nothing by itself.
+        # Long limits, so that a busy machine degrades no request.
         generous = {"store_timeout_ms": 30_000, "score_timeout_ms": 30_000, "health_interval_ms": 5}
         ports = {"grpc_port": 0, "metrics_port": 0}
         return Settings.read(**{"releases": self.folder, "grace_s": 0.2, **ports, **generous, **changes})
@@ -234,13 +234,13 @@ def world(tmp_path) -> World:
 
 @pytest.fixture
 def fill_store() -> Callable[[MemoryStore], None]:
-    """What publishes the tiny world into any store."""
+    """A function that publishes the tiny world into any store."""
     return fill
 
 
 @pytest.fixture
 def affine(world):
-    """The world, its release with the item's tower alone and the affinity of the last two rated items."""
+    """The world with a release that has the item tower alone and the affinity of the last two rated items."""
     release_id = make_release(world.folder, towers=[ITEM.number], affinity=AFFINITY)
     write_active(world.folder, release_id)
     space = AFFINITY.space.space_id

@@ -1,4 +1,4 @@
-"""Builder: the folder of an encoding stage, with random vectors for a dataset."""
+"""Owns a builder: the folder of an encoding stage, with random vectors for a dataset."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Builders: a tiny dataset with encoded texts, and settings that train on it within a second."""
+"""Owns builders: a tiny dataset with encoded texts, and settings that train on it within a second."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Owns Triton's interpreter in tests: the switch that turns it on, and checks of every access of kernels to memory.
+"""Owns Triton's interpreter in tests: it turns the interpreter on and checks every memory access of kernels.
 
 Triton decides when a kernel is defined whether the interpreter will run it. So this module sets TRITON_INTERPRET and
 imports the kernels, before anything else does. The variable does not stay set: other tests start processes, which
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 VARIABLE: Final = "TRITON_INTERPRET"
 INTERPRETS: Final = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-"""Where there is a GPU, the same session runs kernels on it: the interpreter cannot run them as well."""
+"""With a GPU, the session runs kernels there, and the interpreter cannot run in the same session."""
 interpreted: Final = pytest.mark.skipif(not INTERPRETS, reason="only where triton is installed and there is no GPU")
 
 if INTERPRETS:
@@ -77,7 +77,7 @@ class Launch:
             raise MemoryFault("a tensor is read and written: another program may do so at the same time")
 
     def end(self) -> None:
-        """Check the writes of all programs together."""
+        """Check that no two programs wrote the same place."""
         written = np.concatenate([np.empty(0, np.int64), *self.written])
         if len(np.unique(written)) < len(written):
             raise MemoryFault("two programs write the same place: which is last is not defined")
@@ -119,7 +119,7 @@ def checked_launches() -> Iterator[list[str]]:
         patched.clear()
         running.append(Launch([argument for argument in args if isinstance(argument, Tensor)]))
         try:
-            # What the interpreter does with torch is not the kernel's.
+            # The interpreter's own calls of torch do not belong to the kernel.
             with _disable_current_modes():
                 run(self, *args, **kwargs)
             running[-1].end()

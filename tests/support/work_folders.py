@@ -1,4 +1,4 @@
-"""Owns small work folders, and what tests train on them within a second."""
+"""Owns small work folders, and batches and models that tests train on them within a second."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -61,9 +61,9 @@ def work(tmp_path):
 
 @pytest.fixture
 def titled(work):
-    """The same with titles: item 3 is Film 3."""
+    """The small work folder with titles: item 3 is "Film 3"."""
     dataset = work.read(Dataset)
-    named = [Entity(item.id, item.features, {"title": f"Film {at}"}) for at, item in enumerate(dataset.items)]
+    named = [Entity(item.id, item.features, {"title": f"Film {row}"}) for row, item in enumerate(dataset.items)]
     replace(dataset, items=named).save(work.dataset)
     return work
 

@@ -72,9 +72,7 @@ class Policy:
             InputError: `grown_by` is less than 1, or no reason or kind counts.
         """
         if self.grown_by < 1 or not self.reasons or self.kinds == frozenset():
-            raise InputError(
-                "a refresh needs --grown-by of at least 1, one reason and one kind: give them"
-            )
+            raise InputError("a refresh needs --grown-by of at least 1, one reason and one kind: give them")
 
 
 class RefreshCandidate(NamedTuple):

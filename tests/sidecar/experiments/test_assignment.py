@@ -34,7 +34,7 @@ def test_fnv1a32_reads_utf8():
         ("()**(%$##$%#$#", '___)((*":&', 0.0128),
     ],
 )
-def test_positions_are_growthbooks(seed, value, expected):
+def test_positions_equal_growthbooks_vectors(seed, value, expected):
     assert position(seed, value) == expected
 
 
@@ -56,7 +56,7 @@ def test_positions_are_growthbooks(seed, value, expected):
         (2, 1, [0.4, 0.5999], [(0, 0.4), (0.4, 0.9999)]),
     ],
 )
-def test_ranges_are_growthbooks(count, coverage, weights, expected):
+def test_ranges_equal_growthbooks_vectors(count, coverage, weights, expected):
     ranges = bucket_ranges(count, coverage, weights)
     assert [bound for pair in ranges for bound in pair] == pytest.approx([bound for pair in expected for bound in pair])
 
@@ -79,7 +79,7 @@ HALVES, REDUCED, EMPTY = [(0, 0.5), (0.5, 1)], [(0, 0.25), (0.5, 0.75)], [(0, 0.
         (0.5, EMPTY, 2),
     ],
 )
-def test_choice_is_growthbooks(at, ranges, expected):
+def test_choices_equal_growthbooks_vectors(at, ranges, expected):
     assert choose(at, ranges) == expected
 
 
@@ -97,7 +97,7 @@ shares = st.floats(0, 1)
 
 
 @given(st.text(max_size=20), st.text(max_size=20), shares, shares, st.floats(0, 1))
-def test_raising_the_coverage_moves_nobody(seed, user, one, other, weight):
+def test_a_larger_coverage_moves_no_user_to_another_arm(seed, user, one, other, weight):
     low, high = sorted((one, other))
     weights = (weight, 1 - weight)
     before = Experiment(seed=seed, coverage=low, weights=weights).assign(user)
@@ -105,7 +105,7 @@ def test_raising_the_coverage_moves_nobody(seed, user, one, other, weight):
     assert not before.experiment or after == before
 
 
-def test_arms_come_out_in_their_shares():
+def test_arms_are_assigned_in_their_shares():
     experiment = Experiment(seed="shares", coverage=0.5, weights=(0.2, 0.8))
     drawn = [experiment.assign(f"user-{i}") for i in range(20_000)]
     inside = [assignment.arm for assignment in drawn if assignment.experiment]

@@ -1,4 +1,4 @@
-"""FAISS finds what exact search finds, as well as it was told to, and only one FAISS may be installed."""
+"""FAISS reaches the required recall against exact search, and only one FAISS distribution may be installed."""
 
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +48,7 @@ def test_the_nearest_come_first_whatever_their_length(implementation: type[Vecto
 
 
 @both
-def test_fewer_entities_than_asked_for_are_all_found(implementation: type[VectorIndex]) -> None:
+def test_all_entities_are_found_when_more_are_requested(implementation: type[VectorIndex]) -> None:
     index = implementation.build(IDS, VECTORS)
     found = index.search(np.ones((1, 2)), 10)
     assert sorted(found.ids[0]) == sorted(IDS)
@@ -95,7 +95,7 @@ def test_every_kind_finds_what_exact_search_finds(kind) -> None:
 
 
 @kinds
-def test_the_recall_that_is_told_is_the_share_of_the_exact_ten_nearest(kind) -> None:
+def test_the_reported_recall_is_the_share_of_the_exact_ten_nearest(kind) -> None:
     vectors, queries = clustered(600), clustered(80, seed=9)
     config = IndexConfig(kind, recall=0.2, probes=2, ef_search=11, links=3, ef_construction=4)
     index = FaissIndex.build(named(600), vectors, config, queries=queries)
@@ -108,7 +108,7 @@ def test_the_recall_that_is_told_is_the_share_of_the_exact_ten_nearest(kind) -> 
 
 
 @kinds
-def test_recall_is_measured_with_vectors_that_are_not_there_yet(kind) -> None:
+def test_recall_is_measured_with_vectors_that_are_not_in_the_index(kind) -> None:
     vectors = clustered(300, 24)
     measured_with = []
     for config in (IndexConfig(kind, recall=0.9, sample=20), IndexConfig(kind, recall=0.9)):
@@ -120,7 +120,7 @@ def test_recall_is_measured_with_vectors_that_are_not_there_yet(kind) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), [("ivf", "probes"), ("hnsw", "ef_search")])
-def test_the_fewest_that_reach_the_recall_are_chosen(kind, name) -> None:
+def test_the_smallest_search_effort_that_reaches_the_recall_is_chosen(kind, name) -> None:
     vectors = clustered(1500, 24)
     base = {"links": 4, "ef_construction": 16}
     index = FaissIndex.build(named(1500), vectors, IndexConfig(kind, recall=0.9, **base))
@@ -184,7 +184,7 @@ def test_many_threads_share_one_index() -> None:
     index.close()
 
 
-def test_searches_that_wait_are_answered_by_one_call_each_as_if_alone() -> None:
+def test_waiting_searches_share_one_call_and_get_the_answers_of_single_searches() -> None:
     vectors = clustered(300)
     index, exact = FaissIndex.build(named(300), vectors), ExactIndex.build(named(300), vectors)
     calls: list[tuple[int, int]] = []
@@ -220,7 +220,7 @@ def test_a_request_that_fails_fails_alone_and_the_next_is_answered() -> None:
     entries, ids, inner, busy, free = index._cpu_index, index._ids, index._index, Event(), Event()
 
     class Broken:
-        """Knows neither the vector of the first row nor its name, and lets requests gather before it searches."""
+        """Fails for the first row, and lets requests gather before it searches."""
 
         def reconstruct(self, row):
             if row == 0:
@@ -254,7 +254,7 @@ def test_a_request_that_fails_fails_alone_and_the_next_is_answered() -> None:
     index.close()
 
 
-def test_closing_answers_what_was_asked_before() -> None:
+def test_closing_answers_earlier_requests() -> None:
     vectors = clustered(100)
     index = FaissIndex.build(named(100), vectors)
     futures = [index.submit(vectors[row : row + 1], 1) for row in range(100)]

@@ -51,7 +51,7 @@ def test_ids_are_found_by_row_and_rows_by_id_in_memory_and_mapped(tmp_path: Path
         assert ids.row("éé") is None
 
 
-def test_no_ids_at_all_can_be_read_back(tmp_path: Path) -> None:
+def test_an_empty_id_table_can_be_read_back(tmp_path: Path) -> None:
     Ids.of([]).save(tmp_path)
     for mapped in (True, False):
         ids = Ids.load(tmp_path, mapped=mapped)
@@ -60,7 +60,7 @@ def test_no_ids_at_all_can_be_read_back(tmp_path: Path) -> None:
 
 @kinds
 @pytest.mark.parametrize("mapped", [True, False])
-def test_a_snapshot_finds_the_same(kind, mapped, tmp_path: Path) -> None:
+def test_a_snapshot_finds_the_same_neighbours_as_its_index(kind, mapped, tmp_path: Path) -> None:
     index = build(kind)
     loaded = FaissIndex.load(tmp_path / index.save(tmp_path), mapped=mapped)
     assert (loaded.dim, len(loaded)) == (8, 300)
@@ -101,7 +101,7 @@ def test_a_mapped_index_is_not_read_into_memory(kind, tmp_path: Path) -> None:
     index.close()
 
 
-def test_the_record_says_what_is_in_it(tmp_path: Path) -> None:
+def test_the_record_describes_its_snapshot(tmp_path: Path) -> None:
     index = build("ivf")
     folder = tmp_path / index.save(tmp_path, space_id="eeee")
     record = json.loads((folder / "snapshot.json").read_text())
@@ -133,7 +133,7 @@ def test_publishing_points_to_the_newest_and_keeps_the_one_before(tmp_path: Path
     assert read_current(tmp_path) == (names[1], 5)
 
 
-def test_what_is_read_is_not_deleted(tmp_path: Path) -> None:
+def test_a_snapshot_in_use_is_not_deleted(tmp_path: Path) -> None:
     first = publish(tmp_path, 1, seed=1)
     reader = FaissIndex.load(tmp_path / first)
     others = [publish(tmp_path, at_ms, seed=at_ms) for at_ms in (2, 3)]
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_named_and_mended_by_publishing_again(file, damage, tm
     FaissIndex.load(folder).close()
 
 
-def test_what_cannot_be_read_now_is_neither_missing_nor_corrupt(tmp_path: Path) -> None:
+def test_a_snapshot_that_cannot_be_read_now_is_unavailable_not_missing_or_corrupt(tmp_path: Path) -> None:
     folder = tmp_path / publish(tmp_path)
     FaissIndex.load(folder).close()
     with no_file_left():
@@ -189,7 +189,9 @@ def test_what_cannot_be_read_now_is_neither_missing_nor_corrupt(tmp_path: Path) 
         (RuntimeError("Index type 0x3f3f3f3f not recognized"), IntegrityError),
     ],
 )
-def test_what_faiss_says_is_told_apart(fault: Exception, kind: type[KarError], tmp_path: Path, monkeypatch) -> None:
+def test_faults_of_faiss_become_different_errors(
+    fault: Exception, kind: type[KarError], tmp_path: Path, monkeypatch
+) -> None:
     folder = tmp_path / publish(tmp_path)
 
     def read_index(path: str, flags: int) -> None:

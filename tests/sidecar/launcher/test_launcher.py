@@ -24,18 +24,18 @@ def test_a_taken_port_is_named():
             serve(port=port)
 
 
-def test_port_zero_becomes_a_free_one():
+def test_port_zero_becomes_a_free_port():
     port = listen_port("127.0.0.1", 0, "--port")
     assert listen_port("127.0.0.1", port, "--port") == port
 
 
-def test_nothing_exported(tmp_path):
+def test_a_work_folder_without_a_release_is_refused(tmp_path):
     with pytest.raises(PreconditionError, match="run `kar export` first"):
         serve(work=tmp_path / "mistyped", port=0)
     assert not (tmp_path / "mistyped").exists()
 
 
-def test_nothing_published(tmp_path):
+def test_a_release_that_is_not_published_is_refused(tmp_path):
     (tmp_path / "releases").mkdir()
     write_active(tmp_path / "releases", "abc")
     ready = tmp_path / "ready.json"
@@ -45,12 +45,12 @@ def test_nothing_published(tmp_path):
     assert not ready.exists()
 
 
-def test_an_unknown_release(tmp_path):
+def test_an_unknown_release_is_refused(tmp_path):
     with pytest.raises(NotFoundError, match=r"release 'abc' is not below .*releases \(known: none\)"):
         serve(work=tmp_path, port=0, release="abc")
 
 
-def test_one_serve_a_work_folder(tmp_path):
+def test_a_second_serve_of_a_work_folder_is_refused(tmp_path):
     (tmp_path / "releases").mkdir()
     write_active(tmp_path / "releases", "abc")
     (tmp_path / "serving").mkdir()

@@ -1,4 +1,4 @@
-"""Restart policy and supervisor, on a clock and processes that only the test moves."""
+"""Restart policy and supervisor, with a clock and processes that the test controls."""
 
 import pytest
 
@@ -20,7 +20,7 @@ POLICY = RestartPolicy(first_delay_s=1.0, longest_delay_s=3.0, most_crashes=4, w
         ([39.0, 40.0, 41.0, 100.0], 2.0),  # two are older than the window: 61 s, and 60 s exactly
     ],
 )
-def test_the_delay_doubles_and_ends(crashes, delay_s):
+def test_the_delay_doubles_up_to_a_limit_until_the_supervisor_gives_up(crashes, delay_s):
     assert POLICY.delay_s(crashes, now=100.0) == delay_s
 
 

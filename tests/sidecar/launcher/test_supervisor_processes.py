@@ -1,4 +1,4 @@
-"""Supervision of real processes: tiny servers of their own, signals, and parents that die."""
+"""Supervision of real processes: tiny servers, signals, and parents that are killed."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_output_goes_to_the_log_and_the_exit_code_is_told(tmp_path):
+def test_output_goes_to_the_log_and_the_exit_code_is_reported(tmp_path):
     log = tmp_path / "child.log"
     log.write_text("before\n")
     child = spawn(
@@ -56,10 +56,10 @@ def test_output_goes_to_the_log_and_the_exit_code_is_told(tmp_path):
     assert child.reason() == f"x (log: {log})"
 
 
-# These children write whole lines at once; with PYTHONUNBUFFERED, `print` writes the end of a line apart.
+# These children write each line with one call; `print` under PYTHONUNBUFFERED would need two.
 
 
-def test_stop_asks_first(tmp_path):
+def test_stop_first_lets_the_child_end_by_itself(tmp_path):
     log = tmp_path / "child.log"
     program = """
 import os, signal, sys
@@ -77,7 +77,7 @@ signal.pause()
     assert log.read_text().split() == ["up", "leaving"]
 
 
-def test_stop_ends_a_deaf_child_and_its_children(tmp_path):
+def test_stop_kills_a_child_that_ignores_signals_and_its_children(tmp_path):
     log = tmp_path / "child.log"
     program = """
 import os, signal, time
@@ -111,7 +111,7 @@ time.sleep(600)
     await_true(lambda: not running(pid), "the child is gone")
 
 
-def test_termination_turns_signals_into_a_flag():
+def test_a_termination_signal_sets_a_flag():
     before = signal.getsignal(signal.SIGTERM)
     with termination() as came:
         assert not came()
@@ -120,7 +120,7 @@ def test_termination_turns_signals_into_a_flag():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_killed_servers_come_back_and_the_stop_ends_them(tmp_path):
+def test_killed_servers_are_restarted_and_stop_ends_them(tmp_path):
     def service(name):
         port = free_port()
 

@@ -1,4 +1,4 @@
-"""A running Triton server: it gets ready, tells why it failed, and leaves nothing behind."""
+"""A running Triton server: it becomes ready, says why it failed, and leaves no process behind."""
 
 import os
 import signal
@@ -106,7 +106,7 @@ def test_a_model_that_cannot_load_ends_the_server_and_is_named(tmp_path):
         server.stop()
 
 
-def test_a_server_that_hangs_is_ended_by_who_asks_it(tmp_path):
+def test_a_hung_server_is_ended_by_the_caller_of_ready(tmp_path):
     write_model(tmp_path / "models", "good")
     server = TritonRuntime.install().start(tmp_path / "models", models=["good"], log_file=tmp_path / "triton.log")
     try:
@@ -143,7 +143,7 @@ def test_a_hung_server_is_killed(tmp_path):
     assert server.poll() == -signal.SIGKILL
 
 
-def test_nothing_survives_a_killed_starter(tmp_path):
+def test_no_process_survives_when_its_starter_is_killed(tmp_path):
     write_model(tmp_path / "models", "good")
     starter = subprocess.Popen([sys.executable, "-c", STARTER, tmp_path], stdout=subprocess.PIPE, text=True)
     with starter:
@@ -152,7 +152,7 @@ def test_nothing_survives_a_killed_starter(tmp_path):
         assert not group_is_gone(pid)
         starter.kill()
     wait_until(lambda: group_is_gone(pid))
-    # What it left in shared memory goes with the next start.
+    # The next start removes the shared memory that the killed one left.
     (tmp_path / "none").mkdir()
     server = TritonRuntime.install().start(tmp_path / "none", models=[], log_file=tmp_path / "next.log")
     server.stop(grace_s=0.0)

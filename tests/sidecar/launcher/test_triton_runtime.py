@@ -1,4 +1,4 @@
-"""The packaged Triton server: where it runs, and which models it is shown."""
+"""The packaged Triton server: the platforms that it supports, and the models that it gets."""
 
 import pytest
 

@@ -19,8 +19,8 @@ def one(candidates, history, ratings, segments=(4,), padding=0):
     return affinity(candidates[None].astype(np.float32), padded[None], rated[None], is_event[None], segments)[0]
 
 
-def test_by_hand():
-    # Liked what equals the candidate (similarity 1), disliked what is orthogonal (0).
+def test_affinity_equals_values_by_hand():
+    # The liked item equals the candidate (similarity 1), the disliked one is orthogonal to it (0).
     (found,) = one(UNIT[0], [UNIT[0], UNIT[1]], [5, 1])
     named = dict(zip((*STATISTICS, *SIMILARITIES), found, strict=True))
     assert named["log_events"] == pytest.approx(np.log(3))
@@ -42,7 +42,7 @@ def test_two_segments_stand_side_by_side():
 
 
 @pytest.mark.parametrize("case", ["no history", "no candidate vector", "no history vectors"])
-def test_what_is_unknown_is_zero(case):
+def test_similarity_columns_are_zero_without_history_or_vectors(case):
     history = np.zeros((0, 4)) if case == "no history" else np.zeros((2, 4)) if "history v" in case else UNIT[:2]
     candidate = np.zeros(4) if "candidate" in case else UNIT[0]
     (found,) = one(candidate, history, [5, 1][: len(history)], padding=2)

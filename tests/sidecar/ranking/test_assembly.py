@@ -61,7 +61,7 @@ def test_stored_values_become_the_tensors_of_the_backbone(world):
     assert not assembly.inline_history_used
 
 
-def test_an_unknown_user_is_neutral_and_has_no_past(world):
+def test_an_unknown_user_is_neutral_and_has_no_history(world):
     assembly = build(world, user="stranger")
     np.testing.assert_array_equal(assembly.tensors["user_knowledge"], [0.5, 0.5])
     np.testing.assert_array_equal(assembly.tensors["history_item"], [0, 0, 0])
@@ -76,7 +76,7 @@ def test_the_control_arm_reads_no_vectors(world):
     assert assembly.item_levels.tolist() == [0] * 5
 
 
-def test_encoded_mode_sends_encodings_and_who_has_one(world):
+def test_encoded_mode_sends_encodings_and_their_presence(world):
     tensors = build(world, user="u2", mode="encoded").tensors
     assert tensors.keys() == set(BASE_INPUTS) | set(ADAPTOR_INPUTS)
     np.testing.assert_array_equal(tensors["user_present"], np.array([False]), strict=True)
@@ -118,14 +118,14 @@ def test_the_newer_history_wins(world, as_of, used):
     np.testing.assert_array_equal(assembly.tensors["history_rating"], [1, 0, 0] if used else [7, 2, 8])
 
 
-def test_an_empty_inline_history_is_a_history(world):
+def test_an_empty_inline_history_replaces_the_stored_one(world):
     assembly = build(world, history=History())
     assert assembly.inline_history_used
     assert assembly.history_events == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_missing_and_counted(world, value):
+def test_numbers_that_are_not_finite_are_missing_and_counted(world, value):
     column = [FeatureColumn(name="year", numbers=[value, 2000])]
     age = [FeatureColumn(name="age", numbers=[value])]
     assembly = build(world, items=("i1", "i2"), features=column, user_features=age)
@@ -157,7 +157,7 @@ def test_a_row_depends_on_its_item_alone_and_is_finite(world, items, number, rat
             np.testing.assert_array_equal(assembly.tensors[name][row], alone[name][0], err_msg=name)
 
 
-def test_a_foreign_or_damaged_record_costs_its_own_entity_alone(world):
+def test_a_foreign_or_damaged_record_affects_only_its_own_entity(world):
     [foreign] = encode_vectors(np.zeros((1, 2), np.float32), "bbbbbbbbbbbb", written_at_ms=1)
     whole = build(world)
     assert whole.faults == ()
@@ -174,7 +174,7 @@ def test_a_foreign_or_damaged_record_costs_its_own_entity_alone(world):
         world.store.write(part, [(EntityKey(ITEM, "i2"), before)])
 
 
-def test_a_damaged_user_record_counts_as_none(world):
+def test_a_damaged_user_record_counts_as_absent(world):
     world.store.write(FEATURES, [(EntityKey(USER, "u1"), b"short")])
     assembly, stranger = build(world), build(world, user="nobody")
     assert "publish" in assembly.faults[0]
@@ -198,7 +198,7 @@ def test_affinity_of_the_last_rated_items(affine):
     assert assembly.item_levels.tolist() == [FULL, NEIGHBOUR, STALE, NEUTRAL, NEUTRAL]
 
 
-def test_affinity_without_a_past_or_with_an_inline_one(affine):
+def test_affinity_without_a_history_and_with_an_inline_history(affine):
     nobody = build(affine, user="nobody")
     assert nobody.user_level == NEUTRAL
     np.testing.assert_array_equal(nobody.tensors["affinity"], np.full((5, affinity_columns(1)), -0.5))
@@ -210,7 +210,7 @@ def test_affinity_without_a_past_or_with_an_inline_one(affine):
     assert control.tensors.keys() == set(BASE_INPUTS)
 
 
-def test_a_damaged_affinity_vector_is_none(affine):
+def test_a_damaged_affinity_vector_counts_as_absent(affine):
     part = vector_part("cccccccccccc")
     affine.store.write(part, [(EntityKey(ITEM, "i3"), b"rubbish")])
     assembly = build(affine)

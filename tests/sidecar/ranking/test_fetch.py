@@ -1,4 +1,4 @@
-"""What a request reads; the batches themselves are seen in test_ranker.py, their failures in test_partial_reads.py."""
+"""The keys that a request reads; test_ranker.py covers whole requests, test_partial_reads.py failed reads."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_one_batch_reads_the_user_and_every_candidate(world):
     ]
 
 
-def test_nothing_read_is_an_absent_record_for_each_key(world):
+def test_without_a_read_every_key_has_an_absent_record(world):
     query = read_query(RankRequest(user=User(id="u1"), candidates=Candidates(ids=["a", "b", "a"])), world.served(), 9)
     fetched = nothing_read(query, world.served(), "knowledge")  # which reads features and vectors
     assert fetched.records == [(None, None)] * 4

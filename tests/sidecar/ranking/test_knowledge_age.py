@@ -1,4 +1,4 @@
-"""The age of what is served is told, and whatever is past its expiry is marked, on every way to a vector."""
+"""Ages of served vectors are counted, and expired vectors are marked, in Rank and in BatchGetKnowledge."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ FULL, STALE = records_pb2.KNOWLEDGE_LEVEL_FULL, records_pb2.KNOWLEDGE_LEVEL_STAL
 NEIGHBOUR, NEUTRAL = records_pb2.KNOWLEDGE_LEVEL_NEIGHBOUR, records_pb2.KNOWLEDGE_LEVEL_NEUTRAL
 HOUR_MS = 3_600_000
 WRITTEN_MS = 1_000_000
-"""When the tiny world's vectors were written; i3's have expired since 1970."""
+"""Time of writing of the tiny world's vectors; the vectors of i3 expired in 1970."""
 
 
 def rank_items(world, *items, at_ms, arm="knowledge"):
-    """What is answered for `items` at a time of day, and the telemetry."""
+    """The response for `items` at a time of day, and the telemetry."""
     telemetry = Telemetry()
     return rank(world, rank_request(*items, arm=arm, explain=True), telemetry=telemetry, at_ms=at_ms), telemetry
 
@@ -51,7 +51,7 @@ def test_ages_of_served_vectors_are_counted_by_hours(world):
     assert answer.explanation.knowledge_written_at.ToMilliseconds() == WRITTEN_MS
 
 
-def test_the_control_arm_is_given_nothing(world):
+def test_the_control_arm_reads_no_knowledge(world):
     answer, telemetry = rank_items(world, "i1", "i3", at_ms=WRITTEN_MS, arm="control")
     assert ages(telemetry, "item", "+Inf") == 0
     assert sample(telemetry, "kar_knowledge_expired_total", entity="item") == 0
@@ -66,7 +66,7 @@ def write_affinity(world, *, expires_at_ms):
         world.store.write(vector_part(space), [(EntityKey(ITEM, name), blob)])
 
 
-def test_an_item_is_stale_when_its_affinity_vector_alone_is(affine):
+def test_an_item_is_stale_when_only_its_affinity_vector_is_expired(affine):
     write_affinity(affine, expires_at_ms=WRITTEN_MS + 10)
     part = vector_part("aaaaaaaaaaaa")
     [blob] = encode_vectors(np.ones((1, 2)), "aaaaaaaaaaaa", written_at_ms=WRITTEN_MS)
@@ -83,7 +83,7 @@ def test_an_item_is_stale_when_its_affinity_vector_alone_is(affine):
     assert (ages(telemetry, "item", "+Inf"), ages(telemetry, "user", "+Inf")) == (4, 0)
 
 
-def test_vectors_handed_out_tell_their_age_and_are_counted(world):
+def test_batch_get_knowledge_gives_the_times_of_writing_and_counts_the_ages(world):
     answer, telemetry = batch(world, ITEM, "i1", "i3", "i4", at_ms=WRITTEN_MS + 2 * HOUR_MS)
     assert list(answer.levels) == [FULL, STALE, NEUTRAL]
     assert list(answer.written_at_ms) == [WRITTEN_MS, WRITTEN_MS, 0]
@@ -94,7 +94,7 @@ def test_vectors_handed_out_tell_their_age_and_are_counted(world):
     assert sample(telemetry, "kar_knowledge_levels_total", entity="user", level="full") == 1
 
 
-def test_every_age_series_is_there_from_the_start():
+def test_every_age_series_exists_from_the_start():
     telemetry = Telemetry()
     for entity in ("user", "item", "history"):
         assert ages(telemetry, entity, "+Inf") == 0

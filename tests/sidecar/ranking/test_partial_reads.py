@@ -1,4 +1,4 @@
-"""A batch that is read in part costs a request the entities that were not read, and nothing else."""
+"""When a batch is read in part, a request lacks the entities that were not read, and nothing else."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ NEUTRAL = records_pb2.KNOWLEDGE_LEVEL_NEUTRAL
 
 
 class FaultyStore:
-    """A `Store` that cannot read some entities: they are on a server that is lost."""
+    """A `Store` that cannot read some entities, as if their server were lost."""
 
     blocking = False
 
@@ -49,7 +49,7 @@ def answers(world, lost, *requests):
     return answer, telemetry.registry.get_sample_value("kar_backend_failures_total", {"backend": "store"})
 
 
-def test_items_that_were_not_read_are_neutral_and_the_others_are_as_ever(world):
+def test_unread_items_are_neutral_and_the_others_unchanged(world):
     whole = rank(world, rank_request())
     answer, failures = answers(world, [EntityKey(ITEM, "i1")], rank_request())
     assert answer.rung == ranking_pb2.RUNG_KNOWLEDGE
@@ -65,7 +65,7 @@ def test_items_that_were_not_read_are_neutral_and_the_others_are_as_ever(world):
     assert answer.user_level == whole.user_level == records_pb2.KNOWLEDGE_LEVEL_FULL
 
 
-def test_a_user_that_was_not_read_is_unknown_and_its_candidates_keep_their_knowledge(world):
+def test_an_unread_user_counts_as_unknown_and_candidates_keep_their_knowledge(world):
     whole = rank(world, rank_request())
     answer, failures = answers(world, [EntityKey(USER, "u1")], rank_request())
     stranger = rank(world, rank_request(user="nobody"))
@@ -74,7 +74,7 @@ def test_a_user_that_was_not_read_is_unknown_and_its_candidates_keep_their_knowl
     assert (answer.user_level, failures) == (NEUTRAL, 1)
 
 
-def test_rated_items_that_were_not_read_cost_their_affinity_alone(affine):
+def test_unread_rated_items_lack_only_their_affinity(affine):
     whole = rank(affine, rank_request())
     assert whole.user_level == records_pb2.KNOWLEDGE_LEVEL_FULL
     answer, failures = answers(affine, [EntityKey(ITEM, "i3")], rank_request())  # the last one that u1 rated
@@ -84,7 +84,7 @@ def test_rated_items_that_were_not_read_cost_their_affinity_alone(affine):
     assert answer.user_level == NEUTRAL
 
 
-def test_nothing_read_at_all_is_a_failed_read(world):
+def test_a_batch_without_a_single_record_is_a_failed_read(world):
     answer, failures = answers(
         world, [EntityKey(USER, "u1"), *(EntityKey(ITEM, f"i{n}") for n in range(1, 5))], rank_request()
     )
@@ -102,14 +102,14 @@ def test_nothing_read_at_all_is_a_failed_read(world):
         (TimeoutError(), pytest.raises(DeadlineError, match="no answer within 30000")),
     ],
 )
-def test_a_read_that_hands_out_knowledge_and_fails_is_counted_once(world, fault, told):
+def test_a_failed_read_of_batch_get_knowledge_is_counted_once(world, fault, told):
     telemetry = Telemetry()
     with told:
         read_knowledge(world, ITEM, "i1", telemetry=telemetry, before=lambda: setattr(world.store, "fault", fault))
     assert telemetry.registry.get_sample_value("kar_backend_failures_total", {"backend": "store"}) == 1
 
 
-def test_whoever_does_not_care_sees_an_unavailable_store():
+def test_callers_that_do_not_handle_partial_reads_see_an_unavailable_store():
     store = FaultyStore(MemoryStore(), [EntityKey(ITEM, "i1")])
     with pytest.raises(UnavailableError) as caught:
         store.read([EntityKey(ITEM, "i1"), EntityKey(ITEM, "i2")], ["a", "b"])

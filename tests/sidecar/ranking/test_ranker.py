@@ -124,14 +124,14 @@ def test_a_failed_read_means_neutral_knowledge_and_no_features(world, arm, fault
     assert telemetry.registry.get_sample_value("kar_backend_failures_total", {"backend": "store"}) == 1
 
 
-def test_an_unexpected_fault_is_logged_not_told(world, caplog):
+def test_the_text_of_an_unexpected_fault_is_only_logged(world, caplog):
     answer = rank(world, rank_request(), before=lambda: fail_store(world, RuntimeError("password is swordfish")))
     assert answer.rung == KNOWLEDGE
     assert "swordfish" not in answer.reason
     assert "swordfish" in caplog.text
 
 
-def test_a_foreign_record_is_never_served(world):
+def test_an_unreadable_record_changes_the_score_of_its_item_alone(world):
     def damage():
         world.store.write(FEATURES, [(EntityKey(ITEM, "i1"), b"rubbish")])
 
@@ -144,7 +144,7 @@ def test_a_foreign_record_is_never_served(world):
     assert answer.reason.startswith("store: ")
 
 
-def test_rated_items_come_with_the_one_read_or_with_a_second(affine):
+def test_rated_items_are_read_in_the_first_batch_or_in_a_second(affine):
     part = vector_part("cccccccccccc")
     answer = rank(affine, rank_request())
     assert answer.rung == KNOWLEDGE
@@ -161,7 +161,7 @@ def test_rated_items_come_with_the_one_read_or_with_a_second(affine):
     assert [key.id for key in only[0]] == ["u1", "i2", "i1", "i4", "i1", "i2"]
 
 
-def test_a_slow_blocking_store_is_given_up(world):
+def test_a_slow_blocking_store_is_abandoned(world):
     gate = threading.Event()
 
     def open_gate(tensors, original=world.scorer.models[f"knowledge_{world.release_id}"]):
@@ -248,12 +248,12 @@ def test_no_time_left_answers_at_once(world):
 
 
 @pytest.mark.parametrize(("left_s", "expected_ms"), [(None, 20), (1.0, 20), (0.015, 10)])
-def test_a_backend_gets_its_cap_or_what_is_left_without_the_margin(world, left_s, expected_ms):
+def test_a_backend_gets_its_cap_or_the_remaining_time_minus_the_margin(world, left_s, expected_ms):
     rank(world, rank_request(), left_s=left_s, store_timeout_ms=20, deadline_margin_ms=5)
     assert world.store.reads[-1][2] * 1e3 == pytest.approx(0.8 * expected_ms)  # the rest is for its answer's way
 
 
-def test_a_store_that_took_all_the_time_leaves_none_to_score(world):
+def test_after_a_slow_store_no_time_is_left_to_score(world):
     clock = Clock()
     world.store.gate = lambda: setattr(clock, "now", clock.now + 1)
     answer = rank(world, rank_request(), left_s=0.5, clock=clock)
@@ -263,7 +263,7 @@ def test_a_store_that_took_all_the_time_leaves_none_to_score(world):
     assert answer.timings.fetch_ms == pytest.approx(1000)
 
 
-def test_the_control_model_gets_the_time_that_the_other_left(world):
+def test_the_control_model_gets_the_time_that_the_knowledge_model_left(world):
     clock = Clock()
     before = fault(world, ("control", "hanging"))
 

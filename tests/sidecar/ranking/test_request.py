@@ -104,7 +104,7 @@ lengths = st.integers(0, 6)
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths, lengths, lengths, lengths, lengths, lengths, lengths)
-def test_a_request_is_read_exactly_when_everything_is_aligned(
+def test_a_request_is_accepted_exactly_if_all_columns_are_aligned(
     world, items, scores, years, genres, present, events, ratings
 ):
     request = RankRequest(

@@ -48,7 +48,7 @@ def test_a_changed_manifest_refuses_to_open_naming_it(world):
         ("prestored", "schema:", "features"),
     ],
 )
-def test_what_was_not_published_is_not_served(world, mode, name, what):
+def test_a_release_with_an_unpublished_part_refuses_to_open(world, mode, name, what):
     for key in list(world.store._meta):
         if key.startswith(name):
             world.store.write_meta(key, None)
@@ -73,7 +73,7 @@ def test_an_unreachable_store_is_waited_for(world):
     with_releases(world, body)
 
 
-def test_it_can_serve_only_after_every_model_was_loaded_and_has_scored(world):
+def test_releases_can_serve_only_after_every_model_was_loaded_and_has_scored(world):
     async def body(releases):
         await releases.open()
         with pytest.raises(UnavailableError, match="not loaded yet"):
@@ -87,7 +87,7 @@ def test_it_can_serve_only_after_every_model_was_loaded_and_has_scored(world):
     assert [model for model, _ in world.scorer.calls] == names
 
 
-def test_encoded_mode_loads_the_ensemble_before_what_it_brings_along(world):
+def test_encoded_mode_loads_the_ensemble_before_its_parts(world):
     async def body(releases):
         await releases.open()
         await releases.restore()

@@ -31,7 +31,7 @@ def test_a_loaded_model_scores_and_is_on_record():
     assert [model for model, _ in scorer.calls] == scorer.loaded == ["m"]
 
 
-def test_what_is_not_loaded_unknown_or_down_fails():
+def test_a_model_that_is_not_loaded_unknown_or_down_fails():
     async def check():
         scorer = MemoryScorer({"m": twice})
         with pytest.raises(UnavailableError):

@@ -1,4 +1,4 @@
-"""The Triton scorer against a gRPC service that keeps what it is sent."""
+"""The Triton scorer against a gRPC service that records its requests."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -21,7 +21,7 @@ TENSORS = {
 
 
 class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Scores every candidate .25, .5, ...; fails with `status` when that is set; hangs when told."""
+    """Scores the candidates .25, .5, ...; it can also fail with a status, or hang."""
 
     def __init__(self):
         self.loaded = {"here"}
@@ -117,14 +117,14 @@ def test_statuses_become_errors_that_name_the_model_and_the_reason(status, error
     assert type(raised.value) is error
 
 
-def test_no_answer_in_time():
+def test_no_answer_in_time_is_a_deadline_error():
     triton = Triton()
     triton.hanging = True
     with pytest.raises(DeadlineError):
         ask(triton, lambda scorer: scorer.score("here", TENSORS, timeout_s=0.05))
 
 
-def test_loading_asks_once():
+def test_a_load_sends_one_request():
     triton = Triton()
 
     async def run(scorer):
@@ -143,7 +143,7 @@ def test_a_failed_load_says_why():
         ask(Triton(), lambda scorer: scorer.load("corrupt"))
 
 
-def test_nobody_there():
+def test_an_unreachable_server_is_named():
     async def run():
         async with connected(Triton()) as (scorer, server):
             await server.stop(None)

@@ -1,4 +1,4 @@
-"""Neighbours over a real gRPC server in this process, while snapshots are published under it."""
+"""FindSimilar of a real gRPC server in this process, while snapshots are published."""
 
 import asyncio
 import threading
@@ -86,7 +86,7 @@ def test_neighbours_of_an_entity_and_of_a_vector(world):
     assert checked.ids == ("i1",)
 
 
-def test_what_cannot_be_answered_is_refused_with_the_reason(world):
+def test_searches_that_cannot_be_answered_are_refused_with_the_reason(world):
     publish(root_of(world), VECTORS)
 
     def body(client):
@@ -109,7 +109,7 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(world):
     with_client(world, body, max_similar=7)
 
 
-def test_a_request_without_kind_or_query_is_the_callers_fault(world):
+def test_a_request_without_kind_or_query_is_an_invalid_argument(world):
     async def body(sidecar):
         async with grpc.aio.insecure_channel(sidecar.addresses.grpc) as channel:
             stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
@@ -157,8 +157,8 @@ def until(call):
                 raise
 
 
-def test_snapshots_are_swapped_under_concurrent_searches_without_an_error_or_a_mixture(world):
-    # Of generation g, item "q" has the neighbours g-0, g-1, ...: an answer of two snapshots would mix them.
+def test_a_swap_under_concurrent_searches_gives_no_error_and_no_mixed_answer(world):
+    # In generation g, item "q" has the neighbours g-0, g-1, ...: an answer from two snapshots would mix generations.
     def generation(number: int) -> dict:
         angles = np.linspace(0.1, 1, 40)
         near = {f"{number}-{at}": [np.cos(angle), np.sin(angle), 0] for at, angle in enumerate(angles)}
@@ -198,12 +198,12 @@ def test_snapshots_are_swapped_under_concurrent_searches_without_an_error_or_a_m
         number = expected[answer.snapshot_id]
         assert list(answer.ids) == [f"{number}-{at}" for at in range(5)]
     assert {expected[answer.snapshot_id] for answer in answers} == set(range(6))
-    # What nobody reads any more is deleted by the publish after.
+    # The next publish deletes snapshots that nobody reads any more.
     publish(root, generation(6))
     assert len([path for path in root.iterdir() if path.is_dir()]) == 2
 
 
-def test_the_same_content_published_again_is_younger_and_not_loaded_again(world, caplog):
+def test_publishing_the_same_content_again_renews_its_age_without_loading_it(world, caplog):
     caplog.set_level("INFO", "kar_sidecar.index.live")
     root = root_of(world)
     publish(root, VECTORS, at_ms=now_ms() - 3_600_000)
@@ -224,7 +224,7 @@ def test_the_same_content_published_again_is_younger_and_not_loaded_again(world,
     assert len([record for record in caplog.records if record.message.startswith("index_loaded")]) == 1
 
 
-def test_a_bad_snapshot_leaves_the_good_one_answering_and_is_told_once(world, caplog):
+def test_after_a_bad_snapshot_the_former_one_answers_and_the_fault_is_logged_once(world, caplog):
     root = root_of(world)
     good = publish(root, VECTORS)
 
@@ -247,7 +247,7 @@ def test_a_bad_snapshot_leaves_the_good_one_answering_and_is_told_once(world, ca
 @pytest.mark.parametrize(
     "fault", [OSError(5, "Input/output error"), MemoryError(), RuntimeError("can't start new thread")]
 )
-def test_a_fault_that_may_pass_holds_no_other_kind_up_and_is_tried_again(world, caplog, fault):
+def test_a_temporary_fault_is_retried_and_does_not_delay_the_other_kind(world, caplog, fault):
     publish(root_of(world), VECTORS)
     publish(root_of(world, "user"), {"u1": [1, 0, 0], "u2": [0, 1, 0]})
     faulty = {root_of(world, "user")}
@@ -277,7 +277,7 @@ def test_a_fault_that_may_pass_holds_no_other_kind_up_and_is_tried_again(world, 
     assert asyncio.run(body()) == [[["i2"]], [["u2"]]]
 
 
-def test_a_fault_that_passes_leaves_what_was_known(world):
+def test_after_a_temporary_fault_the_earlier_answer_is_given_again(world):
     snapshot_id = publish(root_of(world, "user"), {"u1": [1, 0, 0]})
     (root_of(world, "user") / snapshot_id / "index.faiss").write_bytes(b"?")
 
@@ -293,7 +293,7 @@ def test_a_fault_that_passes_leaves_what_was_known(world):
     asyncio.run(body())
 
 
-def test_a_load_outlives_the_caller_that_asked_for_it(world):
+def test_a_load_continues_when_its_caller_is_gone(world):
     publish(root_of(world), VECTORS)
     begun, go = threading.Event(), threading.Event()
     loads = []
@@ -330,7 +330,7 @@ def test_without_faiss_it_is_unimplemented(world):
     with_client(world, body, indexes=indexes)
 
 
-def test_kinds_have_folders_of_their_own(world):
+def test_each_kind_has_its_own_folder(world):
     publish(root_of(world), VECTORS)
     publish(root_of(world, "user"), {"u1": [1, 0, 0], "u2": [0, 1, 0]})
     assert with_client(world, lambda client: client.find_similar("user", "u1").ids) == ("u2",)

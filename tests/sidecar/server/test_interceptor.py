@@ -1,4 +1,4 @@
-"""Errors become statuses, and bugs of ours keep their text to the log."""
+"""Errors become statuses; the text of an unexpected exception goes to the log only."""
 
 import grpc
 import pytest
@@ -10,7 +10,7 @@ from kar.ranking.v1 import ranking_pb2, ranking_pb2_grpc
 pytestmark = pytest.mark.service
 
 
-def test_our_errors_become_statuses_with_their_sentence(world):
+def test_our_errors_become_statuses_with_their_message(world):
     async def body(sidecar, channel):
         stub = ranking_pb2_grpc.RankingServiceStub(channel)
         no_user = rank_request(user=ranking_pb2.User())
@@ -22,7 +22,7 @@ def test_our_errors_become_statuses_with_their_sentence(world):
 
 
 @pytest.mark.parametrize("message", [b"\xff\xff\xff\xff", b"\x0a\x02\xff\xfe"], ids=["no message", "no UTF-8"])
-def test_bytes_that_are_no_request_are_the_callers_fault(world, message):
+def test_bytes_that_are_not_a_request_are_an_invalid_argument(world, message):
     async def body(sidecar, channel):
         call = channel.unary_unary("/kar.ranking.v1.RankingService/Rank")
         assert "send a protobuf" in await refused(call(message), grpc.StatusCode.INVALID_ARGUMENT)
@@ -30,7 +30,7 @@ def test_bytes_that_are_no_request_are_the_callers_fault(world, message):
     with_sidecar(world, body)
 
 
-def test_a_fault_of_ours_is_internal_logged_and_not_told(world, caplog):
+def test_an_unexpected_exception_is_internal_and_its_text_is_only_logged(world, caplog):
     async def body(sidecar, channel):
         world.store.fault = RuntimeError("swordfish")
         stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)

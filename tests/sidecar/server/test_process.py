@@ -1,4 +1,4 @@
-"""A whole sidecar: its health, its ports, its metrics, its start and its end."""
+"""A whole sidecar: health, ports, metrics, start and stop."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ async def until(stub, status, service=""):
             return
 
 
-def test_health_follows_the_models_and_requests_are_answered_meanwhile(world):
+def test_health_follows_the_models_while_requests_are_still_answered(world):
     async def body(sidecar, channel):
         health, ranking = health_pb2_grpc.HealthStub(channel), ranking_pb2_grpc.RankingServiceStub(channel)
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
@@ -75,7 +75,7 @@ def test_health_does_not_wait_for_a_store_that_hangs(world):
     with_sidecar(world, body, health_timeout_ms=20)
 
 
-def test_health_knows_no_strangers(world):
+def test_health_of_an_unknown_service_is_not_found(world):
     async def body(sidecar, channel):
         check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="stranger"))
         await refused(check, grpc.StatusCode.NOT_FOUND)
@@ -93,7 +93,7 @@ def test_reflection_lists_the_services(world):
     assert with_sidecar(world, body) >= {*SERVICES, "grpc.health.v1.Health"}
 
 
-def test_metrics_have_a_port_of_their_own(world):
+def test_metrics_have_their_own_port(world):
     async def body(sidecar, channel):
         stub = ranking_pb2_grpc.RankingServiceStub(channel)
         await stub.Rank(rank_request())
@@ -120,7 +120,7 @@ def test_metrics_have_a_port_of_their_own(world):
     assert "kar_serving 1.0" in lines
 
 
-def test_the_start_is_logged_with_its_facts(world, caplog):
+def test_the_start_is_logged_with_addresses_release_space_and_mode(world, caplog):
     caplog.set_level(logging.INFO, "kar_sidecar")
 
     async def body(sidecar, channel):
@@ -216,7 +216,7 @@ def test_the_server_imports_no_torch():
 
 
 def test_sigterm_stops_the_process_cleanly(world):
-    """The whole process under uvloop, on what a test can give it: a store and a scorer in memory."""
+    """A whole process under uvloop, with a store and a scorer in memory."""
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})

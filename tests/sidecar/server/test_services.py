@@ -1,4 +1,4 @@
-"""The RPCs over the wire: ranking, knowledge, releases, and what is not built."""
+"""The RPCs over the wire: ranking, knowledge, releases, and the one that is not built."""
 
 import threading
 
@@ -31,7 +31,7 @@ def test_it_ranks_over_the_wire(world):
     assert len({answer.request_id for answer in unnamed} | {""}) == 3
 
 
-def test_the_callers_deadline_rules(world):
+def test_the_callers_deadline_limits_the_time_to_score(world):
     async def body(sidecar, channel):
         stub = ranking_pb2_grpc.RankingServiceStub(channel)
         world.scorer.hanging |= set(world.scorer.models)
@@ -43,7 +43,7 @@ def test_the_callers_deadline_rules(world):
 
 
 @pytest.mark.parametrize("seconds", [2**63 - 1, -(2**63), 253_402_300_800])
-def test_a_history_of_no_time_is_refused(world, seconds):
+def test_a_history_with_an_invalid_time_is_refused(world, seconds):
     async def body(sidecar, channel):
         request = rank_request()
         request.user.history.as_of.seconds = seconds
@@ -53,7 +53,7 @@ def test_a_history_of_no_time_is_refused(world, seconds):
     with_sidecar(world, body)
 
 
-def test_vectors_that_were_not_read_are_named(world):
+def test_unread_vectors_are_named(world):
     async def body(sidecar, channel):
         keys, parts = [EntityKey(ITEM, "i1"), EntityKey(ITEM, "i2")], ["vaaaaaaaaaaaa"]
         [first, _] = world.store.read(keys, parts)
@@ -101,7 +101,7 @@ def test_knowledge_comes_with_levels_texts_and_its_space(world, mode):
     assert len(users.texts) == 0
 
 
-def test_knowledge_is_refused_when_asked_for_wrongly(world):
+def test_invalid_requests_for_knowledge_are_refused(world):
     async def body(sidecar, channel):
         stub = knowledge_pb2_grpc.KnowledgeServiceStub(channel)
         for entity, ids in ((0, ["a"]), (1, []), (1, [""]), (1, ["a"] * 4)):
@@ -129,7 +129,7 @@ def test_knowledge_from_a_store_that_hangs_is_a_deadline_error(world):
     with_sidecar(world, body, store_timeout_ms=5)
 
 
-def test_what_is_not_built_says_so(world):
+def test_an_rpc_that_is_not_built_is_unimplemented(world):
     async def body(sidecar, channel):
         report = feedback_pb2_grpc.FeedbackServiceStub(channel).ReportOutcomes(feedback_pb2.ReportOutcomesRequest())
         assert "not built yet" in await refused(report, grpc.StatusCode.UNIMPLEMENTED)

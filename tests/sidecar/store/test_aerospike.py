@@ -1,4 +1,4 @@
-"""What the clustered store makes of the codes that a client reports, of single records and of whole calls."""
+"""How the clustered store handles the result codes of its client, for single records and for whole calls."""
 
 import logging
 from collections import Counter
@@ -35,7 +35,7 @@ BLOB = Header(0, 7, 1_000, 0).seal(b"body")
 RECORDS = [(key, BLOB) for key in KEYS]
 OK, NOT_FOUND, TIMEOUT, FULL, TOO_BIG, FILTERED, OVERLOAD, BUSY = 0, 2, 9, 8, 13, 27, 18, 14
 Codes = Callable[[str, int], int]
-"""Result code of one record, of its user key and the number of the call."""
+"""Gives the result code of a record from its user key and the number of the call."""
 
 
 class ScriptedClient:
@@ -121,14 +121,14 @@ def test_a_batch_that_fails_altogether_is_an_error(opened, code: int, kind: type
     assert not isinstance(caught.value, IncompleteError)
 
 
-def test_a_fault_that_stays_is_told_even_of_one_record(opened) -> None:
+def test_a_lasting_fault_of_one_record_is_raised(opened) -> None:
     store, _ = opened(ScriptedClient(lambda key, call: {"2:0": TIMEOUT, "2:1": 20}.get(key, OK)))
     with pytest.raises(PreconditionError, match="no such namespace"):
         store.read(KEYS, [FEATURES])
 
 
 @pytest.mark.parametrize("code", [OVERLOAD, TIMEOUT, -15, BUSY, 152, -8, -10, 11])
-def test_writes_that_are_refused_for_now_are_tried_again_alone(opened, caplog, code: int) -> None:
+def test_only_temporarily_refused_writes_are_retried(opened, caplog, code: int) -> None:
     client = ScriptedClient(lambda key, call: code if key in ("2:1", "2:4") and call < 4 else OK)
     store, slept = opened(client)
     with caplog.at_level(logging.DEBUG):
@@ -146,7 +146,7 @@ def test_pauses_grow_are_jittered_and_bounded(opened) -> None:
     assert len({pause / whole for pause, whole in zip(slept, full, strict=True)}) == len(full)
 
 
-def test_patience_ends(opened, caplog) -> None:
+def test_retries_end_when_the_patience_is_used_up(opened, caplog) -> None:
     store, slept = opened(ScriptedClient(lambda key, call: OVERLOAD), write_patience_ms=3_000)
     with pytest.raises(UnavailableError, match="is overloaded, its devices are too slow"):
         store.write(FEATURES, RECORDS)
@@ -154,7 +154,7 @@ def test_patience_ends(opened, caplog) -> None:
     assert "trying again" in caplog.text  # by then a user hears of it
 
 
-def test_a_server_that_is_lost_and_back_takes_the_write(opened) -> None:
+def test_a_write_succeeds_when_a_lost_server_is_back(opened) -> None:
     lost = [exception.ClientError(-10, "connection refused"), exception.ClusterError(11, "no nodes"), None, None]
     client = ScriptedClient(raises=lambda call: lost[call - 1])
     store, slept = opened(client)
@@ -177,14 +177,14 @@ def test_a_server_that_is_lost_and_back_takes_the_write(opened) -> None:
         (4, PreconditionError, "does not accept the request"),
     ],
 )
-def test_what_waiting_does_not_mend_is_told_at_once(opened, code: int, kind: type[KarError], complaint: str) -> None:
+def test_a_permanent_fault_is_raised_at_once(opened, code: int, kind: type[KarError], complaint: str) -> None:
     store, slept = opened(ScriptedClient(lambda key, call: {"2:1": OVERLOAD, "2:2": code}.get(key, OK)))
     with pytest.raises(kind, match=complaint):
         store.write(FEATURES, RECORDS)
     assert slept == []
 
 
-def test_records_that_the_server_keeps_are_not_counted(opened) -> None:
+def test_writes_that_the_server_filters_out_are_not_counted(opened) -> None:
     store, _ = opened(ScriptedClient(lambda key, call: FILTERED if key == "2:1" else OK))
     assert store.write(FEATURES, RECORDS, newer_only=True) == 4
 
@@ -206,7 +206,7 @@ def test_settings_reach_batches(opened) -> None:
     assert [client.policies[-1][name] for name in ("total_timeout", "socket_timeout", "max_retries")] == [16, 8, 1]
 
 
-def test_a_hung_node_holds_a_health_check_no_longer_than_three_attempts_at_a_seal(opened) -> None:
+def test_a_hung_node_delays_a_health_check_by_at_most_three_attempts_at_a_seal(opened) -> None:
     client = ScriptedClient()
     store, _ = opened(client)
     store.write_meta("x", b"value")
@@ -288,7 +288,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     return monkeypatch
 
 
-def test_settings_come_from_file_and_environment_and_the_password_from_another(environment, tmp_path: Path) -> None:
+def test_settings_come_from_file_and_environment_and_never_show_the_password(environment, tmp_path: Path) -> None:
     file = tmp_path / "kar.toml"
     file.write_text("[aerospike]\nread_max_retries = 4\nuser = 'other'\nbatch_records = 9\n")
     settings = Settings.read(file)
@@ -319,7 +319,7 @@ def test_wrong_settings_are_refused(tmp_path: Path, text: str, complaint: str) -
         Settings.read(file)
 
 
-def test_every_knob_has_a_sentence_and_its_unit() -> None:
+def test_every_setting_has_a_description_and_a_unit() -> None:
     fields = AerospikeSettings.model_fields.items()
     assert [name for name, field in fields if not (field.description or "").endswith(".")] == []
     assert {name for name, field in fields if "milliseconds" in (field.description or "")} == {

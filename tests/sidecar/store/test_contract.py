@@ -56,7 +56,7 @@ def test_answers_follow_the_order_of_keys_and_parts(store: Store) -> None:
     assert store.read([ALICE, HEAT], [FEATURES, TEXT], 5) == [(blob(b"a"), None), (blob(b"h"), b"a text")]
 
 
-def test_a_key_may_be_asked_for_twice(store: Store) -> None:
+def test_a_key_may_be_read_twice_in_one_batch(store: Store) -> None:
     store.write(FEATURES, [(HEAT, blob(b"h"))])
     assert store.read([HEAT, ALICE, HEAT], [FEATURES], 5) == [(blob(b"h"),), (None,), (blob(b"h"),)]
 
@@ -67,13 +67,13 @@ def test_missing_keys_and_parts_are_none(store: Store) -> None:
     assert store.read([ALICE, HEAT], parts, 5) == [(None, None, None), (None, blob(b"h"), None)]
 
 
-def test_nothing_asked_nothing_answered(store: Store) -> None:
+def test_a_read_of_no_keys_returns_nothing(store: Store) -> None:
     assert store.read([], [FEATURES], 5) == []
     assert store.write(FEATURES, []) == 0
     assert store.remove_part(FEATURES) == 0
 
 
-def test_kinds_do_not_meet(store: Store) -> None:
+def test_users_and_items_of_the_same_id_are_separate(store: Store) -> None:
     store.write(FEATURES, [(EntityKey(USER, "1"), blob(b"user")), (EntityKey(ITEM, "1"), blob(b"item"))])
     keys = [EntityKey(ITEM, "1"), EntityKey(USER, "1")]
     assert store.read(keys, [FEATURES], 5) == [(blob(b"item"),), (blob(b"user"),)]
@@ -97,7 +97,7 @@ def test_newer_only_compares_the_time_of_writing(store: Store, part: str, at_ms:
     assert store.read([ALICE, HEAT], [part], 5) == [(expected,), (blob(b"first", 1),)]
 
 
-def test_an_unconditional_write_may_go_back_in_time(store: Store) -> None:
+def test_an_unconditional_write_may_replace_a_newer_record(store: Store) -> None:
     store.write(FEATURES, [(ALICE, blob(b"late", 2_000))], newer_only=True)
     assert store.write(FEATURES, [(ALICE, blob(b"early", 1_000))]) == 1
     assert store.write(FEATURES, [(ALICE, blob(b"later", 1_500))], newer_only=True) == 1
@@ -115,7 +115,7 @@ def test_the_newest_of_several_records_of_one_key_counts(store: Store) -> None:
     assert store.read([ALICE], [FEATURES], 5) == [(blob(b"3", 3),)]
 
 
-def test_a_drained_space_is_removed_and_the_rest_stays(store: Store) -> None:
+def test_removing_a_space_leaves_the_other_parts(store: Store) -> None:
     many = [EntityKey(ITEM, str(i)) for i in range(1_203)]
     store.write(vector_part(SPACE), [(key, blob(b"1")) for key in [*many, ALICE]])
     store.write(vector_part(OTHER), [(TOY_STORY, blob(b"2")), (ALICE, blob(b"2"))])
@@ -142,7 +142,7 @@ def test_meta_values_are_written_replaced_and_removed(store: Store) -> None:
     store.write_meta("schema:0123456789abcdef", None)
 
 
-def test_meta_values_do_not_meet_entities(store: Store) -> None:
+def test_meta_values_and_entities_are_separate(store: Store) -> None:
     store.write(FEATURES, [(EntityKey(USER, "meta:x"), blob(b"user"))])
     store.write_meta("x", b"meta")
     assert store.read([EntityKey(USER, "meta:x"), EntityKey(USER, "x")], [FEATURES], 5) == [(blob(b"user"),), (None,)]
@@ -181,7 +181,7 @@ def test_a_stream_that_fails_leaves_the_store_readable(store: Store) -> None:
 
 
 @pytest.mark.parametrize("newer_only", [False, True])
-def test_what_is_there_already_is_not_written(store: Store, newer_only: bool) -> None:
+def test_records_that_are_stored_already_are_not_written(store: Store, newer_only: bool) -> None:
     records = [(ALICE, blob(b"a")), (HEAT, blob(b"h"))]
     assert store.write(FEATURES, records) == 2
     assert store.write(FEATURES, [*records, (TOY_STORY, blob(b"t"))], newer_only=newer_only) == 1
@@ -196,7 +196,7 @@ VERSIONS = 15
 
 
 def versioned(version: int) -> bytes:
-    """Each byte of the body tells the version, so that a torn record shows; larger than a memory page."""
+    """A record whose bytes all equal the version, so that a torn record shows; larger than a memory page."""
     return blob(bytes([version]) * 5_000, version)
 
 
@@ -266,7 +266,7 @@ def test_readers_beside_a_writer_see_whole_records_that_never_get_older(store: S
     together(write, read, read, read)
 
 
-def test_a_space_that_is_removed_beside_readers_is_whole_or_gone(store: Store) -> None:
+def test_readers_beside_the_removal_of_a_space_see_whole_records_or_none(store: Store) -> None:
     store.write(vector_part(SPACE), [(key, versioned(1)) for key in MANY])
     store.write(FEATURES, [(key, versioned(2)) for key in MANY])
 

@@ -94,7 +94,7 @@ def test_a_killed_writer_leaves_whole_batches_and_a_store_that_can_be_written(tm
 @pytest.mark.parametrize(
     "prepare", [lambda path: None, Path.mkdir, lambda path: (path.mkdir(), (path / "data.mdb").touch())]
 )
-def test_a_reader_before_the_first_publish_is_told_so(tmp_path: Path, prepare) -> None:
+def test_a_reader_before_the_first_publish_gets_an_error_that_says_so(tmp_path: Path, prepare) -> None:
     prepare(tmp_path / "store")
     with pytest.raises(PreconditionError, match="run `kar publish` first"):
         LmdbStore(tmp_path / "store", readonly=True)

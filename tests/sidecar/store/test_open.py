@@ -1,4 +1,4 @@
-"""A URL names a store, and a wrong one says which forms there are."""
+"""A URL names a store; the error about a wrong URL lists the valid forms."""
 
 import socket
 from pathlib import Path
@@ -12,14 +12,14 @@ from kar_sidecar.store.open import open_store
 pytestmark = pytest.mark.unit
 
 
-def test_lmdb_is_made_where_it_is_missing(tmp_path: Path) -> None:
+def test_a_writer_creates_a_missing_lmdb_store(tmp_path: Path) -> None:
     store = open_store(f"lmdb:{tmp_path / 'some' / 'folder'}")
     assert isinstance(store, LmdbStore)
     store.close()
     assert (tmp_path / "some" / "folder" / "data.mdb").is_file()
 
 
-def test_lmdb_is_not_made_by_a_reader(tmp_path: Path) -> None:
+def test_a_reader_does_not_create_an_lmdb_store(tmp_path: Path) -> None:
     with pytest.raises(PreconditionError, match="kar publish"):
         open_store(f"lmdb:{tmp_path / 'store'}", readonly=True)
     assert list(tmp_path.iterdir()) == []
@@ -48,7 +48,7 @@ def test_other_urls_are_refused(url: str) -> None:
         open_store(url)
 
 
-def test_an_aerospike_that_is_not_there_is_named() -> None:
+def test_an_unreachable_aerospike_is_named() -> None:
     with socket.socket() as held:  # bound but not listening: connections are refused
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The bytes of a part are what the layout says, and other bytes are refused."""
+"""The bytes of a part follow the layout, and other bytes are refused."""
 
 import binascii
 import struct
@@ -55,7 +55,7 @@ def test_other_bytes_are_refused(change) -> None:
         read_header(change(Header(0, 1, 0, 0).seal(b"body")))
 
 
-def test_newer_is_later_and_anything_beats_nothing() -> None:
+def test_a_later_record_is_newer_and_any_record_is_newer_than_none() -> None:
     early, late = (Header(0, 1, at_ms, 0).seal(b"") for at_ms in (1, 2))
     assert is_newer(early, late[:-1] + b"x")  # a damaged part is older than anything
     assert [is_newer(late, early), is_newer(early, late), is_newer(late, late), is_newer(early, None)] == [
@@ -82,7 +82,7 @@ def test_a_vector_part_with_any_byte_changed_is_refused(data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_vectors_keep_their_places_and_absent_ones_are_neutral(dtype: str) -> None:
+def test_vectors_keep_their_order_and_absent_ones_are_neutral(dtype: str) -> None:
     one, two = encode_vectors(np.array([[1, 2], [3, 4.5]]), SPACE, dtype=dtype, written_at_ms=0)
     batch = decode_vectors([two, None, one, two], SPACE, 2, NEUTRAL_VECTOR, dtype=dtype, at_ms=2**60)
     assert batch.vectors.tolist() == [[3, 4.5], [9, 9], [1, 2], [3, 4.5]]
@@ -90,7 +90,7 @@ def test_vectors_keep_their_places_and_absent_ones_are_neutral(dtype: str) -> No
     assert batch.vectors.dtype == np.float32
 
 
-def test_nothing_present_is_all_neutral() -> None:
+def test_without_any_record_all_vectors_are_neutral() -> None:
     batch = decode_vectors([None, None], SPACE, 2, NEUTRAL_VECTOR, dtype="float32", at_ms=0)
     assert (batch.vectors.tolist(), batch.levels.tolist()) == ([[9, 9], [9, 9]], [NEUTRAL, NEUTRAL])
     assert decode_vectors([], SPACE, 2, NEUTRAL_VECTOR, dtype="float32", at_ms=0).vectors.shape == (0, 2)

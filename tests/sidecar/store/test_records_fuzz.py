@@ -1,4 +1,4 @@
-"""Whatever bytes a store hands out, the codec gives the value that was written or refuses, never another one."""
+"""For any bytes of a store, the codec returns the value that was written or refuses; it never returns another value."""
 
 import binascii
 import struct
@@ -111,7 +111,7 @@ def test_items_come_back(genres: list[str], written_at_ms: int) -> None:
 @example(b"")
 @example(b"\0" * 32)
 @example(Header(1, int(SPACE, 16), 0, 0).seal(b"\0" * 7))  # whole, but of no vector of two numbers
-def test_bytes_from_elsewhere_are_refused(noise: bytes) -> None:
+def test_random_bytes_are_refused(noise: bytes) -> None:
     with pytest.raises(IntegrityError):
         vectors(noise, 2)
     with pytest.raises(IntegrityError):
@@ -125,7 +125,7 @@ def test_bytes_from_elsewhere_are_refused(noise: bytes) -> None:
 @EXAMPLES
 @given(st.binary(max_size=60))
 def test_a_sealed_body_of_any_bytes_is_read_or_refused(body: bytes) -> None:
-    """The checksum holds, so that what is inside has to be found out by its form."""
+    """The checksum is right, so only the form of the body can be wrong."""
     blob = Header(0, int(USERS.schema_hash, 16), 0, 0).seal(body)
     with suppress(IntegrityError):
         user = USERS.decode_user(blob)
@@ -186,7 +186,7 @@ def by_hand(
 
 @EXAMPLES
 @given(st.data(), dtypes, st.integers(1, 4))
-def test_mixes_decode_as_one_by_one_by_hand(data: st.DataObject, dtype: str, dim: int) -> None:
+def test_a_mixed_batch_decodes_as_its_records_do_one_by_one(data: st.DataObject, dtype: str, dim: int) -> None:
     number = st.floats(width=16, allow_nan=False, allow_infinity=False)
     expiry = st.sampled_from([0, 1, NOW_MS - 1, NOW_MS, NOW_MS + 1, 2**60])
     vector = st.lists(number, min_size=dim, max_size=dim)
