@@ -132,8 +132,8 @@ class FeatureLayout:
         for name, value in values.items():
             feature = self.by_name.get(name)
             if feature is None:
-                known = ", ".join(self.by_name) or "none"
-                raise InputError(f"feature {name!r} is not in the schema (known: {known}): remove it")
+                feature_names = ", ".join(self.by_name) or "none"
+                raise InputError(f"feature {name!r} is not in the schema (known: {feature_names}): remove it")
             if value is not None:
                 row[name] = self.pack(feature, value)
         return row

@@ -154,9 +154,9 @@ class Settings(BaseSettings):
         Raises:
             InputError: a key or variable is unknown, a value is out of range, or the file does not exist.
         """
-        known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields} | VARIABLES_OF_OTHERS
+        variables = {f"{PREFIX}{name.upper()}" for name in cls.model_fields} | VARIABLES_OF_OTHERS
         for name in sorted(os.environ):
-            if name.startswith(PREFIX) and name.split("__")[0] not in known:
+            if name.startswith(PREFIX) and name.split("__")[0] not in variables:
                 raise InputError(f"the environment variable {name} is not a setting: remove it or correct its name")
         if file is not None and not file.is_file():
             raise InputError(f"the settings file {file} does not exist: create it or name another")

@@ -159,8 +159,8 @@ def _directors(words: Words, about: Subject) -> Iterator[Claim]:
     loose = [match.group() for match in (DIRECTOR.search(words.text),) if match] + _people_before(words, DIRECTS)
     if explicit or loose:
         window = _after(words, explicit)
-        known = about.directors and PSEUDONYM not in window
-        agrees = _names_any(window, about.directors) or _spells_any(window, about.directors) if known else None
+        can_contradict = about.directors and PSEUDONYM not in window
+        agrees = _names_any(window, about.directors) or _spells_any(window, about.directors) if can_contradict else None
         yield Claim(
             explicit[0].group() if explicit else loose[0], agrees, f"directed by {', '.join(about.directors[:3])}"
         )
@@ -295,12 +295,12 @@ def _genre(nouns: Sequence[str]) -> re.Pattern[str]:
 
 
 def _genres(words: Words, about: Subject, rules: Rules) -> Iterator[Claim]:
-    known = {genre.lower() for genre in about.genres}
-    if len(known) < ENOUGH_GENRES or not known <= GENRES:
+    known_genres = {genre.lower() for genre in about.genres}
+    if len(known_genres) < ENOUGH_GENRES or not known_genres <= GENRES:
         return
     for match in _genre(rules.nouns).finditer(words.text):
         claimed = [
             genre for word, genre in GENRE_WORDS.items() if re.search(rf"\b{word}\b", match["kind"], re.IGNORECASE)
         ]
-        agrees = any(not NEAR[genre].isdisjoint(known) for genre in claimed)
-        yield Claim(match.group(), agrees, f"its genres are {', '.join(sorted(known))}")
+        agrees = any(not NEAR[genre].isdisjoint(known_genres) for genre in claimed)
+        yield Claim(match.group(), agrees, f"its genres are {', '.join(sorted(known_genres))}")

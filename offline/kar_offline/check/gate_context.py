@@ -63,7 +63,7 @@ class Rules:
     language: str
     """ISO 639-1."""
     words: tuple[int, int]
-    """The fewest and the most words."""
+    """Smallest and largest number of words."""
     allowed: frozenset[str]
     """The facts that a text may mention."""
     nouns: tuple[str, ...]

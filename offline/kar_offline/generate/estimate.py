@@ -42,9 +42,9 @@ def estimate(
     input_tokens = output_tokens = 0.0
     for question in questions:
         task = task_of[question.prompt_sha256]
-        known = usage.get(task.prompt.template)
-        input_tokens += len(question.prompt) * (known.input_tokens_per_char if known else TOKENS_PER_CHAR)
-        output_tokens += known.output_tokens if known else sum(task.rules.words) / 2 * TOKENS_PER_WORD
+        measured = usage.get(task.prompt.template)
+        input_tokens += len(question.prompt) * (measured.input_tokens_per_char if measured else TOKENS_PER_CHAR)
+        output_tokens += measured.output_tokens if measured else sum(task.rules.words) / 2 * TOKENS_PER_WORD
     worst = [provider.worst_usd(question) for question in questions]
     return Estimate(
         len(questions),

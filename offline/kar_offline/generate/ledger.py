@@ -50,9 +50,9 @@ class Spending(NamedTuple):
     cost_usd: float | None
     """Cost of all tokens; None where a price is unknown."""
     risk_usd: float
-    """The most that uncertain questions and attempts without an answer may have cost on top."""
+    """Highest possible further cost, of uncertain questions and of attempts without an answer."""
     latency_ms: float | None
-    """Mean time from the first attempt to the answer."""
+    """Mean time from the first attempt to the answer; None without an answer."""
 
 
 Column = Literal["run", "day", "provider", "model", "template", "entity"]

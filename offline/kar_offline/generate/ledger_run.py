@@ -57,7 +57,7 @@ class Run:
 
     @property
     def spent_usd(self) -> float:
-        """The cost of this run in US dollars; questions without an answer count with the most that they can cost."""
+        """The cost of this run in US dollars; questions without an answer count with their highest possible cost."""
         row = self._database.execute(
             "SELECT coalesce(sum(coalesce(cost_usd, 0) + coalesce(risk_usd, 0)), 0) FROM requests WHERE run = ?",
             (self._run,),

@@ -20,7 +20,7 @@ FIRST_REFUSALS: Final = 5
 """This number of refused questions before the first answer means that the request itself is wrong."""
 CHARS_PER_TOKEN: Final = 4
 TEMPLATE_TOKENS: Final = 64
-"""The most tokens that a chat template adds to a prompt."""
+"""Largest number of tokens that a chat template adds to a prompt."""
 
 
 class Price(NamedTuple):
@@ -75,7 +75,7 @@ class ChatModel(Endpoint):
         return (input_tokens * self._price.input + output_tokens * self._price.output) / 1e6
 
     def worst_usd(self, question: Question) -> float | None:
-        """The most that one attempt at a question can cost; a token has at least one byte of UTF-8."""
+        """See `Provider`; a token has at least one byte of UTF-8, which bounds the tokens of the prompt."""
         longest = max(self.parameters[name] for name in LENGTHS if name in self.parameters)
         return self.cost_usd(len(question.prompt.encode("utf-8", "replace")) + TEMPLATE_TOKENS, longest)
 

@@ -74,10 +74,12 @@ class Pack:
             IntegrityError: a file of the pack is missing or broken; the text names it.
         """
         shipped = resources.files("kar_offline.packs")
-        known = sorted(entry.name for entry in shipped.iterdir() if entry.joinpath("pack.toml").is_file())
-        folder: Traversable = shipped / name if name in known else Path(name)
+        shipped_names = sorted(entry.name for entry in shipped.iterdir() if entry.joinpath("pack.toml").is_file())
+        folder: Traversable = shipped / name if name in shipped_names else Path(name)
         if not folder.is_dir():
-            raise NotFoundError(f"no pack {name!r} (known: {', '.join(known)}): name one of them, or a pack's folder")
+            raise NotFoundError(
+                f"no pack {name!r} (known: {', '.join(shipped_names)}): name one of them, or a pack's folder"
+            )
         header_text = _text(folder / "pack.toml") if (folder / "pack.toml").is_file() else ""
         try:
             header = _Header.model_validate(tomllib.loads(header_text))

@@ -52,7 +52,7 @@ class Reply(NamedTuple):
     input_tokens: int
     output_tokens: int
     finish: str = "stop"
-    """Why the text ended; "length": it was cut off at the most tokens that the model may write."""
+    """Why the text ended; "length": it reached the largest number of tokens that the model may write."""
     latency_ms: float = 0.0
     """Time from the first attempt to the answer."""
     requests: int = 1
@@ -159,10 +159,10 @@ class Provider(Protocol):
         """
 
     def cost_usd(self, input_tokens: int, output_tokens: int) -> float | None:
-        """The cost of these tokens; None where prices are unknown."""
+        """The cost of these tokens, in US dollars; None where prices are unknown."""
 
     def worst_usd(self, question: Question) -> float | None:
-        """The most that one attempt at a question can cost; None where prices are unknown."""
+        """Highest possible cost of one attempt at a question, in US dollars; None where prices are unknown."""
 
 
 async def each(

@@ -131,7 +131,7 @@ async def work_through(
     Args:
         tasks: The tasks, each at its first attempt.
         provider: The language model that answers.
-        ledger: Has the answers of earlier runs, and notes what is sent.
+        ledger: Has the answers of earlier runs; records the questions and answers of this run.
         retries: Largest number of further attempts at a task.
         budget_usd: Highest cost of this run, in US dollars; None: no limit.
         budget_calls: Largest number of questions that may be sent now; None: no limit.

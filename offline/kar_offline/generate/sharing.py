@@ -45,7 +45,7 @@ class Shared:
 
 
 def share_calls(work: WorkFolder, prompts: Sequence[Prompt], sharing: Sharing, on: date) -> Shared:
-    """Choose which of `prompts` to ask by themselves, and which entities to ask about as clusters.
+    """Choose which of `prompts` to ask, and which entities to combine into prompts about clusters.
 
     Args:
         work: The work folder; content vectors are kept in `work`/content.

@@ -81,12 +81,12 @@ def imputed_records(
         clusters: Records of clusters whose text is in use.
         provenance: The model and its parameters.
     """
-    own = {(record.entity, record.id) for record in records}
+    with_own_text = {(record.entity, record.id) for record in records}
     in_use = {(record.entity, record.id) for record in (*records, *clusters)}
     imputed = []
     for (kind, id_), candidates in neighbours.items():
         usable = [neighbour for neighbour in candidates if (kind.number, neighbour.id) in in_use]
-        if (kind.number, id_) not in own and usable:
+        if (kind.number, id_) not in with_own_text and usable:
             total = sum(neighbour.weight for neighbour in usable)
             loans = [records_pb2.Loan(id=neighbour.id, weight=neighbour.weight / total) for neighbour in usable]
             imputed.append(records_pb2.KnowledgeRecord(id=id_, entity=kind.number, llm=provenance, loans=loans))

@@ -191,10 +191,10 @@ def costs(
 
 def _cells(row: Spending) -> list[str]:
     cost = "unknown" if row.cost_usd is None else f"{row.cost_usd:.4f}"
-    most = "unknown" if row.cost_usd is None else f"{row.cost_usd + row.risk_usd:.4f}"
+    highest_cost = "unknown" if row.cost_usd is None else f"{row.cost_usd + row.risk_usd:.4f}"
     counts = (row.calls, row.failed, row.uncertain, row.input_tokens, row.output_tokens)
     latency = "" if row.latency_ms is None else f"{row.latency_ms:,.0f}"
-    return [*(f"{count:,}" for count in counts), cost, most, latency]
+    return [*(f"{count:,}" for count in counts), cost, highest_cost, latency]
 
 
 def _numbers(row: Spending) -> dict[str, Any]:
@@ -229,13 +229,15 @@ def status(
     _section(table, "events since they were written", {}, texts[USER].events_since or {})
     served_json: dict[str, Any] | None = None
     if url != f"lmdb:{folder.store}" or folder.store.is_dir():
-        chosen = Release.load(folder.releases, release or read_active(folder.releases), verify=False)
+        served_release = Release.load(folder.releases, release or read_active(folder.releases), verify=False)
         with closing(open_store(url, aerospike=settings.aerospike, readonly=True)) as opened:
-            served = served_status(folder.read(Dataset), chosen, opened, round(now.timestamp() * 1000))
-        _section(table, f"vectors of release {chosen.release_id}", *(served[kind].levels for kind in EntityKind))
+            served = served_status(folder.read(Dataset), served_release, opened, round(now.timestamp() * 1000))
+        _section(
+            table, f"vectors of release {served_release.release_id}", *(served[kind].levels for kind in EntityKind)
+        )
         _section(table, "days since they were written", *(served[kind].age_days for kind in EntityKind))
         console.print(f"vectors are those in {url}: {served[ITEM].vectors} of items, {served[USER].vectors} of users")
-        served_json = {"release_id": chosen.release_id} | {kind.value: served[kind] for kind in EntityKind}
+        served_json = {"release_id": served_release.release_id} | {kind.value: served[kind] for kind in EntityKind}
     console.print(table)
     write_json(json_file, {"texts": {kind: texts[kind].as_json() for kind in texts}, "served": served_json})
 

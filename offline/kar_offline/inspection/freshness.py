@@ -86,13 +86,13 @@ def text_status(work: WorkFolder, policy: Policy, now: datetime) -> dict[EntityK
     for kind in EntityKind:
         entities = dataset.entities[kind]
         with_record = [record for entity in entities if (record := records[kind].get(entity.id))]
-        own = [record for record in with_record if record.text]
+        with_text = [record for record in with_record if record.text]
         reasons = Counter(candidate.reasons[0] for candidate in candidates if candidate.kind == kind)
-        ages = [(now - r.created_at.ToDatetime(UTC)).days if r.HasField("created_at") else None for r in own]
+        ages = [(now - r.created_at.ToDatetime(UTC)).days if r.HasField("created_at") else None for r in with_text]
         report[kind] = TextStatus(
             entities=len(entities),
-            own_text=len(own),
-            lent=len(with_record) - len(own),
+            own_text=len(with_text),
+            lent=len(with_record) - len(with_text),
             none=len(entities) - len(with_record),
             expired=sum(state.expired for state in entity_states if state.kind == kind),
             due={reason.value: reasons[reason] for reason in Reason},
@@ -145,8 +145,8 @@ def _headers(store: Store, kind: EntityKind, entities: Sequence[Entity], part: s
 
 
 def _histogram(values: Sequence[int | None], bounds: Sequence[int]) -> dict[str, int]:
-    """Number of values from each bound to the next one, at or above the last bound, and unknown (None)."""
-    known = [value for value in values if value is not None]
-    counts = np.bincount(np.searchsorted(bounds, known, side="right"), minlength=len(bounds) + 1)
+    """Number of values below the first bound, between bounds, at or above the last bound, and unknown (None)."""
+    known_values = [value for value in values if value is not None]
+    counts = np.bincount(np.searchsorted(bounds, known_values, side="right"), minlength=len(bounds) + 1)
     names = [*(f"<{bound}" for bound in bounds), f"{bounds[-1]}+"]
-    return {**dict(zip(names, counts.tolist(), strict=True)), UNKNOWN: len(values) - len(known)}
+    return {**dict(zip(names, counts.tolist(), strict=True)), UNKNOWN: len(values) - len(known_values)}

@@ -1,4 +1,4 @@
-"""Owns what the members of a cluster have in common: values of facts, and titles that they liked or disliked."""
+"""Owns the facts and opinions that members of a cluster share: values of facts, titles that they liked or disliked."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -51,7 +51,7 @@ class Question(_Strict):
     allowed: tuple[Word, ...]
     """The facts that may leave the company; prompts show no others, whatever the dataset holds."""
     words: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (20, 200)
-    """The fewest and the most words of an acceptable answer."""
+    """Smallest and largest number of words of an acceptable answer."""
     expires_after_days: Annotated[int, Field(ge=1)] | None = None
     """Age in days from which an answer is stale; None: never."""
 
@@ -150,11 +150,11 @@ def load_scenario(name: str | Path | None = None) -> Scenario:
         NotFoundError: no such scenario.
         InputError: not TOML, or a key is missing, unknown or wrong.
     """
-    known = known_scenarios()
+    names = known_scenarios()
     name = name or DEFAULT
-    source = _folder() / f"{name}.toml" if str(name) in known else Path(name)
+    source = _folder() / f"{name}.toml" if str(name) in names else Path(name)
     if not source.is_file():
-        raise NotFoundError(f"no scenario {str(name)!r} (known: {', '.join(known)}): name one of them, or a TOML file")
+        raise NotFoundError(f"no scenario {str(name)!r} (known: {', '.join(names)}): name one of them, or a TOML file")
     try:
         return Scenario.model_validate(tomllib.loads(source.read_text(encoding="utf-8")))
     except ValidationError as error:

@@ -66,19 +66,19 @@ class TemplateSet:
         environment = SandboxedEnvironment(
             loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        known = [name.removesuffix(".j2") for name in environment.list_templates(["j2"])]
+        available = [name.removesuffix(".j2") for name in environment.list_templates(["j2"])]
         named = [question.template for question in scenario.questions.values()]
-        if missing := [name for name in named if name not in known]:
+        if missing := [name for name in named if name not in available]:
             raise InputError(
-                f"scenario {scenario.name!r} asks for template {missing[0]!r} (known: {', '.join(known)}): name one of "
-                "them"
+                f"scenario {scenario.name!r} asks for template {missing[0]!r} (known: {', '.join(available)}): name "
+                "one of them"
             )
         try:
-            self.sources = {name: loader.get_source(environment, f"{name}.j2")[0] for name in known}
+            self.sources = {name: loader.get_source(environment, f"{name}.j2")[0] for name in available}
             # Templates are compiled from the sources in memory, so that each file is read once.
             in_memory = DictLoader({f"{name}.j2": source for name, source in self.sources.items()})
             environment.loader = ChoiceLoader([in_memory, loader])
-            self._templates = {name: environment.get_template(f"{name}.j2") for name in known}
+            self._templates = {name: environment.get_template(f"{name}.j2") for name in available}
             self._seasonal = {
                 name
                 for name, source in self.sources.items()

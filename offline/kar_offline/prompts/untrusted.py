@@ -50,8 +50,8 @@ def suspicious(text: str) -> str | None:
 
     Reasons are an instruction to a model, an address, or encoded data.
     """
-    if found := find_instruction(text):
-        return found.why
+    if instruction := find_instruction(text):
+        return instruction.why
     folded = fold_with_positions(visible(text))[0]
     if ADDRESS.search(folded):
         return "has an address"
@@ -88,10 +88,10 @@ class Shown(NamedTuple):
 def own_title(title: str, chars: int) -> str:
     """A title for its own item's prompt, cut before anything that looks like an instruction; empty: nothing is left."""
     text = visible(title)
-    found = find_instruction(text)
-    if not found:
+    instruction = find_instruction(text)
+    if not instruction:
         return clean(text, chars)
-    shown = clean(text[: found.start], chars).rstrip(" .,:;!?-–—'([")
+    shown = clean(text[: instruction.start], chars).rstrip(" .,:;!?-–—'([")
     return shown if any(map(str.isalnum, shown)) else ""
 
 

@@ -125,7 +125,7 @@ class IndexDescription:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         """The description in a snapshot's record; its other fields are ignored."""
-        known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
-        if "recall" in known:
-            known["recall"] = MeasuredRecall(**known["recall"])
-        return cls(**known)
+        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        if "recall" in values:
+            values["recall"] = MeasuredRecall(**values["recall"])
+        return cls(**values)

@@ -47,7 +47,7 @@ def check_platform(system: str, machine: str, libc: tuple[str, str], python: tup
     """Check that the packaged server runs on a platform; arguments as `platform` and `sys.version_info` give them.
 
     Raises:
-        PreconditionError: it does not; the text says what is needed.
+        PreconditionError: the server does not run here; the text says what it needs.
     """
     if (system, machine) != ("Linux", "x86_64"):
         raise PreconditionError(

@@ -40,7 +40,7 @@ class VectorProvenance:
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """The tensors of one request for C candidates, and what the response says about them."""
+    """The tensors of one request for C candidates, and the facts about them that the response states."""
 
     tensors: Tensors
     user_level: int

@@ -99,8 +99,8 @@ def _columns(
 def _column(column: ranking_pb2.FeatureColumn, layout: FeatureLayout, rows: int, entity: str) -> Column:
     feature = layout.by_name.get(column.name)
     if feature is None:
-        known = ", ".join(layout.by_name) or "none"
-        raise InputError(f"{entity} feature {column.name!r} is not in the schema (known: {known}): remove it")
+        feature_names = ", ".join(layout.by_name) or "none"
+        raise InputError(f"{entity} feature {column.name!r} is not in the schema (known: {feature_names}): remove it")
     numeric = feature.type == NUMERIC
     expected, other = ("numbers", "strings") if numeric else ("strings", "numbers")
     values = getattr(column, expected)

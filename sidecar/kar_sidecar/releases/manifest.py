@@ -136,8 +136,8 @@ class Release:
         folder = releases / release_id
         path = folder / MANIFEST
         if not path.is_file():
-            known = ", ".join(list_releases(releases)) or "none"
-            raise NotFoundError(f"release {release_id!r} is not below {releases} (known: {known})")
+            release_ids = ", ".join(list_releases(releases)) or "none"
+            raise NotFoundError(f"release {release_id!r} is not below {releases} (known: {release_ids})")
         manifest = _read_manifest(path)
         if manifest.release_id != release_id or manifest_id(manifest) != release_id:
             raise IntegrityError(f"{path} was changed after export: export the release again")

@@ -50,10 +50,10 @@ async def open_active(folder: Path, store: Store, mode: Mode) -> ServedRelease:
 
 async def _load_verified(folder: Path, release_id: str, mode: Mode) -> ServedRelease:
     # Only ids of existing folders are accepted: an id such as "../elsewhere" must not become a path.
-    known = list_releases(folder)
-    if release_id not in known:
+    release_ids = list_releases(folder)
+    if release_id not in release_ids:
         raise PreconditionError(
-            f"release {release_id!r} is not below {folder} (known: {', '.join(known) or 'none'}): export it first"
+            f"release {release_id!r} is not below {folder} (known: {', '.join(release_ids) or 'none'}): export it first"
         )
     served = ServedRelease(await asyncio.to_thread(Release.load, folder, release_id), mode)
     served.models()  # raises where a model is missing
@@ -124,8 +124,8 @@ class Releases:
         """
         loaded = self._loaded.get(release_id or self._active)
         if loaded is None:
-            known = ", ".join(self._loaded)
-            raise PreconditionError(f"release {release_id!r} is not loaded (loaded: {known}): activate it first")
+            loaded_ids = ", ".join(self._loaded)
+            raise PreconditionError(f"release {release_id!r} is not loaded (loaded: {loaded_ids}): activate it first")
         return loaded.served
 
     async def check(self) -> None:

@@ -77,7 +77,7 @@ class Sidecar:
             settings: Read at start-up.
             store: The caller closes it.
             scorer: The caller closes it.
-            indexes: None: those below the settings' folder. Closed at the end.
+            indexes: None: the indexes below the settings' folder. Closed at the end.
             ready: Called once, when health first reports SERVING.
         """
         self._settings = settings

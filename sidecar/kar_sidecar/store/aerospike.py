@@ -124,7 +124,7 @@ class AerospikeStore:
             hosts: Name and port of some nodes; one running node is enough.
             namespace: An existing namespace.
             set_name: Created by the first write.
-            settings: How the cluster is reached and used.
+            settings: Connection, time limits and batch sizes.
             password: Password of `settings.user`.
             connect: Makes a client from its configuration.
             sleep: Waits a number of seconds.

@@ -45,7 +45,7 @@ def open_store(url: str, *, aerospike: AerospikeSettings | None = None, readonly
 
 
 def _host(server: str) -> tuple[str | None, int | None]:
-    """Name and port of HOST:PORT; None for what is missing or malformed."""
+    """Name and port of HOST:PORT; None for a missing or malformed part."""
     try:
         parsed = urlsplit(f"//{server}")
         return parsed.hostname, parsed.port
