@@ -5,6 +5,7 @@ import onnxruntime
 import pytest
 import torch
 from tests.support.paths import DOCS
+from tests.support.rounding import SCORE_LIMIT
 
 from kar_kernels import HybridExpertAdaptor
 from kar_offline.models import BACKBONES, RERANKERS, CTRModel, Encodings, Field, InputSpec
@@ -62,11 +63,11 @@ def test_its_scores_stand_alone_and_survive_export(spec, tmp_path):
     together = backbone(values)
     for at in range(7):
         one = {name: v if name.startswith(("user", "history")) else v[[at]] for name, v in values.items()}
-        torch.testing.assert_close(backbone(one), together[[at]], rtol=0, atol=1e-6)
+        torch.testing.assert_close(backbone(one), together[[at]], rtol=0, atol=SCORE_LIMIT)
     export_onnx(backbone, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (score,) = session.run(None, {name: value.numpy() for name, value in values.items()})
-    np.testing.assert_allclose(score, together.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(score, together.detach().numpy(), atol=SCORE_LIMIT)
 
 
 def test_its_gradients_reach_the_adaptor():

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from google.protobuf import json_format
+from tests.support.rounding import SCORE_LIMIT
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -227,7 +228,7 @@ def test_vectors_are_those_of_entities_with_text(exported, finished):
         np.testing.assert_array_equal(encoded, np.delete(source, 2 if kind == "user" else 1, axis=0))
         with torch.inference_mode():
             expected = adaptor.tower(torch.from_numpy(encoded), kind).numpy()
-        np.testing.assert_allclose(np.load(vectors / f"{kind}_adapted.npy"), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(np.load(vectors / f"{kind}_adapted.npy"), expected, rtol=0, atol=SCORE_LIMIT)
     np.testing.assert_array_equal(release.neutral[0], adaptor.user_neutral.detach().numpy())
     np.testing.assert_array_equal(release.neutral[1], adaptor.item_neutral.detach().numpy())
 
@@ -255,7 +256,7 @@ def test_onnx_models_score_as_the_trained_ones(name, work):
         trained = load_trained(work, name, arm).backbone
         with torch.inference_mode():
             expected = trained({name: torch.from_numpy(value) for name, value in given.items()}).numpy()
-        np.testing.assert_allclose(session.run(["score"], given)[0], expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(session.run(["score"], given)[0], expected, rtol=0, atol=SCORE_LIMIT)
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])

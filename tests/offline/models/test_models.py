@@ -5,6 +5,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from tests.support.rounding import SCORE_LIMIT
 
 from kar_kernels import HybridExpertAdaptor
 from kar_offline.models import BACKBONES, CTRModel, Encodings, Field, Identity, InputSpec, build_backbone
@@ -94,9 +95,9 @@ class TestEveryBackbone:
         backbone, values = make(name), inputs(SPEC, 11, 3)
         together = backbone(values)
         order = torch.randperm(11)
-        torch.testing.assert_close(backbone(rows(values, order)), together[order], rtol=0, atol=1e-6)
+        torch.testing.assert_close(backbone(rows(values, order)), together[order], rtol=0, atol=SCORE_LIMIT)
         for i in range(11):
-            torch.testing.assert_close(backbone(rows(values, [i])), together[[i]], rtol=0, atol=1e-6)
+            torch.testing.assert_close(backbone(rows(values, [i])), together[[i]], rtol=0, atol=SCORE_LIMIT)
 
     def test_score_does_not_depend_on_other_requests(self, name):
         backbone, values = make(name), inputs(SPEC, 11, 3)
@@ -106,14 +107,14 @@ class TestEveryBackbone:
             for label, value in rows(values, own).items()
         }
         alone["request_of_row"] = torch.zeros(len(own), dtype=torch.int64)
-        torch.testing.assert_close(backbone(alone), backbone(values)[own], rtol=0, atol=1e-6)
+        torch.testing.assert_close(backbone(alone), backbone(values)[own], rtol=0, atol=SCORE_LIMIT)
 
     def test_score_does_not_depend_on_padding(self, name):
         backbone, values = make(name), inputs(SPEC, 11, 3)
         longer = dict(values)
         for label in ("history_item", "history_rating", "history_vector", "history_weight"):
             longer[label] = torch.cat([values[label], torch.zeros_like(values[label])], 1)
-        torch.testing.assert_close(backbone(longer), backbone(values), rtol=0, atol=1e-6)
+        torch.testing.assert_close(backbone(longer), backbone(values), rtol=0, atol=SCORE_LIMIT)
 
     def test_score_depends_on_every_input(self, name):
         backbone, values = make(name), inputs(SPEC, 11, 3)
@@ -235,7 +236,7 @@ def test_din_with_equal_weights_pools_the_sum_of_real_events():
         of_items = backbone.items(items[real], categories).sum(0)
         expected.append(torch.cat([of_items, backbone.ratings.weight[ratings[real]].sum(0)]))
     pooled = backbone.pool(values, torch.randn(4, backbone.items.width))
-    torch.testing.assert_close(pooled, torch.stack(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pooled, torch.stack(expected), rtol=1e-5, atol=SCORE_LIMIT)
 
 
 def test_multi_field_embedding_by_hand():

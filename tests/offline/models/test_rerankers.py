@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from tests.support.rounding import SCORE_LIMIT
 
 from kar_offline.models import RERANKERS, Field, InputSpec, build_backbone
 from kar_offline.models.onnx import export_onnx
@@ -107,24 +108,24 @@ class TestEveryReranker:
         changed = dict(values, item_numeric=values["item_numeric"].clone())
         changed["item_numeric"][0] += 3
         other = model(changed)
-        assert not torch.allclose(other[1:4], score[1:4], atol=1e-6)  # its list-mates
-        torch.testing.assert_close(other[4:], score[4:], rtol=0, atol=1e-6)  # the other list
+        assert not torch.allclose(other[1:4], score[1:4], atol=SCORE_LIMIT)  # its list-mates
+        torch.testing.assert_close(other[4:], score[4:], rtol=0, atol=SCORE_LIMIT)  # the other list
 
     def test_neither_other_requests_nor_padding_matter(self, name):
         model, values = make(name), inputs([3, 9, 1])
         together = model(values)
-        torch.testing.assert_close(model(take(values, range(3), [0])), together[:3], rtol=0, atol=1e-6)
-        torch.testing.assert_close(model(take(values, [12], [2])), together[12:], rtol=0, atol=1e-6)
+        torch.testing.assert_close(model(take(values, range(3), [0])), together[:3], rtol=0, atol=SCORE_LIMIT)
+        torch.testing.assert_close(model(take(values, [12], [2])), together[12:], rtol=0, atol=SCORE_LIMIT)
         longer = dict(values)
         for label in ("history_item", "history_rating", "history_vector", "history_weight"):
             longer[label] = torch.cat([values[label], torch.zeros_like(values[label])], 1)
-        torch.testing.assert_close(model(longer), together, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model(longer), together, rtol=0, atol=SCORE_LIMIT)
 
     def test_order(self, name):
         model, values = make(name), inputs([5])
         order = [3, 0, 4, 2, 1]
         moved = model(take(values, order, [0]))
-        same = torch.allclose(moved, model(values)[order], atol=1e-6)
+        same = torch.allclose(moved, model(values)[order], atol=SCORE_LIMIT)
         assert same == (name in SETS)
 
     def test_empty_history_and_long_lists(self, name):

@@ -27,6 +27,7 @@ from tests.support.refreshable import (
     refreshed,
     write_lines,
 )
+from tests.support.rounding import SCORE_LIMIT
 from typer.testing import CliRunner
 
 from kar.ranking.v1.ranking_pb2 import Candidates, RankRequest, RankResponse, User
@@ -234,8 +235,12 @@ def test_reads_go_on_and_then_give_the_new_vectors(world: World) -> None:
     }
     answer, tensors = world.rank("new", "i8", "i0")
     assert list(answer.item_levels) == [FULL, FULL]
-    np.testing.assert_allclose(tensors["item_knowledge"][0], expected(world.release, items["i8"].text), atol=1e-6)
-    np.testing.assert_allclose(tensors["item_knowledge"][1], expected(world.release, items["i0"].text), atol=1e-6)
+    np.testing.assert_allclose(
+        tensors["item_knowledge"][0], expected(world.release, items["i8"].text), atol=SCORE_LIMIT
+    )
+    np.testing.assert_allclose(
+        tensors["item_knowledge"][1], expected(world.release, items["i0"].text), atol=SCORE_LIMIT
+    )
     # i8, which the new viewer rated, has an affinity vector of unit length.
     affinity, level = world.vector(ITEM, "i8", world.release.manifest.affinity.space)
     assert (level, float(np.linalg.norm(affinity))) == (FULL, pytest.approx(1))
@@ -361,7 +366,7 @@ def test_an_older_template_is_less_stale_than_growth_and_its_text_is_replaced(wo
     assert report["chosen"] == {"item": 1, "user": 4}
     [changed] = [r for r in world.records("item").values() if r.template == "factual/9"]
     _, tensors = world.rank("u0", changed.id)
-    np.testing.assert_allclose(tensors["item_knowledge"][0], expected(world.release, changed.text), atol=1e-6)
+    np.testing.assert_allclose(tensors["item_knowledge"][0], expected(world.release, changed.text), atol=SCORE_LIMIT)
     [(stored,)] = world.store.read([EntityKey(ITEM, changed.id)], [TEXT])
     assert records_pb2.KnowledgeRecord.FromString(stored) == changed
 

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.support.rounding import SCORE_LIMIT
 from tests.support.training import (
     SMALL,
     make_dataset,
@@ -98,7 +99,7 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path):
     validation = samples_of_split(data, VALIDATION)
     feed = Batches(data, validation, KnowledgeInputs(ARMS["control"], data.dataset))
     loss = torch.nn.functional.binary_cross_entropy_with_logits(predict_logits(model, feed), validation.label)
-    assert loss.item() == pytest.approx(fitted.best.validation_loss, abs=1e-6)
+    assert loss.item() == pytest.approx(fitted.best.validation_loss, abs=SCORE_LIMIT)
 
 
 def test_clipping_clips(tmp_path):

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.support.rounding import SCORE_LIMIT
 from tests.support.text_vectors import write_text_vectors
 
 from kar.records.v1 import records_pb2
@@ -139,8 +140,8 @@ def test_both_texts_are_side_by_side(work):
     texts = [given_of(work, arm).affinity_columns(samples) for arm in ("knowledge", "raw_text", "cf")]
     own = slice(len(STATISTICS), None)
     both, all_three = (given_of(work, arm).affinity_columns(samples) for arm in ("both_texts", "cf_both_texts"))
-    torch.testing.assert_close(both, torch.cat([texts[0], texts[1][:, own]], 1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(all_three, torch.cat([both, texts[2][:, own]], 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(both, torch.cat([texts[0], texts[1][:, own]], 1), rtol=0, atol=SCORE_LIMIT)
+    torch.testing.assert_close(all_three, torch.cat([both, texts[2][:, own]], 1), rtol=0, atol=SCORE_LIMIT)
 
 
 def test_texts_of_the_other_arms(work):
@@ -166,7 +167,7 @@ def test_learned_affinity_reads_vectors_of_the_history(work):
     ratings = data.dataset.event_rating[before]
     table = given.affinity.vectors
     torch.testing.assert_close(found["history_vector"][0, : len(before)], table[data.dataset.event_item[before]])
-    np.testing.assert_allclose(found["history_weight"][0, : len(before)], ratings - ratings.mean(), atol=1e-6)
+    np.testing.assert_allclose(found["history_weight"][0, : len(before)], ratings - ratings.mean(), atol=SCORE_LIMIT)
     assert not found["history_vector"][0, len(before) :].any()
     assert not found["history_weight"][0, len(before) :].any()
     torch.testing.assert_close(found["item_vector"][0], table[samples.item[2]])

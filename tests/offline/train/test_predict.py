@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tests.support.rounding import SCORE_LIMIT
 from tests.support.training import (
     ADAPTOR,
     write_work,
@@ -43,4 +44,4 @@ def test_predictions_equal_one_sample_at_a_time(tmp_path):
             own["item_knowledge"] = model.adaptor.item_neutral[None]
         expected.append(model.eval()({**batches.inputs(at), **own}))
     found = predict_logits(model, batches)
-    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=SCORE_LIMIT)

@@ -7,6 +7,7 @@ from threading import Event
 import numpy as np
 import pytest
 from tests.support.paths import ROOT
+from tests.support.rounding import float32_limit
 
 from kar_sidecar.errors import InputError, NotFoundError, PreconditionError, UnavailableError, UnsupportedError
 from kar_sidecar.index import VectorIndex, unit_rows
@@ -42,7 +43,7 @@ def test_the_nearest_come_first_whatever_their_length(implementation: type[Vecto
     assert found.ids[0][:2] == ["east", "north-east"]
     assert found.ids[1] == ["north-east", "north", "east"]
     expected = [[1, half, 0], [3 * half / 5**0.5, 2 / 5**0.5, 1 / 5**0.5]]  # <(1,2),(1,1)> / (sqrt 5 sqrt 2) ...
-    np.testing.assert_allclose(found.similarities, expected, atol=1e-6)
+    np.testing.assert_allclose(found.similarities, expected, atol=float32_limit(64))
     assert (index.dim, len(index)) == (2, 4)
     index.close()
 
@@ -71,7 +72,7 @@ def test_an_entity_is_not_its_own_neighbour(implementation: type[VectorIndex]) -
     twins = implementation.build(["b", "a", "far"], np.array([[1, 0], [2, 0], [0, 1]], np.float32))
     assert twins.search_like("a", 2).ids == [["b", "far"]]
     assert twins.search_like("b", 1).ids == [["a"]]
-    np.testing.assert_allclose(twins.search_like("a", 2).similarities, [[1, 0]], atol=1e-6)
+    np.testing.assert_allclose(twins.search_like("a", 2).similarities, [[1, 0]], atol=float32_limit(64))
     with pytest.raises(NotFoundError, match="'stranger'"):
         twins.search_like("stranger", 1)
     with pytest.raises(InputError, match="at least 1"):
@@ -89,7 +90,7 @@ def test_every_kind_finds_what_exact_search_finds(kind) -> None:
         assert np.mean([len(set(a) & set(b)) for a, b in zip(found.ids, expected.ids, strict=True)]) > 9
     else:
         assert found.ids == expected.ids
-        np.testing.assert_allclose(found.similarities, expected.similarities, atol=1e-6)
+        np.testing.assert_allclose(found.similarities, expected.similarities, atol=float32_limit(64))
     assert all(index.search_like(str(row), 5).ids == exact.search_like(str(row), 5).ids for row in range(0, 800, 50))
     index.close()
 
