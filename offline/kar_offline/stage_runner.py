@@ -2,7 +2,7 @@
 
 WORK/<stage>/                 the finished folder
 WORK/<stage>/stage.json       its record: sources, seconds, report, content hash
-WORK/.<stage>.draft/          what a running or killed stage has written so far
+WORK/.<stage>.draft/          the output so far of a running or killed stage
 WORK/.<stage>.source.json     the sources that the draft is made from
 WORK/.<stage>.former/         the folder that is being replaced
 WORK/.<stage>.lock            held while the stage runs

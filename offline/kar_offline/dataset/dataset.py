@@ -148,8 +148,8 @@ class Dataset:
         cut-off of 0. New events have the split TRAIN until the dataset is split again.
 
         Args:
-            users: New users; their rows follow those of the users before.
-            items: New items; their rows follow those of the items before.
+            users: New users; they get the rows after the present users.
+            items: New items; they get the rows after the present items.
             user: User row of each new event [N].
             item: Item row of each new event [N].
             rating: Ratings [N].

@@ -79,7 +79,7 @@ class MovieLens:
         return MovieLens(tuple(sorted(users)), tuple(sorted(items)), tuple(sorted(ratings)))
 
     def sha256(self) -> str:
-        """SHA-256 of the content, hexadecimal; equal data have equal hashes, whatever their source."""
+        """SHA-256 of the content, hexadecimal; it does not depend on the source of the data."""
         digest = hashlib.sha256()
         for rows in (self.users, self.items, self.ratings):
             digest.update("".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -63,7 +63,7 @@ def split_by_user(user_ids: Sequence[str], fold: int, folds: int, seed: int) -> 
 def split_by_time(
     event_time: NDArray[np.integer], sample_events: NDArray[np.integer], test_share: float, validation_share: float
 ) -> NDArray[np.uint8]:
-    """The split of each event [E]: the latest samples are the test split, those before them the validation split.
+    """The split of each event [E]: the latest samples are for test, the samples before them for validation.
 
     Events of the same second are never divided: if a split begins among them, it takes them all.
 

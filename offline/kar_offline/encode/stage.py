@@ -230,7 +230,7 @@ def _text_tables(inputs: EncodingInputs, kinds: Sequence[EntityKind], words: int
 def _neighbours(
     records: Iterable[records_pb2.KnowledgeRecord], texts: Mapping[str, str]
 ) -> dict[str, list[_Neighbour]]:
-    """By id, the neighbours from which a record without a text is imputed: those of its neighbours that have a text."""
+    """By id of a record without a text: its neighbours with a text. A record without such neighbours is left out."""
     digests = {id_: text_sha256(text) for id_, text in texts.items() if text}
     neighbours = {
         record.id: [_Neighbour(digests[loan.id], loan.weight) for loan in record.loans if loan.id in digests]

@@ -22,7 +22,7 @@ class EncodedTexts(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """Turns texts into vectors. Equal texts get equal vectors up to rounding, whatever else is encoded with them."""
+    """Turns texts into vectors. The vector of a text does not depend, up to rounding, on the other texts."""
 
     @property
     def encoder_id(self) -> str:

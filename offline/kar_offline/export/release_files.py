@@ -92,7 +92,7 @@ def _write_affinity(folder: Path, sources: ExportSources) -> None:
 
 
 def _copy_knowledge(folder: Path, knowledge: Path) -> None:
-    """Copy the knowledge records, and those about clusters if there are any."""
+    """Copy the knowledge records about entities and, if there are any, about clusters."""
     for kind in TOWERS:
         source = knowledge / f"{kind}.jsonl"
         if not source.is_file():

@@ -90,7 +90,7 @@ class CTRModel(nn.Module):
 
         Args:
             inputs: The backbone's inputs; knowledge vectors may be among them.
-            encodings: Text encodings; the knowledge vectors computed from them replace those in `inputs`.
+            encodings: Text encodings; the knowledge vectors computed from them replace the vectors in `inputs`.
 
         Returns:
             (N,).

@@ -97,7 +97,7 @@ def publish_knowledge(
 def _fresh_entities(
     released: ReleasedEntities, ids: list[str], knowledge: Knowledge, encoding: Encoding
 ) -> _FreshEntities:
-    """Compare the knowledge about the entities `ids` with what a release holds."""
+    """Entities whose knowledge in the work folder differs from the release's; `ids` are all entities of the dataset."""
     kind = released.kind
     header, vectors = encoding.header(f"knowledge_{kind}"), encoding.vectors(f"knowledge_{kind}")
     if header.ids != ids:

@@ -1,7 +1,7 @@
 """Owns every way in which publishing writes records of one part into a store.
 
 - `write_part`: all records of a release, resumed after a kill, at a limited rate.
-- `write_changed`: fresh records, compared with what the store holds.
+- `write_changed`: fresh records, if they differ from the stored ones.
 
 Both keep records of the store that are newer.
 """

@@ -98,7 +98,7 @@ def refresh(
 
 
 def _print_plan(console: Console, report: RefreshReport) -> None:
-    """Print what is new, what is due, and what a dry run would cost."""
+    """Print the counts of new and due entities and, in a dry run, the expected cost."""
     arrived, waiting = report.arrived, report.waiting
     console.print(f"new: {arrived.users:,} users, {arrived.items:,} items, {arrived.events:,} events")
     table = Table("due", "items", "users")
@@ -124,7 +124,7 @@ def _print_plan(console: Console, report: RefreshReport) -> None:
 def _print_result(
     console: Console, report: RefreshReport, texts: TextCounts, written: Mapping[str, int], store: str
 ) -> None:
-    """Print what was written, encoded and published."""
+    """Print the counts of texts and vectors that were written, and the cost."""
     console.print(
         f"{report.calls:,} calls, {_dollars(report.cost_usd)}: {texts.written:,} texts written, {texts.refused:,} "
         f"refused, {texts.unanswered:,} unanswered; {report.encoded:,} texts encoded"

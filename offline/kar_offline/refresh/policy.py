@@ -125,7 +125,7 @@ def _staleness(state: KnowledgeState, policy: Policy) -> Mapping[Reason, float]:
 def within_budget(
     candidates: Sequence[RefreshCandidate], calls: int | None
 ) -> tuple[list[RefreshCandidate], list[RefreshCandidate]]:
-    """Split candidates, the most valuable first, into those that a budget buys and those that wait.
+    """Split candidates, the most valuable first, into the candidates that a budget covers and the candidates that wait.
 
     Args:
         candidates: From `refresh_candidates`.

@@ -20,7 +20,7 @@ def publish_fresh(
     rewritten: RewrittenKnowledge,
     encoded: EncodedKnowledge,
 ) -> Mapping[str, int]:
-    """Write what the store lacks; returns the number of written records by part.
+    """Write the records that the store lacks; returns the number of written records by part.
 
     Args:
         context: The work folder, the store and the clock.

@@ -66,7 +66,7 @@ def samples_before(
 ) -> Samples:
     """Rows of any items, scored at the time just before an event of their user.
 
-    Histories equal those that `kar_sidecar.features.FeatureEncoder.history` makes online.
+    Histories equal the online ones of `kar_sidecar.features.FeatureEncoder.history`.
 
     Args:
         data: The dataset.
