@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from tests.support.film_scenario import film_scenario
 from tests.support.prose import prose
 
 from kar.records.v1 import records_pb2
@@ -62,30 +63,7 @@ TITLES = (
 )
 BACKBONE, WIDTH, KNOWLEDGE = "dcnv2", 2, 3
 COLUMNS = affinity_columns(1)
-SCENARIO = """
-name = "films"
-[words]
-item = "film"
-items = "films"
-user = "viewer"
-ratings = "stars from 1 to 5"
-[item]
-template = "factual/2"
-allowed = ["title", "genres"]
-factors = ["plot"]
-words = [15, 90]
-[user]
-template = "reasoning/2"
-allowed = ["age"]
-factors = ["mood"]
-words = [15, 90]
-expires_after_days = 30
-[[seasons]]
-name = "christmas"
-begins = "12-01"
-ends = "12-26"
-about = "the weeks before Christmas"
-"""
+SCENARIO = film_scenario(90)
 
 
 def at(time: datetime) -> Callable[[], datetime]:

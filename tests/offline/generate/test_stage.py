@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from tests.support.film_scenario import film_scenario
 from tests.support.prose import prose
 from typer.testing import CliRunner
 
@@ -31,32 +32,7 @@ pytestmark = pytest.mark.unit
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 TITLES = ("Amber Road", "Blue Harbour", "Crooked Mile", "Distant Bells", "Empty Quarter", "Falling Leaves")
-SCENARIO = """
-name = "films"
-[words]
-item = "film"
-items = "films"
-user = "viewer"
-ratings = "stars from 1 to 5"
-[item]
-template = "factual/2"
-allowed = ["title", "genres"]
-factors = ["plot"]
-words = [15, 60]
-[user]
-template = "reasoning/2"
-allowed = ["age"]
-factors = ["mood"]
-words = [15, 60]
-expires_after_days = 30
-[[seasons]]
-name = "christmas"
-begins = "12-01"
-ends = "12-26"
-about = "the weeks before Christmas"
-[limits]
-retries = 1
-"""
+SCENARIO = film_scenario(60, limits="retries = 1")
 
 
 def write_dataset(work: WorkFolder, titles: tuple[str, ...] = TITLES) -> None:
